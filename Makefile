@@ -1,0 +1,48 @@
+# The menu. Everything is installed into .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install quickstart test check bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+quickstart: $(VENV)/.quickstart  ## train a small ResNet on real digits by the whole recipe
+	@$(BIN)/harness data digits data/digits
+	@# one rank a GPU, at most the recipe's 8 workers; two ranks on a machine without GPUs
+	$(BIN)/torchrun --nproc-per-node $$($(BIN)/python -c 'import torch; print(min(torch.cuda.device_count(), 8) or 2)') \
+		-m harness train configs/quickstart.yaml --resume
+
+test: $(VENV)/.test  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.quickstart  ## what this machine can measure
+	$(BIN)/python -m benchmarks.step
+
+clean:  ## remove .venv and caches; data/ and runs/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+install: $(VENV)/.quickstart  ## create .venv and install what the main job needs
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed, $(PYTHON) is older; set PYTHON=python3.x"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: Python's venv module is missing; install it: apt install python3-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: setup.py | $(BIN)/python
+	@echo "installing into $(VENV): about 3.1 GB of downloads the first time (5.8 GB on disk), most of it PyTorch's CUDA build"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.test: setup.py | $(BIN)/python
+	@echo "installing into $(VENV): about 3.1 GB of downloads the first time (5.8 GB on disk), most of it PyTorch's CUDA build"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.quickstart

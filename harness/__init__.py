@@ -1,0 +1,34 @@
+"""A large-minibatch training harness: one recipe, one curve, on 1 GPU or 256.
+
+As a library: `load_config`, `build_model` and `lr_at` from here, `train` from harness.train.
+Importing it is cheap: the names below are loaded, with PyTorch, when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.config import Config, load_config
+    from harness.errors import UserError
+    from harness.models import build_model
+    from harness.recipe.schedule import lr_at
+
+__version__ = (Path(__file__).parent / "VERSION").read_text().strip()
+__all__ = ["Config", "UserError", "build_model", "load_config", "lr_at"]
+
+_HOMES = {
+    "Config": "harness.config",
+    "UserError": "harness.errors",
+    "build_model": "harness.models",
+    "load_config": "harness.config",
+    "lr_at": "harness.recipe.schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

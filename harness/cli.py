@@ -1,0 +1,204 @@
+"""The command line: harness data | plan | train | eval | export. Cheap to import."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+
+FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
+TORCHRUN_ENDS_OTHERS_S = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except UserError as error:
+        _complain(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _complain(message: str) -> None:
+    """One line on standard error. Local ranks fail alike: the first speaks, and the launcher
+    ends the others before they would; one that fails alone is heard."""
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    prefix = "error: "
+    if local_rank > 0:
+        time.sleep(TORCHRUN_ENDS_OTHERS_S)
+        prefix = f"error: rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}: "
+    print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from harness import __version__
+
+    parser = argparse.ArgumentParser(prog="harness", description="One recipe, one curve.")
+    parser.add_argument("--version", action="version", version=f"harness {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_data(commands)
+
+    plan = commands.add_parser("plan", help="what would be run, without data or GPU")
+    _add_config(plan)
+    plan.add_argument("--ranks", type=int, default=1, metavar="W", help="world size (default 1)")
+    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--lr-at", default="", metavar="STEP,…", help="learning rate at these steps")
+    plan.set_defaults(command=_plan)
+
+    train = commands.add_parser("train", help="train, alone or as a rank of torchrun or srun")
+    _add_config(train)
+    train.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/…)")
+    train.add_argument("--resume", action="store_true", help="start, go on, or show the result")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run or a checkpoint")
+    evaluate.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
+    evaluate.add_argument("overrides", nargs="*", metavar="run.key=value")
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.add_argument("--predictions", type=Path, metavar="FILE.csv")
+    evaluate.set_defaults(command=_eval)
+
+    export = commands.add_parser("export", help="a plain torchvision state dict of a run")
+    export.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
+    export.add_argument(
+        "--to", type=Path, required=True, metavar="FILE", help=".pt or .safetensors"
+    )
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as recipe.epochs=30"
+    )
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="make image folders: digits, cifar10, imagenet")
+    kinds = data.add_subparsers(required=True, metavar="digits|cifar10|imagenet", dest="kind")
+    digits = kinds.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
+    digits.add_argument(
+        "--labelled", type=float, default=1.0, metavar="SHARE", help="rest: unlabelled/"
+    )
+    cifar10 = kinds.add_parser("cifar10", help="downloaded by torchvision, or from an archive")
+    cifar10.add_argument("--archive", type=Path, metavar="FILE")
+    imagenet = kinds.add_parser("imagenet", help="from the official archives")
+    imagenet.add_argument("--archives", type=Path, required=True, metavar="DIR")
+    for kind in (digits, cifar10, imagenet):
+        kind.add_argument("folder", type=Path, metavar="DIR")
+    data.set_defaults(command=_data)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from harness.data import prepare
+
+    if options.kind == "digits":
+        print(prepare.prepare_digits(options.folder, options.labelled))
+    elif options.kind == "cifar10":
+        print(prepare.prepare_cifar10(options.folder, options.archive))
+    else:
+        print(prepare.prepare_imagenet(options.folder, options.archives))
+    return FINISHED
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from harness.config import load_config
+    from harness.plan import make_plan, render_plan
+
+    try:
+        steps = [int(step) for step in options.lr_at.split(",") if step.strip()]
+    except ValueError:
+        raise UserError(f"--lr-at {options.lr_at}: give whole steps, such as 0,390,780") from None
+    plan = make_plan(load_config(options.config, options.overrides), options.ranks, steps)
+    print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
+    return FINISHED
+
+
+def _train(options: argparse.Namespace) -> int:
+    from harness.config import default_run_folder, load_config
+    from harness.interrupt import Stopped
+    from harness.train import train
+
+    config = load_config(options.config, options.overrides)
+    typed = {override.split("=", 1)[0] for override in options.overrides}
+    first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    try:
+        out = options.out or default_run_folder(options.config)
+        result = train(config, out, resume=options.resume, typed=typed)
+    except UserError:
+        raise
+    except Stopped as stopped:
+        if first:
+            print(f"{stopped}\nto go on: {resume_command(options)}", flush=True)
+        # torchrun takes any other code than 0 for a failure and would start the ranks again
+        return FINISHED if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+    except (RuntimeError, OSError) as error:
+        if os.environ.get("HARNESS_TRACEBACK"):
+            raise
+        _complain(str(error))
+        if first:
+            print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
+        return FAILED
+    if first:
+        expect = result.config.expect
+        spread = f" ± {expect.std}" if expect.std is not None else ""
+        print(f"error {result.error:.2f} % (median of the final 5 epochs)")
+        print(f"expected {expect.error}{spread} % ({expect.source})")
+        print(f"run folder {result.folder}", flush=True)
+    return FINISHED
+
+
+def resume_command(options: argparse.Namespace) -> str:
+    """The command that goes on with this run, as the user launched it."""
+    words = ["harness"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // local_ranks
+        words = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else [])]
+        words += ["--nproc-per-node", str(local_ranks), "-m", "harness"]
+    words += ["train", options.config, *options.overrides]
+    if options.out is not None:
+        words += ["--out", str(options.out)]
+    return shlex.join([*words, "--resume"])
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from harness.trained import evaluate_trained, load_trained
+
+    evaluation = evaluate_trained(load_trained(options.run, options.overrides), options.predictions)
+    low, high = evaluation.error_interval()
+    if options.json:
+        keys = ("error", "top5_error", "correct", "total")
+        print(
+            json.dumps(
+                {key: getattr(evaluation, key) for key in keys} | {"error_interval_95": [low, high]}
+            )
+        )
+        return FINISHED
+    print(f"error {evaluation.error:.2f} % (95 % interval {low:.2f} to {high:.2f} %)")
+    print(f"top-5 error {evaluation.top5_error:.2f} %")
+    print(f"{evaluation.correct} of {evaluation.total} images correct")
+    return FINISHED
+
+
+def _export(options: argparse.Namespace) -> int:
+    from harness.trained import export_trained, load_trained
+
+    print(export_trained(load_trained(options.run), options.to))
+    return FINISHED

@@ -1,0 +1,351 @@
+"""The config: a YAML file read into a typed, frozen, strict tree.
+
+Everything outside `run:` fixes the training curve; `run:` is the machine. A config refuses, it
+never corrects itself: every mistake is a ConfigError of one line that names file and key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from harness.config_errors import ConfigError as ConfigError
+from harness.config_errors import config_error, explain, found
+from harness.strict_yaml import read_yaml, write_yaml
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+# YAML has lists only, so these tuples take them; their items stay strict
+Pair = Annotated[tuple[Positive, Positive], Strict(False)]
+Colour = Annotated[tuple[float, float, float], Strict(False)]
+ColourScale = Annotated[tuple[Positive, Positive, Positive], Strict(False)]
+Epochs = Annotated[tuple[Count, ...], Strict(False)]
+Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
+
+SMALL_RESNETS = ("resnet8", "resnet20", "resnet32", "resnet56")
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    def meaningless(self) -> dict[str, str]:
+        """Keys that another value makes meaningless, and that value: they may not be written."""
+        return {}
+
+    def problems(self) -> Iterator[str]:
+        """Impossible combinations, each as `key: what is wrong; what to change`."""
+        for key, reason in self.meaningless().items():
+            if key in self.model_fields_set:
+                yield f"{key}: has no meaning with {reason}; remove it"
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # what is dumped can be loaded: meaningless keys are left out and take their defaults
+        return {key: value for key, value in handler(self).items() if key not in self.meaningless()}
+
+
+class Expect(Section):
+    """The error to be met, in %, with its spread and where the figure comes from."""
+
+    error: Annotated[float, Field(ge=0, le=100)]
+    std: NotNegative | None = None
+    source: Text
+
+
+class Data(Section):
+    train_images: Count  # checked against the index; lets the dry run work without data
+    val_images: Count
+    classes: Count
+    unlabelled_images: Annotated[int, Field(ge=0)] = 0
+    crop: Count = 224
+    resize: Count = 256  # short side at evaluation
+    crop_area: Pair = (0.08, 1.0)
+    crop_ratio: Pair = (0.75, 1.3333333333333333)
+    flip: bool = True
+    mean: Colour = (0.485, 0.456, 0.406)
+    std: ColourScale = (0.229, 0.224, 0.225)
+    on_bad_image: Literal["fail", "skip"] = "fail"
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.crop > self.resize:
+            yield f"crop: {self.crop} is larger than resize {self.resize}; lower it or raise resize"
+        if not self.crop_area[0] <= self.crop_area[1] <= 1:
+            yield f"crop_area: expected low <= high <= 1, found {[*self.crop_area]}"
+        if self.crop_ratio[0] > self.crop_ratio[1]:
+            yield f"crop_ratio: expected low <= high, found {[*self.crop_ratio]}"
+
+
+class Model(Section):
+    name: Text
+    last_gamma: Annotated[int, Field(ge=0, le=1)] = 0  # table 2b
+    weights: Text | None = None  # start from a state dict (fine-tuning)
+    width: Count = 16  # small ResNets only
+
+    def meaningless(self) -> dict[str, str]:
+        small = self.name in SMALL_RESNETS
+        return {} if small else {"width": f"name: {self.name} ({', '.join(SMALL_RESNETS)} have it)"}
+
+
+class Recipe(Section):
+    minibatch: Count  # kn
+    worker_batch: Count = 32  # n
+    epochs: Count
+    reference_lr: Positive = 0.1  # at reference_minibatch
+    reference_minibatch: Count = 256
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    warmup: Literal["gradual", "constant", "none"] = "gradual"
+    warmup_epochs: Count = 5
+    decay: Literal["steps", "cosine"] = "steps"
+    milestones: Epochs = (30, 60, 80)
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: NotNegative = 0.0001  # never on batch norm
+    label_smoothing: Fraction = 0.0
+
+    def meaningless(self) -> dict[str, str]:
+        keys = dict.fromkeys(("milestones", "decay_factor"), "decay: cosine")
+        keys = keys if self.decay == "cosine" else {}
+        return {**keys, "warmup_epochs": "warmup: none"} if self.warmup == "none" else keys
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        kn, n = self.minibatch, self.worker_batch
+        if kn % n:
+            nearest = " or ".join(str(m) for m in (kn // n * n, (kn // n + 1) * n) if m)
+            yield f"minibatch: {kn} is not a multiple of worker_batch {n}; take {nearest}"
+        if self.nesterov and self.momentum == 0:
+            yield "nesterov: needs a momentum above 0; set nesterov: false or raise momentum"
+        if self._warmup_end() > self.epochs:
+            yield (
+                f"warmup_epochs: {self.warmup_epochs} is past the end (epochs: {self.epochs}); "
+                "lower warmup_epochs or raise epochs"
+            )
+        if self.decay == "steps":
+            yield from self._milestone_problems()
+
+    def _warmup_end(self) -> int:
+        """Epoch at which the warm-up ends; 0 without one, as where the peak is not above the
+        reference lr, that is where nothing is scaled up."""
+        scaled_up = self.scaling != "none" and self.minibatch > self.reference_minibatch
+        return self.warmup_epochs if scaled_up and self.warmup != "none" else 0
+
+    def _milestone_problems(self) -> Iterator[str]:
+        start, end = self._warmup_end(), self.epochs
+        if early := [m for m in self.milestones if m < start]:
+            yield f"milestones: {early} inside the warm-up; take epochs from {start} on"
+        if late := [m for m in self.milestones if m >= end]:
+            yield f"milestones: {late} past the end (epochs: {end}); take epochs below {end}"
+        if list(self.milestones) != sorted(set(self.milestones)):
+            yield f"milestones: {[*self.milestones]} must rise from one to the next; sort them"
+
+
+class Distill(Section):
+    teacher: Text  # a config, a run folder, or a state dict
+    teacher_model: Text | None = None  # name, for a bare state dict
+    temperature: Positive = 4.0
+    hard_weight: NotNegative = 0.1
+    soft_weight: NotNegative | None = None  # None: 1 - hard_weight
+    precision: Precision = "bfloat16"  # the teacher's
+    cache: Text | None = None
+
+
+class Run(Section):
+    data_root: Text = "data/imagenet"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "float32"
+    micro_batch: Count | Literal["auto"] = "auto"  # images that a rank pushes at once
+    compile: bool | Literal["auto"] = "auto"
+    gradient_precision: Literal["float32", "bfloat16"] = "float32"
+    loader: Literal["auto", "dali", "reference", "memory"] = "auto"
+    loader_threads: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    evaluate_every_epochs: Count = 1
+    log_every_steps: Count = 20
+    checkpoint_every_minutes: Positive = 10.0  # and at every epoch's end
+    keep_checkpoints: Count = 3  # and the best
+    hang_timeout_s: Positive = 300.0
+    profile_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class Config(Section):
+    """A whole config, checked; the sections and keys are those of the YAML file."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    expect: Expect
+    data: Data
+    model: Model
+    recipe: Recipe
+    distill: Distill | None = None
+    run: Run = Run()
+
+    @property
+    def workers(self) -> int:
+        """k, the paper's workers of n = recipe.worker_batch images each."""
+        return self.recipe.minibatch // self.recipe.worker_batch
+
+    @property
+    def images(self) -> int:
+        """N, the images of an epoch."""
+        return self.data.train_images + self.data.unlabelled_images
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """floor(N / kn): the last N mod kn places of an epoch's shuffling are not used."""
+        return self.images // self.recipe.minibatch
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.recipe.epochs
+
+    def problems(self) -> Iterator[str]:
+        for name in type(self).model_fields:
+            if isinstance(section := getattr(self, name), Section):
+                yield from (f"{name}.{problem}" for problem in section.problems())
+        kn, n, micro_batch = self.recipe.minibatch, self.recipe.worker_batch, self.run.micro_batch
+        if self.steps_per_epoch == 0:
+            yield (
+                f"recipe.minibatch: {kn} is more than the {self.images} training images, an epoch "
+                "has no step; lower it"
+            )
+        if micro_batch != "auto" and micro_batch % n:
+            yield f"run.micro_batch: {micro_batch} is not a multiple of recipe.worker_batch {n}"
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if problems := list(self.problems()):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _refuse_unbuilt(mapping: dict[str, Any]) -> list[str]:
+    """What the schema already holds and the harness does not do yet."""
+
+    def written(section: str, key: str) -> Any:
+        keys = mapping.get(section)
+        return keys.get(key) if isinstance(keys, dict) else None
+
+    unbuilt = {
+        "distill: not built yet; remove the section": mapping.get("distill") is not None,
+        "data.unlabelled_images: not built yet (needs distill); set 0": bool(
+            written("data", "unlabelled_images")
+        ),
+        "run.gradient_precision: bfloat16 is not built yet; set float32": (
+            written("run", "gradient_precision") == "bfloat16"
+        ),
+        "run.profile_steps: not built yet; set 0": bool(written("run", "profile_steps")),
+        "run.loader: dali is not built yet; set auto": written("run", "loader") == "dali",
+    }
+    return [message for message, asked in unbuilt.items() if asked]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads the YAML file at `path`, with `section.key=value` overrides.
+
+    Raises ConfigError for a file that cannot be read, broken YAML and every broken rule.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise config_error(path, [f"cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError:
+        raise config_error(path, ["cannot be read: not a text file in UTF-8"]) from None
+    mapping = read_yaml(text, str(path))
+    if not isinstance(mapping, dict):
+        what = "an empty file" if mapping is None else found(mapping)
+        raise config_error(path, [f"expected sections of keys (expect, data, …), found {what}"])
+    if len(keys := [override.partition("=")[0] for override in overrides]) != len(set(keys)):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise config_error("command line", [f"{twice}: given twice; give it once"])
+    source = f"{path} + command line" if overrides else str(path)
+    return config_from_mapping(mapping, source, overrides)
+
+
+def config_from_mapping(
+    mapping: dict[str, Any], source: str, overrides: Sequence[str] = ()
+) -> Config:
+    """The config of a parsed file or a stored one; ConfigError names `source` and the key."""
+    for override in overrides:
+        mapping = _with_override(mapping, override)
+    problems = _refuse_unbuilt(mapping)
+    try:
+        config = Config.model_validate(mapping)
+    except ValidationError as error:
+        problems += explain(error, _known_keys())
+    if problems:
+        raise config_error(source, problems)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML of all keys, resolved (but those that another value makes meaningless)."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def curve_differences(a: Config, b: Config) -> list[str]:
+    """`key: value in a -> value in b` for every key outside `run:` and `expect:` that differs."""
+    old, new = _curve_values(a), _curve_values(b)
+    return [
+        f"{key}: {found(old.get(key))} -> {found(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _curve_values(config: Config) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, section in config.model_dump(mode="json", exclude={"run", "expect"}).items():
+        nested = isinstance(section, dict)
+        values |= {f"{name}.{k}": v for k, v in section.items()} if nested else {name: section}
+    return values
+
+
+def default_run_folder(path: str | Path) -> Path:
+    """configs/imagenet/x.yaml -> runs/imagenet/x; runs/x for a file not below a configs folder."""
+    plain = Path(os.path.normpath(path)).with_suffix("")  # no ".." that would leave runs/
+    folders = plain.parts[:-1]
+    below = folders[len(folders) - folders[::-1].index("configs") :] if "configs" in folders else ()
+    return Path("runs", *below, plain.name)
+
+
+def _with_override(mapping: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not (equals and last and all(sections)):
+        raise config_error("command line", [f"{override!r}: expected section.key=value"])
+    mapping = inner = dict(mapping)
+    for depth, name in enumerate(sections, 1):
+        below = {} if inner.get(name) is None else inner[name]
+        if not isinstance(below, dict):
+            name = ".".join(sections[:depth])
+            raise config_error("command line", [f"{key}: {name} is {found(below)} and has no keys"])
+        inner[name] = dict(below)
+        inner = inner[name]
+    inner[last] = read_yaml(text, f"command line: {key}")
+    return mapping
+
+
+def _known_keys() -> list[str]:
+    """All sections, and all keys as section.key."""
+    sections: dict[str, type[Section]] = {"expect": Expect, "data": Data, "model": Model}
+    sections |= {"recipe": Recipe, "distill": Distill, "run": Run}
+    keys = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+    return [*Config.model_fields, *keys]

@@ -1,0 +1,135 @@
+"""The three official archives of ImageNet (ILSVRC 2012), put into class folders."""
+
+import io
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from harness.data.archive import members, opened, read, refusal
+from harness.data.prepared_folder import PreparedFolder
+from harness.errors import UserError
+
+TRAIN = "ILSVRC2012_img_train.tar"  # of 1000 archives WNID.tar, each of files WNID_NUMBER.JPEG
+VAL = "ILSVRC2012_img_val.tar"  # of files ILSVRC2012_val_NUMBER.JPEG, the classes not told
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+_WNID = re.compile(r"n[0-9]{8}")
+
+
+@dataclass(frozen=True)
+class DevKit:
+    """What the development kit tells."""
+
+    train_images: dict[str, int]  # by class (WNID)
+    val_classes: list[str]  # WNID of validation images 1, 2, ...
+
+
+def archive_paths(archives: Path) -> tuple[Path, Path, Path]:
+    """Train, val and development kit. UserError: the names of those missing."""
+    paths = (archives / TRAIN, archives / VAL, archives / DEVKIT)
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{archives}: {', '.join(missing)} missing; get the archives from image-net.org "
+            "(they need an account there) and put them into this folder"
+        )
+    return paths
+
+
+def fill_imagenet(prepared: PreparedFolder, archives: Path, images: int) -> None:
+    """Gathers train and val; what was gathered before is not read again.
+
+    images: of train and val together, for the progress bar.
+    """
+    train, val, devkit_path = archive_paths(archives)
+    devkit = read_devkit(devkit_path)
+    with tqdm(total=images, unit=" images", disable=None) as bar:
+        _fill_val(prepared, val, devkit, bar)
+        _fill_train(prepared, train, devkit, bar)
+    os.sync()  # hours of work: on the disk before the marker says so
+
+
+def read_devkit(path: Path) -> DevKit:
+    """Reads meta.mat and the ground truth, both by name, both in memory."""
+    wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
+    with opened(path) as archive:
+        for member in members(archive, path):
+            folder, name = PurePosixPath(member.name).parts[-2:-1], Path(member.name).name
+            if folder == ("data",) and name in wanted:
+                wanted[name] = read(archive, path, member)
+    meta, truth = wanted.values()
+    wnids, train_images = _synsets(path, meta)
+    try:
+        val_classes = [wnids[int(line)] for line in truth.split()]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: ground truth of an unknown class ({error})") from error
+    return DevKit(train_images, val_classes)
+
+
+def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, int]]:
+    """WNID by ILSVRC2012_ID and number of training images by WNID, of the 1000 classes only."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise UserError("ImageNet's labels need scipy: pip install '.[quickstart]'") from error
+    try:
+        synsets = loadmat(io.BytesIO(meta))["synsets"].ravel()
+        # inner nodes of the WordNet tree are in the file too: only leaves are classes
+        leaves = [s for s in synsets if s["num_children"].item() == 0]
+        wnids = {int(s["ILSVRC2012_ID"].item()): str(s["WNID"].item()) for s in leaves}
+        images = {str(s["WNID"].item()): int(s["num_train_images"].item()) for s in leaves}
+    except Exception as error:  # scipy raises nearly anything over a damaged file
+        raise UserError(f"{path}: data/meta.mat is missing or damaged; get it again") from error
+    for wnid in images:
+        if not _WNID.fullmatch(wnid):
+            raise UserError(f"{path}: data/meta.mat names a class {wnid[:120]!a}, no WNID")
+    return wnids, images
+
+
+def _fill_val(prepared: PreparedFolder, path: Path, devkit: DevKit, bar: tqdm) -> None:
+    with opened(path) as archive:
+        for member in members(archive, path):
+            match = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", member.name)
+            if not match or not 1 <= int(match[1]) <= len(devkit.val_classes):
+                raise refusal(path, member, "no validation image that the development kit knows")
+            name = f"val/{devkit.val_classes[int(match[1]) - 1]}/{member.name}"
+            if not prepared.holds(name, member.size):
+                prepared.write(name, read(archive, path, member))
+            bar.update()
+
+
+def _fill_train(prepared: PreparedFolder, path: Path, devkit: DevKit, bar: tqdm) -> None:
+    with opened(path) as archive:
+        for member in members(archive, path):
+            wnid = member.name.removesuffix(".tar")
+            if not member.name.endswith(".tar") or wnid not in devkit.train_images:
+                raise refusal(path, member, "no archive of a class that the development kit knows")
+            images = devkit.train_images[wnid]
+            if prepared.place(f"train/{wnid}").exists():  # put there whole, see below
+                bar.update(images)
+                continue
+            with opened(f"{path}/{member.name}", archive.extractfile(member)) as class_archive:
+                _gather_class(prepared, class_archive, f"{path}/{member.name}", wnid, bar)
+            gathered = len(os.listdir(prepared.partial / wnid))
+            if gathered != images:
+                raise UserError(
+                    f"{path}: {member.name} holds {gathered} images, the development kit says "
+                    f"{images}; get the archive again"
+                )
+            prepared.rename(wnid, f"train/{wnid}")
+
+
+def _gather_class(
+    prepared: PreparedFolder, archive: tarfile.TarFile, path: str, wnid: str, bar: tqdm
+) -> None:
+    (prepared.partial / wnid).mkdir(exist_ok=True)
+    for member in members(archive, path):
+        if not re.fullmatch(rf"{wnid}_[0-9]+\.JPEG", member.name):
+            raise refusal(path, member, f"no image of {wnid}")
+        name = f"{wnid}/{member.name}"
+        if not prepared.holds(name, member.size):
+            prepared.write(name, read(archive, path, member))
+        bar.update()

@@ -1,0 +1,297 @@
+"""The images of a folder: path, label, width and height; scanned once, kept in a file."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from harness.config import Config
+from harness.data.child_process import settle_child
+from harness.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+FORMATS = ("JPEG", "PNG")  # sniffed from the content: ImageNet has a PNG named .JPEG
+FORMAT_VERSION = 1
+CHUNK = 1000  # headers that one process reads at a time
+PARALLEL_FROM = 20_000  # images; below, starting processes takes longer than reading
+# A folder changed as short as this before its listing may change again within one tick of the
+# file system's clock: its time stamp proves nothing (as git's "racily clean" files).
+RACY_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """N images below `folder`, sorted by class and name: an image's id is its position here.
+
+    `names` (N,) are the file names, as bytes, within the folder of their class; `labels` int64
+    (N,); `widths`, `heights` int32 (N,) in pixels as stored (EXIF orientation not applied), 0
+    where the header cannot be read. `cache`: the file that keeps this index, if any.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    names: NDArray[np.bytes_]
+    labels: NDArray[np.int64]
+    widths: NDArray[np.int32]
+    heights: NDArray[np.int32]
+    cache: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def relative_path(self, image_id: int) -> str:
+        """class/name of an image, relative to `folder`."""
+        name = os.fsdecode(bytes(self.names[image_id]))
+        return f"{self.classes[self.labels[image_id]]}/{name}"
+
+    def path(self, image_id: int) -> Path:
+        return self.folder / self.relative_path(image_id)
+
+
+def load_index(data_root: str | Path, split: str) -> Index:
+    """The index of the folder data_root/split ("train" or "val"): class folders of images.
+
+    Kept beside the data, or in the user's cache folder where that cannot be written. Scanned
+    anew when classes or the contents of their folders change; one process scans, others wait.
+    Raises UserError for a missing or empty folder and a class without images.
+    """
+    folder = Path(data_root) / split
+    changed_ns = _class_folders(folder)
+    places = _cache_places(folder)
+    for place in places:
+        if index := _read_cache(place, folder, changed_ns):
+            return index
+    with _lock(places) as cache:
+        index = _read_cache(cache, folder, changed_ns) if cache else None
+        return index or _scan(folder, changed_ns, cache)
+
+
+def check_indices(train: Index, val: Index, config: Config) -> None:
+    """Raises UserError where the folders are not the data that the config describes."""
+    data = config.data
+    for index, key, expected in (
+        (train, "train_images", data.train_images),
+        (val, "val_images", data.val_images),
+    ):
+        if len(index) != expected:
+            raise UserError(
+                f"{index.folder}: {len(index)} images, but data.{key} is {expected}; "
+                f"complete the folder or set data.{key}={len(index)}"
+            )
+    if train.classes != val.classes:
+        only_train = sorted({*train.classes} - {*val.classes})
+        only_val = sorted({*val.classes} - {*train.classes})
+        parts = [
+            f"{_some(names)} only in {index.folder}"
+            for names, index in ((only_train, train), (only_val, val))
+            if names
+        ]
+        raise UserError(
+            f"the classes of train and val differ: {'; '.join(parts)}; mend the folders"
+        )
+    if len(train.classes) != data.classes:
+        raise UserError(
+            f"{train.folder}: {len(train.classes)} classes, but data.classes is {data.classes}; "
+            f"complete the folder or set data.classes={len(train.classes)}"
+        )
+    for index, skip in ((train, data.on_bad_image == "skip"), (val, False)):
+        bad = np.flatnonzero(index.widths == 0)
+        if len(bad) and not skip:
+            remedy = "mend it" if index is val else "mend it or set data.on_bad_image=skip"
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise UserError(
+                f"{index.path(bad[0])}{more}: cannot be decoded: no JPEG or PNG header; {remedy}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _class_folders(folder: Path) -> dict[str, int]:
+    """Class name -> time of the last change of its folder in ns, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            found = {
+                entry.name: entry.stat().st_mtime_ns
+                for entry in entries
+                if not entry.name.startswith(".") and entry.is_dir()
+            }
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; set run.data_root, or make it with `harness data`"
+        ) from None
+    if not found:
+        raise UserError(
+            f"{folder}: no class folders in it; images belong in {folder}/CLASS/, "
+            "or set run.data_root to another folder"
+        )
+    return dict(sorted(found.items()))
+
+
+def _image_names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if entry.name.lower().endswith(SUFFIXES)
+                and not entry.name.startswith(".")
+                and entry.is_file()
+            )
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; make it readable") from None
+
+
+def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Index:
+    scanned_ns = time.time_ns()
+    names = {name: _image_names(folder / name) for name in changed_ns}
+    if empty := [name for name, found in names.items() if not found]:
+        raise UserError(
+            f"{folder}: no images ({', '.join(SUFFIXES)}) in class {_some(empty)}; "
+            "add some or remove the folder"
+        )
+    flat = [os.fsencode(name) for found in names.values() for name in found]
+    sizes = _read_sizes(folder, names, len(flat))
+    labels = np.repeat(np.arange(len(names)), [len(found) for found in names.values()])
+    index = Index(
+        folder, tuple(names), np.array(flat), labels, sizes[:, 0].copy(), sizes[:, 1].copy(), cache
+    )
+    if cache is not None:
+        _write_cache(cache, index, list(changed_ns.values()), scanned_ns)
+    return index
+
+
+def _read_sizes(folder: Path, names: dict[str, list[str]], images: int) -> NDArray[np.int32]:
+    """(N, 2) widths and heights."""
+    chunks = [
+        (folder / name, found[start : start + CHUNK])
+        for name, found in names.items()
+        for start in range(0, len(found), CHUNK)
+    ]
+    if images < PARALLEL_FROM:
+        return np.concatenate([_sizes(chunk) for chunk in chunks])
+    # twice as many processes as cores: part of the time goes by waiting for the disk
+    processes = 2 * len(os.sched_getaffinity(0))
+    start = partial(settle_child, os.getpid())
+    sizes: list[NDArray[np.int32]] = []
+    with (
+        get_context("fork").Pool(processes, start) as pool,
+        tqdm(total=images, desc=f"index of {folder}", unit=" images", disable=None) as bar,
+    ):
+        for part in pool.imap(_sizes, chunks):
+            sizes.append(part)
+            bar.update(len(part))
+    return np.concatenate(sizes)
+
+
+def _sizes(chunk: tuple[Path, list[str]]) -> NDArray[np.int32]:
+    folder, names = chunk
+    return np.array([_size(folder / name) for name in names], dtype=np.int32)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except OSError as error:
+        if error.errno is not None:  # no fault of the image
+            raise UserError(f"{path}: cannot be read: {error.strerror}; check it") from None
+        return 0, 0
+    except (SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0, 0
+
+
+def _cache_places(folder: Path) -> list[Path]:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return [
+        folder.parent / f".harness-index-{folder.name}.npz",
+        home / "harness" / f"{name}.npz",
+    ]
+
+
+@contextmanager
+def _lock(places: Sequence[Path]) -> Iterator[Path | None]:
+    """Holds the lock of the first place that can be written; None where none can be."""
+    for place in places:
+        try:
+            if place is not places[0]:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            stream = open(place.with_suffix(".lock"), "a")  # noqa: SIM115 (closed below)
+        except OSError:
+            continue
+        with stream:
+            with suppress(OSError):  # a file system without locks: every process scans
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                yield place
+            finally:
+                with suppress(OSError):
+                    fcntl.flock(stream, fcntl.LOCK_UN)
+        return
+    yield None
+
+
+def _write_cache(place: Path, index: Index, changed_ns: Sequence[int], scanned_ns: int) -> None:
+    """Atomic. A cache that cannot be written is a warning."""
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            np.savez(
+                stream,
+                version=FORMAT_VERSION,
+                scanned_ns=scanned_ns,
+                changed_ns=np.array(changed_ns, dtype=np.int64),
+                classes=np.array([os.fsencode(name) for name in index.classes]),
+                names=index.names,
+                labels=index.labels.astype(np.int32),
+                widths=index.widths,
+                heights=index.heights,
+            )
+        os.replace(temporary, place)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        print(f"warning: {place}: not written: {error.strerror}; going on", file=sys.stderr)
+
+
+def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Index | None:
+    """The index kept at `place`, or None where there is none, or none of today's folder."""
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            if int(file["version"]) != FORMAT_VERSION:
+                return None
+            kept = {key: file[key] for key in file.files}
+        classes = tuple(os.fsdecode(bytes(name)) for name in kept["classes"])
+        if dict(zip(classes, kept["changed_ns"].tolist(), strict=True)) != changed_ns:
+            return None
+        labels = kept["labels"].astype(np.int64)
+        index = Index(
+            folder, classes, kept["names"], labels, kept["widths"], kept["heights"], place
+        )
+        scanned_ns = int(kept["scanned_ns"])
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+    if any(_size(index.path(bad)) != (0, 0) for bad in np.flatnonzero(index.widths == 0)):
+        return None  # mended since
+    counts = np.bincount(labels, minlength=len(classes))
+    for name, count in zip(classes, counts, strict=True):
+        racy = changed_ns[name] > scanned_ns - RACY_NS
+        if racy and len(_image_names(folder / name)) != count:
+            return None
+    return index

@@ -1,0 +1,166 @@
+"""What a rank loads (the feed), what a loader gives, and which loader to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harness.config import Config
+from harness.data.index import Index
+from harness.data.sampling import Crops, Resizes, crops, permutation, resizes
+from harness.errors import UserError
+from harness.recipe.minibatch import Minibatch
+
+EVALUATION_BATCH = 256  # images
+MEMORY_LIMIT = 256 * 2**20  # bytes of decoded images that "auto" keeps in memory
+BYTES_PER_PIXEL = 4  # of an RGB image in PIL
+
+
+class BadImageError(UserError):
+    """An image that cannot be decoded; the message names its path."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images as they come from a loader: pixels are normalised on the device.
+
+    `images` uint8 (B, 3, crop, crop), in memory as (B, crop, crop, 3); `labels` and `ids` int64
+    (B,), those of the pixels in it; `replaced`: (bad id, id of the image in its place).
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    replaced: list[tuple[int, int]]
+
+    def pin_memory(self) -> Batch:
+        """A copy in pinned memory, from which a GPU reads without waiting."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+class Feed:
+    """What a rank's loader is to produce: a pure function of its arguments.
+
+    `share` is (workers of this rank) / k.
+
+    Place w*n + i of a step is worker w's image i, and image place p of step s is the image at
+    s*kn + p of the epoch's permutation. The last N mod kn of a permutation are not used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        train: Index,
+        val: Index,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        channels_last: bool,
+    ) -> None:
+        self.config, self.train, self.val = config, train, val
+        self._rank, self._world_size = rank, world_size
+        minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+        self.micro_batch = micro_batch
+        self.share = len(minibatch.workers_of(rank, world_size)) / config.workers
+        self._places = [
+            minibatch.places(workers, channels_last)
+            for workers in minibatch.micro_batches(rank, world_size, micro_batch)
+        ]
+        self._executor = ThreadPoolExecutor(1, "permutation")
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return len(self._places)
+
+    def training(self, first_step: int) -> Iterator[Crops]:
+        """Micro-batch after micro-batch, from the global step `first_step` to the run's last."""
+        config, train = self.config, self.train
+        first_epoch, step_of_epoch = divmod(first_step, config.steps_per_epoch)
+        following = self._executor.submit(self._permutation, first_epoch)
+        for epoch in range(first_epoch, config.recipe.epochs):
+            order = following.result()
+            following = self._executor.submit(self._permutation, epoch + 1)  # made ahead
+            for step in range(step_of_epoch, config.steps_per_epoch):
+                ids_of_step = self._step_of_epoch(order, step)
+                for places in self._places:
+                    ids = ids_of_step[places]
+                    yield crops(
+                        config.seed, epoch, ids, train.heights[ids], train.widths[ids], config.data
+                    )
+            step_of_epoch = 0
+
+    def evaluation(self) -> Iterator[Resizes]:
+        """This rank's contiguous share of the validation images, every image once over all ranks.
+
+        Shares differ by at most one image, so a rank may have none.
+        """
+        images, val = len(self.val), self.val
+        end = images * (self._rank + 1) // self._world_size
+        for start in range(images * self._rank // self._world_size, end, EVALUATION_BATCH):
+            ids = np.arange(start, min(start + EVALUATION_BATCH, end))
+            yield resizes(ids, val.heights[ids], val.widths[ids], self.config.data)
+
+    def step_ids(self, step: int) -> NDArray[np.int64]:
+        """All kn image ids of a global step, by place."""
+        epoch, step_of_epoch = divmod(step, self.config.steps_per_epoch)
+        return self._step_of_epoch(self._permutation(epoch), step_of_epoch)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        return permutation(self.config.seed, epoch, len(self.train))
+
+    def _step_of_epoch(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        size = self.config.recipe.minibatch
+        return order[step * size : (step + 1) * size]
+
+
+class Loader(Protocol):
+    """Carries out a feed. Batches come in the feed's order, whatever the number of threads.
+
+    Raises BadImageError (always in evaluation; in training with data.on_bad_image: fail) and
+    UserError for files that changed since they were indexed.
+    """
+
+    name: str
+
+    def train(self, first_step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from the global step `first_step` to the run's end."""
+        ...
+
+    def evaluate(self) -> Iterator[Batch]:
+        """This rank's validation images; may be asked for while training goes on."""
+        ...
+
+    def close(self) -> None:
+        """Ends all threads and processes of the loader; may be called twice."""
+        ...
+
+
+def resolve_loader(name: str, train: Index, val: Index) -> str:
+    """`run.loader` with "auto" replaced: "memory" for small data sets, else "reference"."""
+    if name == "dali":
+        raise UserError("run.loader: dali is not built yet; set run.loader=auto")
+    if name != "auto":
+        return name
+    pixels = sum(int(index.widths.astype(np.int64) @ index.heights) for index in (train, val))
+    return "memory" if pixels * BYTES_PER_PIXEL <= MEMORY_LIMIT else "reference"
+
+
+def open_loader(
+    config: Config, feed: Feed, name: str, threads: int, device_is_cuda: bool
+) -> Loader:
+    """The loader `name` ("memory" or "reference") for `feed`; close it after use.
+
+    `threads`: worker processes of "reference"; 0 loads in this process.
+    """
+    from harness.data.memory import MemoryLoader
+    from harness.data.reference import ReferenceLoader
+
+    if name == "memory":
+        return MemoryLoader(config, feed, device_is_cuda)
+    return ReferenceLoader(config, feed, threads, device_is_cuda)

@@ -1,0 +1,292 @@
+"""Carries the sampling out as torchvision does with PIL images, in worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from harness.config import Config
+from harness.data.ahead import Ahead
+from harness.data.child_process import settle_child
+from harness.data.index import FORMATS, Index
+from harness.data.loader import BadImageError, Batch, Feed
+from harness.data.sampling import Crops, Resizes, crops, replacement
+from harness.errors import UserError
+
+REPLACEMENTS = 100  # bad images in a row after which the data set is given up
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def decode(path: Path) -> Image.Image:
+    """The image as RGB, EXIF orientation not applied.
+
+    Raises BadImageError for a file that is no intact JPEG or PNG, UserError where it cannot be
+    read (missing, forbidden, a disk error).
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            return to_rgb(image)
+    except OSError as error:
+        if error.errno is not None:  # no fault of the image
+            raise UserError(f"{path}: cannot be read: {error.strerror}; check it") from None
+        raise BadImageError(f"{path}: cannot be decoded: {_reason(error)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL raises many kinds for what a broken file contains
+        raise BadImageError(f"{path}: cannot be decoded: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "neither JPEG nor PNG"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Gray is repeated, CMYK and palettes are converted, alpha is dropped."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit gray: the upper byte, as PIL does with 16-bit RGB; its own conversion would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without PIL's warning
+    return image.convert("RGB")
+
+
+def render_crop(
+    image: Image.Image, top: int, left: int, height: int, width: int, flip: bool, size: int
+) -> NDArray[np.uint8]:
+    """A training window as uint8 (size, size, 3).
+
+    What torchvision's resized_crop (bilinear, with PIL's antialiasing) and hflip do, without
+    their checks, which cost more than the work where images are small.
+    """
+    window = image.crop((left, top, left + width, top + height))
+    window = window.resize((size, size), Image.Resampling.BILINEAR)
+    if flip:
+        window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(window)
+
+
+def render_resize(
+    image: Image.Image, resized_height: int, resized_width: int, top: int, left: int, size: int
+) -> NDArray[np.uint8]:
+    """An image for evaluation as uint8 (size, size, 3): torchvision's Resize and CenterCrop."""
+    image = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def read_image(index: Index, image_id: int) -> Image.Image:
+    """Decodes an image of an index. Raises as `decode`, and UserError where the index is stale."""
+    path = index.path(image_id)
+    image = decode(path)
+    expected = (index.widths[image_id], index.heights[image_id])
+    if image.size != expected:
+        raise UserError(
+            f"{path}: {image.width} x {image.height} pixels, {expected[0]} x {expected[1]} when it "
+            f"was indexed; the index is stale: delete {index.cache or 'nothing, start again'}"
+        )
+    return image
+
+
+class Renderer:
+    """Makes the batch that a feed asks for, from whatever gives the decoded image of an id."""
+
+    def __init__(
+        self,
+        config: Config,
+        train: Index,
+        val: Index,
+        train_image: Callable[[int], Image.Image],
+        val_image: Callable[[int], Image.Image],
+    ) -> None:
+        self.config, self.train, self.val = config, train, val
+        self.train_image, self.val_image = train_image, val_image
+
+    def __call__(self, request: Crops | Resizes) -> Batch:
+        if isinstance(request, Crops):
+            return self._training(request)
+        return self._evaluation(request)
+
+    def _training(self, request: Crops) -> Batch:
+        size, skip = self.config.data.crop, self.config.data.on_bad_image == "skip"
+        pixels = np.empty((len(request.ids), size, size, 3), dtype=np.uint8)
+        ids, replaced = request.ids.copy(), []
+        for place, (image_id, window) in enumerate(_rows(request, size)):
+            try:
+                image = self.train_image(image_id)
+            except BadImageError:
+                if not skip:
+                    raise
+                ids[place], image, window = self._replacement(request.epoch, image_id)
+                replaced.append((image_id, int(ids[place])))
+            pixels[place] = render_crop(image, *window)
+        return _batch(pixels, self.train, ids, replaced)
+
+    def _replacement(self, epoch: int, bad_id: int) -> tuple[int, Image.Image, Any]:
+        """The first image by the hash that can be decoded: id, image, and its own window."""
+        seed, train = self.config.seed, self.train
+        for attempt in range(REPLACEMENTS):
+            image_id = replacement(seed, epoch, bad_id, attempt, len(train))
+            try:
+                image = self.train_image(image_id)
+            except BadImageError:
+                continue
+            ids = np.array([image_id])
+            window = crops(
+                seed, epoch, ids, train.heights[ids], train.widths[ids], self.config.data
+            )
+            return image_id, image, next(_rows(window, self.config.data.crop))[1]
+        raise BadImageError(
+            f"{train.path(bad_id)}: cannot be decoded, nor can {REPLACEMENTS} images tried in its "
+            f"place; check the images of {train.folder}"
+        )
+
+    def _evaluation(self, request: Resizes) -> Batch:
+        size = self.config.data.crop
+        pixels = np.empty((len(request.ids), size, size, 3), dtype=np.uint8)
+        for place, (image_id, window) in enumerate(_rows(request, size)):
+            pixels[place] = render_resize(self.val_image(image_id), *window)
+        return _batch(pixels, self.val, request.ids, [])
+
+
+def _rows(request: Crops | Resizes, size: int) -> Iterator[tuple[int, Any]]:
+    """Image by image: the id, and what its renderer is told besides the image."""
+    window: tuple[np.ndarray, ...]
+    if isinstance(request, Crops):
+        window = (request.top, request.left, request.height, request.width, request.flip)
+    else:
+        window = (request.resized_height, request.resized_width, request.top, request.left)
+    columns = [column.tolist() for column in window]
+    return zip(request.ids.tolist(), zip(*columns, repeat(size)), strict=True)
+
+
+def _batch(
+    pixels: NDArray[np.uint8], index: Index, ids: NDArray[np.int64], replaced: list
+) -> Batch:
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(index.labels[ids])
+    return Batch(images, labels, torch.from_numpy(ids), replaced)
+
+
+class _Requests(Sampler):
+    """What the worker processes are asked for next: the feed itself."""
+
+    def __init__(self) -> None:
+        self.pending: Iterator[Crops | Resizes] = iter(())
+
+    def __iter__(self) -> Iterator[Crops | Resizes]:
+        return self.pending
+
+
+class _Rendered(Dataset):
+    """The batches of a renderer, asked for by their windows."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+
+    def __getitem__(self, request: Crops | Resizes) -> Batch | UserError:
+        try:
+            return self._renderer(request)
+        except UserError as error:  # returned, as DataLoader adds a stack to what is raised
+            return error
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
+
+
+def _settle_worker(parent: int, worker: int) -> None:
+    settle_child(parent, STOP_SIGNALS)
+
+
+class _Workers:
+    """A DataLoader whose processes outlive its iterators."""
+
+    def __init__(self, renderer: Renderer, threads: int, pin: bool) -> None:
+        self._requests, self._pin = _Requests(), pin
+        self._ahead: Ahead | None = None
+        self._loader: DataLoader = DataLoader(
+            _Rendered(renderer),
+            batch_size=None,  # a request is a whole batch
+            sampler=self._requests,
+            collate_fn=_unchanged,
+            num_workers=threads,
+            persistent_workers=threads > 0,
+            worker_init_fn=partial(_settle_worker, os.getpid()),
+            multiprocessing_context="fork" if threads else None,
+            generator=torch.Generator(),  # leave the global one alone
+        )
+        next(iter(self._loader), None)  # nothing is asked for yet, but the processes start
+
+    def __call__(self, requests: Iterator[Crops | Resizes]) -> Iterator[Batch]:
+        """The batches of `requests`, in their order; a former iterator must not be used again."""
+        self._end_ahead()
+        self._requests.pending = requests
+        batches = self._received(iter(self._loader))
+        if not self._pin:
+            return batches
+        self._ahead = Ahead(batches, pin=True)
+        return self._ahead
+
+    def close(self) -> None:
+        self._end_ahead()
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            for process in iterator._workers:
+                process.kill()  # where one is still busy: SIGTERM does not reach it
+
+    def _end_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    @staticmethod
+    def _received(answers: Iterator[Batch | UserError]) -> Iterator[Batch]:
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+            yield answer
+
+
+class ReferenceLoader:
+    """`threads` worker processes, each making a whole micro-batch at a time; 0: this process.
+
+    The processes are started here, before there is a CUDA context or a process group to inherit.
+    Training and evaluation have their own, so that either goes on where it stopped.
+    """
+
+    name = "reference"
+
+    def __init__(self, config: Config, feed: Feed, threads: int, device_is_cuda: bool) -> None:
+        train, val = feed.train, feed.val
+        renderer = Renderer(
+            config, train, val, partial(read_image, train), partial(read_image, val)
+        )
+        self._feed = feed
+        self._training = _Workers(renderer, threads, device_is_cuda)
+        self._evaluation = _Workers(renderer, threads, device_is_cuda)
+
+    def train(self, first_step: int) -> Iterator[Batch]:
+        return self._training(self._feed.training(first_step))
+
+    def evaluate(self) -> Iterator[Batch]:
+        return self._evaluation(self._feed.evaluation())
+
+    def close(self) -> None:
+        for workers in (self._training, self._evaluation):
+            workers.close()

@@ -1,0 +1,156 @@
+"""Which image, which crop, which flip: a pure function of (seed, epoch, image id).
+
+There is no generator and so no state: nothing depends on the number of ranks or threads, or on
+where a run resumes. Image ids are positions in the training index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from harness.config import Data
+from harness.errors import UserError
+
+Ints = NDArray[Any]
+
+TRIES = 10  # section 5.1 by [fb]: "area 8-100 %, ratio 3/4-4/3, 10 tries"
+DRAWS = 4  # of a try: area, ratio, top, left
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
+
+
+class Purpose(IntEnum):
+    """What a hash is for: equal keys give independent hashes under different purposes."""
+
+    PERMUTATION = 1
+    CROP = 2
+    FLIP = 3
+    REPLACEMENT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """A micro-batch of training windows, each array (B,), in pixels of the stored image.
+
+    int64 `ids`; int32 `top`, `left`, `height`, `width`; bool `flip`. All are of one `epoch`.
+    """
+
+    ids: NDArray[np.int64]
+    top: NDArray[np.int32]
+    left: NDArray[np.int32]
+    height: NDArray[np.int32]
+    width: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+    epoch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Resizes:
+    """A batch for evaluation, each array (B,): the whole image is resized to `resized_height` x
+    `resized_width`, and the square of the config's `crop` at (`top`, `left`) of that is taken."""
+
+    ids: NDArray[np.int64]
+    resized_height: NDArray[np.int32]
+    resized_width: NDArray[np.int32]
+    top: NDArray[np.int32]
+    left: NDArray[np.int32]
+
+
+def hash64(purpose: Purpose, *keys: ArrayLike) -> NDArray[np.uint64]:
+    """A 64-bit hash of non-negative integers, broadcast against each other.
+
+    A chain of splitmix64 generators (Steele et al. 2014): each key picks a number of the stream
+    that the hash of the keys before it seeds. With all keys but the last fixed it is one to one.
+    """
+    state = np.uint64(purpose)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            state = state + (np.asarray(key).astype(np.uint64) + np.uint64(1)) * _GOLDEN
+            state = (state ^ (state >> _SHIFT_1)) * _FACTOR_1
+            state = (state ^ (state >> _SHIFT_2)) * _FACTOR_2
+            state = state ^ (state >> _SHIFT_3)
+    return np.asarray(state)
+
+
+def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Hashes as numbers in [0, 1): the upper 53 bits."""
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
+    """The order of an epoch: int64 (images,). 0.2 s at 1.28 M images."""
+    # no two ids have equal hashes, so every sorting algorithm gives this order
+    return np.argsort(hash64(Purpose.PERMUTATION, seed, epoch, np.arange(images)), kind="stable")
+
+
+def crops(seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: Data) -> Crops:
+    """Windows and flips of the images `ids` in `epoch`; `heights`, `widths` are theirs, all (B,).
+
+    torchvision's RandomResizedCrop.get_params: area uniform, ratio log-uniform, up to 10 tries
+    to fit, then the central window of the nearest ratio. An unknown size (0) counts as 1 x 1.
+    """
+    heights, widths = np.maximum(heights, 1)[:, None], np.maximum(widths, 1)[:, None]
+    bits = hash64(Purpose.CROP, seed, epoch, ids[:, None], np.arange(TRIES * DRAWS))
+    area, ratio, down, across = uniform(bits).reshape(len(ids), TRIES, DRAWS).transpose(2, 0, 1)
+
+    low, high = data.crop_area
+    area = (low + (high - low) * area) * (heights.astype(np.int64) * widths)
+    low, high = np.log(data.crop_ratio)
+    ratio = np.exp(low + (high - low) * ratio)
+    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (width >= 1) & (width <= widths) & (height >= 1) & (height <= heights)
+    top, left = np.floor(down * (heights - height + 1)), np.floor(across * (widths - width + 1))
+
+    first = fits.argmax(axis=1)[:, None]
+    tried = [np.take_along_axis(x, first, axis=1)[:, 0] for x in (top, left, height, width)]
+    central = _central_windows(heights[:, 0], widths[:, 0], data.crop_ratio)
+    found = fits.any(axis=1)
+    top, left, height, width = (
+        np.where(found, a, b).astype(np.int32) for a, b in zip(tried, central, strict=True)
+    )
+    flip = hash64(Purpose.FLIP, seed, epoch, ids) >> np.uint64(63) == 1
+    return Crops(ids, top, left, height, width, flip & data.flip, epoch)
+
+
+def _central_windows(
+    heights: Ints, widths: Ints, ratios: tuple[float, float]
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """The largest central window with a ratio within `ratios`: top, left, height, width."""
+    low, high = ratios
+    tall, wide = widths / heights < low, widths / heights > high
+    height = np.where(tall, np.maximum(np.rint(widths / low), 1), heights).astype(np.int64)
+    width = np.where(wide, np.maximum(np.rint(heights * high), 1), widths).astype(np.int64)
+    return (heights - height) // 2, (widths - width) // 2, height, width
+
+
+def resizes(ids: Ints, heights: Ints, widths: Ints, data: Data) -> Resizes:
+    """Short side to `data.resize`, then the central square of `data.crop`; all (B,).
+
+    torchvision's Resize truncates the long side, its CenterCrop rounds halves to even.
+    """
+    heights, widths = (
+        np.maximum(heights, 1).astype(np.int64),
+        np.maximum(widths, 1).astype(np.int64),
+    )
+    short = np.minimum(heights, widths)
+    resized_height = (data.resize * heights / short).astype(np.int32)
+    resized_width = (data.resize * widths / short).astype(np.int32)
+    top = np.rint((resized_height - data.crop) / 2).astype(np.int32)
+    left = np.rint((resized_width - data.crop) / 2).astype(np.int32)
+    return Resizes(ids, resized_height, resized_width, top, left)
+
+
+def replacement(seed: int, epoch: int, image_id: int, attempt: int, images: int) -> int:
+    """The image in the place of a bad one: any of the `images` but `image_id` itself."""
+    if images < 2:
+        raise UserError("data.on_bad_image: skip: there is no other image; add images")
+    bits = hash64(Purpose.REPLACEMENT, seed, epoch, image_id, attempt)
+    other = int(uniform(bits) * (images - 1))
+    return other + (other >= image_id)

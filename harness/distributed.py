@@ -1,0 +1,216 @@
+"""The ranks of a run: who this process is, its device, the process group, exact reductions."""
+
+# no postponed annotations here: DDP checks those of a communication hook
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.errors import UserError
+from harness.models.ghost_batch_norm import ghost_batch_norms
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among the ranks.
+
+    `launcher` is "torchrun" (RANK and WORLD_SIZE are set), "slurm" (a task of srun) or "alone".
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: str
+    device: torch.device
+
+
+def world_from_environment(device: str, environment: Mapping[str, str] = os.environ) -> World:
+    """Reads torchrun's or SLURM's variables; `device` is `run.device` ("auto", "cpu", "cuda").
+
+    Raises UserError where there are fewer GPUs than local ranks, or a variable is malformed.
+    """
+    try:
+        launcher, ranks = _ranks(environment)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"environment: {error}: missing or no number; use torchrun") from None
+    rank, world_size, local_rank, local_world_size = ranks
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return World(*ranks, launcher, torch.device("cpu"))
+    if not torch.cuda.is_available():
+        raise UserError("run.device: cuda, but no CUDA device is usable here; set run.device=cpu")
+    gpus = torch.cuda.device_count()
+    if launcher == "slurm" and gpus == 1:  # srun bound one GPU to each task
+        return World(*ranks, launcher, torch.device("cuda", 0))
+    if local_world_size > gpus:
+        raise UserError(gpu_advice(local_world_size, gpus))
+    return World(
+        rank, world_size, local_rank, local_world_size, launcher, torch.device("cuda", local_rank)
+    )
+
+
+def _ranks(environment: Mapping[str, str]) -> tuple[str, tuple[int, int, int, int]]:
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local_rank = int(environment.get("LOCAL_RANK", rank))
+        return "torchrun", (
+            rank,
+            world_size,
+            local_rank,
+            int(environment.get("LOCAL_WORLD_SIZE", world_size)),
+        )
+    # SLURM_STEP_NUM_TASKS is set by srun, not in a batch script, where one process stands alone
+    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as "4(x2),3"
+        node = int(environment.get("SLURM_NODEID", "0"))
+        ranks = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+        return "slurm", (*ranks, int(environment["SLURM_LOCALID"]), _tasks_per_node(tasks)[node])
+    return "alone", (0, 1, 0, 1)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    counts: list[int] = []
+    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeated or 1)
+    return counts
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: n[01-04,7],m3 -> n01."""
+    head = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodelist)
+    if head is None:
+        raise UserError(f"SLURM_STEP_NODELIST: {nodelist!r} names no host; set MASTER_ADDR")
+    return head[1] + (head[2] or "") + (head[3] or "")
+
+
+def gpu_advice(local_world_size: int, gpus: int) -> str:
+    """One line on ranks against GPUs of this machine; empty where they match."""
+    if local_world_size == gpus:
+        return ""
+    if local_world_size > gpus:
+        return (
+            f"{local_world_size} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}: "
+            f"one rank a GPU, so use torchrun --nproc-per-node {gpus}, or set run.device=cpu"
+        )
+    idle = gpus - local_world_size
+    are = "is" if idle == 1 else "are"
+    return f"{idle} of {gpus} GPUs {are} idle; to use all: torchrun --nproc-per-node {gpus}"
+
+
+def idle_gpus(world: World) -> str:
+    """A hint where this node has more GPUs than ranks; empty where all are used."""
+    if world.device.type != "cuda" or world.launcher == "slurm":
+        return ""
+    return gpu_advice(world.local_world_size, torch.cuda.device_count())
+
+
+def use_slurm_rendezvous(environment: dict[str, str] | os._Environ[str] = os.environ) -> None:
+    """Sets MASTER_ADDR and MASTER_PORT from the job, where the launcher has not set them."""
+    environment.setdefault(
+        "MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    )
+    environment.setdefault(
+        "MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000)
+    )
+
+
+@contextmanager
+def process_group(world: World, timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
+    """Joins the ranks (NCCL on GPUs, Gloo on CPUs) and yields a second, Gloo group for control.
+
+    The control group carries small CPU messages beside the gradients, so that agreement between
+    ranks never waits for the device. Yields None for a single rank, which needs no group.
+    Raises UserError where the rendezvous port is in use.
+    """
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.world_size == 1:
+        yield None
+        return
+    if world.launcher == "slurm":
+        use_slurm_rendezvous()
+    try:
+        dist.init_process_group(
+            "nccl" if world.device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except ValueError as error:  # "environment variable MASTER_ADDR expected, but not set"
+        raise UserError(f"rendezvous: {error}; launch with torchrun or srun") from error
+    except dist.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(f"rendezvous: port {place} is in use; choose another") from error
+        raise UserError(
+            f"rendezvous: cannot reach {place}: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sums `tensor` over all ranks, in place; exact for integers. Synchronises the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.SUM)
+    return tensor
+
+
+def min_over_ranks(tensor: Tensor) -> Tensor:
+    """The least value over all ranks, in place. Synchronises the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor
+
+
+def barrier(group: dist.ProcessGroup | None) -> None:
+    """Waits until all ranks of the group have come here; nothing for a single rank."""
+    if group is not None:
+        dist.barrier(group)
+
+
+def sum_gradients(
+    group: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    """DDP communication hook: gradients are summed, not averaged.
+
+    Remark 3 (section 3): each image's loss is divided by kn, so the all-reduce sums; the backward
+    pass of an image then knows nothing of the number of ranks, in float16 too.
+    """
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def global_running_statistics(model: nn.Module, share: float) -> Iterator[None]:
+    """Within: the running statistics are the means over all k workers; after: the rank's own again.
+
+    `share` is (workers of this rank) / k. The moving average is linear, so this weighted sum of the
+    ranks' averages is the average of the workers' statistics (design of GhostBatchNorm2d), and as
+    it is only lent, evaluating or saving never changes the run.
+    """
+    layers = ghost_batch_norms(model)
+    if not dist.is_initialized() or not layers:
+        yield
+        return
+    buffers = [
+        b for layer in layers for b in (layer.running_mean, layer.running_var) if b is not None
+    ]
+    own = [buffer.clone() for buffer in buffers]
+    flat = torch.cat([buffer.double() for buffer in buffers]) * share
+    sum_over_ranks(flat)
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean)
+    try:
+        yield
+    finally:
+        for buffer, kept in zip(buffers, own, strict=True):
+            buffer.copy_(kept)

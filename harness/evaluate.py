@@ -1,0 +1,82 @@
+"""Exact distributed evaluation: integer counts over every validation image once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.config import Config
+from harness.data.loader import Batch
+from harness.distributed import sum_over_ranks
+from harness.step import Pixels, autocast
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over the whole validation set; errors in %."""
+
+    correct: int
+    top5_correct: int
+    total: int
+    loss: float
+
+    @property
+    def error(self) -> float:
+        """Top-1 error in %."""
+        return 100.0 * (self.total - self.correct) / self.total
+
+    @property
+    def top5_error(self) -> float:
+        """Top-5 error in % (all classes, where there are fewer than 5)."""
+        return 100.0 * (self.total - self.top5_correct) / self.total
+
+    def error_interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the top-1 error, in %."""
+        z, n = 1.959964, self.total
+        p = (n - self.correct) / n
+        centre = p + z * z / (2 * n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+        return 100.0 * max(low, 0.0), 100.0 * min(high, 1.0)
+
+
+@torch.no_grad()
+def evaluate(
+    config: Config,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    pixels: Pixels,
+    watch: Callable[[Batch, Tensor], None] | None = None,
+) -> Evaluation:
+    """Evaluates this rank's share of the validation set and sums the counts over the ranks.
+
+    `watch` is given each batch and its logits (B, K). The total that was counted must be the size
+    of the data set: RuntimeError if not. Synchronises device and ranks, once, at the end.
+    """
+    model.eval()
+    local_counts = torch.zeros(3, dtype=torch.int64, device=pixels.device)
+    local_loss = torch.zeros((), dtype=torch.float64, device=pixels.device)
+    for batch in batches:
+        labels = batch.labels.to(pixels.device, non_blocking=True)
+        with autocast(config, pixels.device):
+            logits = model(pixels(batch.images))
+        logits = logits.double() if config.run.precision == "float64" else logits.float()
+        top = logits.topk(min(5, logits.shape[1])).indices
+        hits = top == labels[:, None]
+        local_counts += torch.stack(
+            [hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels)).to(labels)]
+        )
+        local_loss += F.cross_entropy(logits, labels, reduction="sum")
+        if watch is not None:
+            watch(batch, logits)
+    model.train()
+    correct, top5_correct, total = sum_over_ranks(local_counts).tolist()
+    loss = float(sum_over_ranks(local_loss))
+    if total != config.data.val_images:
+        raise RuntimeError(f"evaluation counted {total} images of {config.data.val_images}")
+    return Evaluation(correct, top5_correct, total, loss / total)

@@ -1,0 +1,165 @@
+"""What a run tells: the progress line, log.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from harness.config import Config
+from harness.evaluate import Evaluation
+from harness.metrics import Reading
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that stand: a torn one is ignored, superseded ones are left out.
+
+    A run resumed at step s goes on from there, so what was logged after s before is superseded.
+    """
+    if not path.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # a write cut off by a crash
+        if line["event"] == "resume":
+            lines = [kept for kept in lines if kept["step"] <= line["step"]]
+        lines.append(line)
+    return lines
+
+
+class Journal:
+    """Rank 0's record of the run; on the other ranks (`folder` None) every call does nothing."""
+
+    def __init__(self, folder: Path | None, config: Config, first_step: int) -> None:
+        self.config = config
+        self._file: IO[str] | None = None
+        self._bar: tqdm | None = None
+        self._first_step, self._logged_step = first_step, first_step
+        self._begun_s = self._mark_s = time.monotonic()
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._file = _open_log(folder / "log.jsonl")
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=config.total_steps, initial=first_step, unit="step", leave=False)
+
+    def event(self, name: str, step: int, **values: Any) -> None:
+        """One line of log.jsonl. `step` is the number of steps done."""
+        if self._file is None:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = {"event": name, "step": step, "time": now} | values
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def say(self, text: str) -> None:
+        """A plain line on standard output, above the bar where there is one."""
+        if self._file is not None:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def train_line(self, step: int, reading: Reading, lr: float, data_wait_s: float) -> None:
+        """The line of the steps since the last one: log, TensorBoard and progress."""
+        if self._file is None:
+            return
+        elapsed_s = max(time.monotonic() - self._mark_s, 1e-9)
+        # images of skipped float16 updates were trained on too
+        images = (step - self._logged_step) * self.config.recipe.minibatch
+        values = {
+            "loss": reading.loss,
+            "error": reading.error,
+            "lr": lr,
+            "images_per_s": images / elapsed_s,
+            "data_wait": min(data_wait_s / elapsed_s, 1.0),
+        }
+        if reading.overflows:
+            values["overflows"] = reading.overflows
+        epoch = (step - 1) // self.config.steps_per_epoch + 1
+        self.event("train", step, epoch=epoch, **values)
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"train/{name}", value, step)
+        self._progress(step, epoch, values)
+        self._logged_step = step
+        self._mark_s = time.monotonic()
+
+    def _progress(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        total = self.config.total_steps
+        trained_s = time.monotonic() - self._begun_s
+        left_s = round(trained_s / (step - self._first_step) * (total - step))
+        text = (
+            f"epoch {epoch}/{self.config.recipe.epochs}  step {step}/{total}  "
+            f"loss {values['loss']:.4f}  train error {values['error']:.2f} %  "
+            f"lr {values['lr']:.4g}  {values['images_per_s']:.0f} images/s  "
+            f"data {100 * values['data_wait']:.0f} %  left {timedelta(seconds=left_s)}"
+        )
+        if "overflows" in values:
+            text += f"  overflows {values['overflows']:.0f}"
+        if self._bar is None:
+            self.say(text)
+        else:
+            self._bar.bar_format = "{percentage:3.0f}%|{bar:20}| {desc}"
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def evaluation_line(self, step: int, evaluation: Evaluation) -> None:
+        """The validation result after `step` steps; its time counts in no image rate."""
+        epoch = step // self.config.steps_per_epoch
+        self.event(
+            "evaluation",
+            step,
+            epoch=epoch,
+            error=evaluation.error,
+            top5_error=evaluation.top5_error,
+            loss=evaluation.loss,
+            correct=evaluation.correct,
+            total=evaluation.total,
+        )
+        if self._file is not None:
+            self._tensorboard.add_scalar("validation/error", evaluation.error, step)
+            self._tensorboard.add_scalar("validation/top5_error", evaluation.top5_error, step)
+            self._tensorboard.add_scalar("validation/loss", evaluation.loss, step)
+        self.say(
+            f"epoch {epoch}/{self.config.recipe.epochs}  error {evaluation.error:.2f} %  "
+            f"top-5 error {evaluation.top5_error:.2f} %  loss {evaluation.loss:.4f}  "
+            f"({evaluation.total} of {self.config.data.val_images} images counted)"
+        )
+
+    def restart_clock(self) -> None:
+        """After evaluation and checkpoints, whose time counts in no image rate."""
+        self._mark_s = time.monotonic()
+
+    def flush(self) -> None:
+        """Brings the log to the disk: before a checkpoint, so that it is never behind one."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
+        if self._file is not None:
+            if self._bar is not None:
+                self._bar.close()
+            self._file.close()
+            self._tensorboard.close()
+            self._file = None
+
+
+def _open_log(path: Path) -> IO[str]:
+    """Opened for appending; a torn last line is ended, so that the next one stands by itself."""
+    torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the journal closes it)
+    if torn:
+        file.write("\n")
+    return file

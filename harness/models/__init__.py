@@ -1,0 +1,101 @@
+"""Models by name: every ResNet of torchvision, and ResNet-8/20/32/56 for small images."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+
+from harness.errors import UserError
+from harness.models.cifar_resnet import DEPTHS, CifarResNet
+from harness.models.ghost_batch_norm import convert_batch_norms
+from harness.recipe.initialization import initialize
+
+if TYPE_CHECKING:
+    from harness.config import Config, Model
+
+SMALL = {f"resnet{depth}": depth for depth in DEPTHS}
+
+
+def model_names() -> list[str]:
+    """The names that `model.name` may have."""
+    builders = torchvision_models.list_models(module=torchvision_models)
+    resnets = torchvision_models.resnet.__name__
+    return [
+        *SMALL,
+        *(n for n in builders if torchvision_models.get_model_builder(n).__module__ == resnets),
+    ]
+
+
+def build_model(config: Config, channels_last: bool = False) -> nn.Module:
+    """The config's model in float32 on the CPU, with ghost batch norm, its weights set.
+
+    `channels_last` is the order of a micro-batch that its batch norms are given (see
+    `GhostBatchNorm2d`). Raises UserError for an unknown name and for a weights file that cannot be
+    read or does not fit.
+    """
+    model = _bare_model(config.model, config.data.classes)
+    convert_batch_norms(model, config.recipe.worker_batch, channels_last)
+    initialize(model, config.seed, config.model.last_gamma)
+    if config.model.weights is not None:
+        load_weights(model, Path(config.model.weights))
+    return model
+
+
+def _bare_model(model: Model, classes: int) -> nn.Module:
+    names = model_names()
+    if model.name not in names:
+        nearest = difflib.get_close_matches(model.name, names, n=1, cutoff=0.0)[0]
+        raise UserError(f"model.name: no model {model.name!r}; did you mean {nearest!r}?")
+    if model.name in SMALL:
+        return CifarResNet(SMALL[model.name], classes, model.width)
+    return torchvision_models.get_model(model.name, weights=None, num_classes=classes)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state dict, .safetensors or torch.save's, strictly and without running its code.
+
+    Raises UserError that names the file, and the first key that does not fit.
+    """
+    weights = _read_state_dict(path)
+    expected = model.state_dict()
+    for key in expected:
+        # a file from before PyTorch 0.4.1 has no num_batches_tracked
+        if key not in weights and not key.endswith(".num_batches_tracked"):
+            raise _misfit(path, key, "is missing")
+    for key, weight in weights.items():
+        if key not in expected:
+            raise _misfit(path, key, "is not in the model")
+        if weight.shape != expected[key].shape:
+            shapes = f"{tuple(weight.shape)} instead of {tuple(expected[key].shape)}"
+            raise _misfit(path, key, f"has the shape {shapes}")
+    # a dict without the version that torch.save adds, so that PyTorch fills in num_batches_tracked
+    model.load_state_dict(dict(weights), strict=True)
+
+
+def _misfit(path: Path, key: str, what: str) -> UserError:
+    return UserError(f"model.weights: {path}: key {key!r} {what}; it is for another model.name")
+
+
+def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"model.weights: {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is damaged or hostile may raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"model.weights: {path}: no state dict ({reason[0]})") from error
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(key, str) and isinstance(weight, Tensor) for key, weight in weights.items()
+    ):
+        raise UserError(f"model.weights: {path}: not a plain state dict of names and tensors")
+    return weights

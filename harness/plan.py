@@ -1,0 +1,323 @@
+"""The dry run: what would be run and what was checked, without data or GPU."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from harness.config import Config
+from harness.errors import UserError
+from harness.models import build_model
+from harness.recipe.initialization import last_batch_norm, residual_blocks
+from harness.recipe.minibatch import Minibatch
+from harness.recipe.optimizer import build_optimizer
+from harness.recipe.schedule import lr_at, peak_lr, warmup_steps
+
+COLUMNS, ROWS = 60, 10  # of the picture, in characters
+AUTO_MICRO_BATCH = 256  # images, where a rank has as many
+FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
+SIGMAS = 6  # a measured std may be this many of its own standard errors off
+
+
+def make_plan(config: Config, ranks: int, lr_at_steps: Sequence[int] = ()) -> dict[str, Any]:
+    """What `config` would run on `ranks` ranks, JSON-ready; builds the model on the CPU.
+
+    Raises UserError where there are more ranks than workers, or one of `lr_at_steps` is not
+    a step of the run.
+    """
+    for step in lr_at_steps:
+        if not 0 <= step < config.total_steps:
+            last = config.total_steps - 1
+            raise UserError(f"--lr-at {step}: not a step of this run; its steps are 0 to {last}")
+    plan = {
+        "model": config.model.name,
+        "expect": {
+            "error": config.expect.error,
+            "std": config.expect.std,
+            "source": config.expect.source,
+        },
+        **_plan_steps(config),
+        **_plan_ranks(config, ranks),
+        **_plan_lr(config),
+    }
+    if lr_at_steps:
+        plan["lr_at"] = {str(step): lr_at(config, step) for step in lr_at_steps}
+    model = build_model(config)
+    facts = inspect_model(model, build_optimizer(model, config.recipe), config)
+    return plan | facts | {"checks": check_facts(facts)}
+
+
+def _plan_steps(config: Config) -> dict[str, Any]:
+    used = config.steps_per_epoch * config.recipe.minibatch
+    return {
+        "workers": config.workers,
+        "worker_batch": config.recipe.worker_batch,
+        "minibatch": config.recipe.minibatch,
+        "epochs": config.recipe.epochs,
+        "steps_per_epoch": config.steps_per_epoch,
+        "total_steps": config.total_steps,
+        "images": config.images,
+        "images_used_per_epoch": used,
+        "images_unused_per_epoch": config.images - used,
+    }
+
+
+def micro_batch_images(config: Config, local_workers: int) -> int:
+    """Images that a rank of `local_workers` workers pushes through the model at once."""
+    size = AUTO_MICRO_BATCH if config.run.micro_batch == "auto" else config.run.micro_batch
+    fitting = max(size // config.recipe.worker_batch, 1)
+    return min(local_workers, fitting) * config.recipe.worker_batch
+
+
+def _plan_ranks(config: Config, ranks: int) -> dict[str, Any]:
+    """`shares`: [ranks, workers of each], the largest share first; `micro_batch` in images and
+    `micro_batches` a step are those of the largest share."""
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: at least 1 rank is needed")
+    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    shares = [len(minibatch.workers_of(rank, ranks)) for rank in range(ranks)]
+    size = micro_batch_images(config, max(shares))
+    largest = shares.index(max(shares))
+    return {
+        "ranks": ranks,
+        "shares": [[count, workers] for workers, count in sorted(Counter(shares).items())][::-1],
+        "micro_batch": size,
+        "micro_batches": len(minibatch.micro_batches(largest, ranks, size)),
+    }
+
+
+def _plan_lr(config: Config) -> dict[str, Any]:
+    """`lr_corners`: [step, epoch, lr, what]; `lr_curve`: lr at evenly spaced steps, the first
+    and the last included."""
+    recipe, last = config.recipe, config.total_steps - 1
+    ratio = f"{recipe.minibatch}/{recipe.reference_minibatch}"
+    peak = peak_lr(recipe)
+    arithmetic = {
+        "linear": f"{recipe.reference_lr:g} × {ratio} = {peak:.4g}",
+        "sqrt": f"{recipe.reference_lr:g} × √({ratio}) = {peak:.4g}",
+        "none": f"{peak:g}, not scaled",
+    }
+    corners = [
+        [step, step / config.steps_per_epoch, lr_at(config, step), what]
+        for step, what in sorted(_corners(config).items())
+    ]
+    points = 2 * COLUMNS  # a braille character is two dots wide
+    curve = [lr_at(config, last * point // (points - 1)) for point in range(points)]
+    return {
+        "peak_lr": peak,
+        "peak_lr_arithmetic": arithmetic[recipe.scaling],
+        "warmup_steps": warmup_steps(recipe, config.steps_per_epoch),
+        "lr_corners": corners,
+        "lr_scale": "log" if recipe.decay == "steps" and min(curve) > 0 else "linear",
+        "lr_curve": curve,
+    }
+
+
+def _corners(config: Config) -> dict[int, str]:
+    """Step -> what happens to the lr there."""
+    recipe = config.recipe
+    warmup = warmup_steps(recipe, config.steps_per_epoch)
+    corners = {config.total_steps - 1: "last step"}
+    if warmup:
+        corners |= {0: f"{recipe.warmup} warm-up starts", warmup: "peak, end of warm-up"}
+    else:
+        corners[0] = "peak, no warm-up"
+    if recipe.decay == "cosine":
+        corners[warmup] += ", cosine starts"
+    else:
+        for epoch in recipe.milestones:
+            corners[epoch * config.steps_per_epoch] = f"× {recipe.decay_factor:g}"
+    return corners
+
+
+def inspect_model(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
+) -> dict[str, Any]:
+    """What is read off the model and the optimizer that a run would use, nothing assumed."""
+    decayed: set[nn.Parameter] = set()
+    undecayed: set[nn.Parameter] = set()
+    for group in optimizer.param_groups:
+        (decayed if group["weight_decay"] > 0 else undecayed).update(group["params"])
+    batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    last_gammas = [last_batch_norm(block).weight for _, block in residual_blocks(model)]
+    fc = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return {
+        "weights": config.model.weights and str(config.model.weights),
+        "last_gamma": config.model.last_gamma,
+        "weight_decay": config.recipe.weight_decay,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_decayed": sum(p.numel() for p in decayed),
+        "parameters_undecayed": sum(p.numel() for p in undecayed),
+        "decayed_modules": _owners(model, decayed),
+        "undecayed_modules": _owners(model, undecayed),
+        "batch_norms": len(batch_norms),
+        "batch_norms_undecayed": sum({bn.weight, bn.bias} <= undecayed for bn in batch_norms),
+        "residual_blocks": len(last_gammas),
+        "zero_gammas": sum(not gamma.any() for gamma in last_gammas),
+        "fc_std": _std(fc.weight),
+        "fc_std_as_drawn": _drawn_with(fc.weight, FC_STD),
+        "fc_bias": float(fc.bias.detach().abs().max()),
+        "convolutions": len(convolutions),
+        "convolutions_as_drawn": sum(_drawn_with(c.weight, _he_std(c)) for c in convolutions),
+    }
+
+
+def _owners(model: nn.Module, parameters: set[nn.Parameter]) -> list[str]:
+    """The types of the modules that hold any of `parameters`."""
+    owners = (m for m in model.modules() if not parameters.isdisjoint(m.parameters(recurse=False)))
+    return sorted({type(owner).__name__ for owner in owners})
+
+
+def _std(weight: torch.Tensor) -> float:
+    return float(weight.detach().double().std())
+
+
+def _drawn_with(weight: torch.Tensor, std: float) -> bool:
+    # the std of N Gaussian numbers has a standard error of std / sqrt(2 N)
+    return abs(_std(weight) - std) <= SIGMAS * std / math.sqrt(2 * weight.numel())
+
+
+def _he_std(convolution: nn.Conv2d) -> float:
+    """He et al. 2015, fan_out and ReLU: sqrt(2 / (output channels · kernel area))."""
+    return math.sqrt(2 / (convolution.weight.shape[0] * math.prod(convolution.kernel_size)))
+
+
+def check_facts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """[{what, ok}]; `ok` is null for what is only reported, as it may be anything."""
+    optimized = facts["parameters_decayed"] + facts["parameters_undecayed"]
+    parameters = facts["parameters"]
+    layers, undecayed = facts["batch_norms"], facts["batch_norms_undecayed"]
+    blocks, zero = facts["residual_blocks"], facts["zero_gammas"]
+    asked = "" if facts["last_gamma"] == 0 else f" (model.last_gamma is {facts['last_gamma']:g})"
+    drawn, convolutions = facts["convolutions_as_drawn"], facts["convolutions"]
+    checks: list[tuple[str, bool]] = [
+        (f"{undecayed} of {layers} BN layers undecayed", undecayed == layers),
+        (f"{optimized:,} of {parameters:,} parameters optimized", optimized == parameters),
+    ]
+    initial: list[tuple[str, bool]] = [
+        (f"{zero} of {blocks} last γ zero{asked}", zero == (0 if asked else blocks)),
+        (f"fc weight std {facts['fc_std']:.4f} (paper: {FC_STD})", facts["fc_std_as_drawn"]),
+        (f"largest fc bias {facts['fc_bias']:.4g}", facts["fc_bias"] == 0),
+        (f"{drawn} of {convolutions} convolutions std √(2/fan_out)", drawn == convolutions),
+    ]
+    loaded = facts["weights"] is not None  # such weights are as they were trained
+    return [{"what": what, "ok": ok} for what, ok in checks] + [
+        {"what": what, "ok": None if loaded else ok} for what, ok in initial
+    ]
+
+
+def render_plan(plan: dict[str, Any]) -> str:
+    """What a person reads: some 40 lines of about 100 characters at most."""
+    parts = (_summary(plan), draw_lr(plan), _lr_table(plan), _parameters(plan))
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _summary(plan: dict[str, Any]) -> list[str]:
+    expect = plan["expect"]
+    std = "" if expect["std"] is None else f" ± {expect['std']:.2f}"
+    return [
+        f"model        {plan['model']}, {plan['epochs']} epochs of {plan['images']:,} images",
+        f"expected     error {expect['error']:.2f}{std} % ({expect['source']})",
+        f"minibatch    k = {_count(plan['workers'], 'worker')}, "
+        f"n = {_count(plan['worker_batch'], 'image')} each: "
+        f"kn = {plan['minibatch']:,} images",
+        f"ranks        {_ranks_line(plan)}",
+        f"steps        {plan['steps_per_epoch']:,} an epoch, {plan['total_steps']:,} in all",
+        f"images       {plan['images_used_per_epoch']:,} used in an epoch, "
+        f"{plan['images_unused_per_epoch']:,} left over (others each time)",
+        f"peak lr      {plan['peak_lr_arithmetic']}",
+    ]
+
+
+def _ranks_line(plan: dict[str, Any]) -> str:
+    shares = ", ".join(f"{ranks} × {_count(n, 'worker')}" for ranks, n in plan["shares"])
+    passes = _count(plan["micro_batches"], "micro-batch", "es")
+    images = _count(plan["micro_batch"], "image")
+    return f"{plan['ranks']} ({shares}), a step in at most {passes} of at most {images}"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def _lr_table(plan: dict[str, Any]) -> list[str]:
+    rows = {step: (epoch, lr, what) for step, epoch, lr, what in plan["lr_corners"]}
+    for key, lr in plan.get("lr_at", {}).items():
+        rows.setdefault(int(key), (int(key) / plan["steps_per_epoch"], lr, ""))
+    lines = [f"{'step':>10}  {'epoch':>7}  {'lr':>10}"]
+    for step, (epoch, lr, what) in sorted(rows.items()):
+        lines.append(f"{step:>10,}  {epoch:>7.4g}  {lr:>10.4g}  {what}".rstrip())
+    return lines
+
+
+def _parameters(plan: dict[str, Any]) -> list[str]:
+    mark = {True: "ok", False: "FAILED", None: "loaded"}
+    lines = [
+        f"parameters   {plan['parameters']:,}",
+        f"  decayed    {plan['parameters_decayed']:,} by {plan['weight_decay']:g}: "
+        + ", ".join(plan["decayed_modules"]),
+        f"  undecayed  {plan['parameters_undecayed']:,}: " + ", ".join(plan["undecayed_modules"]),
+        "checked on the model and the optimizer, as a run would build them",
+        *(f"  {mark[check['ok']]:9}  {check['what']}" for check in plan["checks"]),
+    ]
+    if plan["weights"] is not None:
+        lines.append(f"  loaded: not initial values, but those of {plan['weights']}")
+    return lines
+
+
+def draw_lr(plan: dict[str, Any]) -> list[str]:
+    """A picture of the lr over the epochs, COLUMNS × ROWS braille characters and labelled axes.
+
+    Step decay is drawn on a log scale: each ×0.1 is a stair of the same height.
+    """
+    curve, corners = plan["lr_curve"], [lr for _, _, lr, _ in plan["lr_corners"]]
+    log = plan["lr_scale"] == "log"
+    height: Callable[[float], float] = math.log if log else float
+    # a corner may lie between two dots of the curve
+    low, high = height(min(curve + corners) if log else 0.0), height(max(curve + corners))
+
+    def dot_row(lr: float) -> int:  # 0 is the top
+        return round((high - height(lr)) / ((high - low) or 1.0) * (4 * ROWS - 1))
+
+    labels = {} if log else {ROWS - 1: "0"}
+    for lr in sorted(corners, key=lambda lr: -abs(height(lr) - (high + low) / 2)):  # ends first
+        labels.setdefault(dot_row(lr) // 4, f"{lr:.4g}")
+    width = max(map(len, labels.values()))
+    lines = [f"{'lr':>{width}}" + (" (log scale)" if log else "")]
+    for row, text in enumerate(_braille([dot_row(lr) for lr in curve])):
+        axis = "┤" if row in labels else "│"
+        lines.append(f"{labels.get(row, ''):>{width}} {axis}{text}".rstrip())
+    return lines + [" " * (width + 1) + line for line in _epoch_axis(plan)]
+
+
+def _braille(dots: list[int]) -> list[str]:
+    """Heights of 2·COLUMNS dots, 0 at the top, 4 a character -> ROWS lines, jumps joined."""
+    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode's order of dots
+    cells = [[0] * COLUMNS for _ in range(ROWS)]
+    for x, (before, here) in enumerate(pairwise([dots[0], *dots])):
+        for y in range(min(before, here), max(before, here) + 1):
+            cells[y // 4][x // 2] |= bits[y % 4][x % 2]
+    return ["".join(chr(0x2800 + cell) if cell else " " for cell in row) for row in cells]
+
+
+def _epoch_axis(plan: dict[str, Any]) -> list[str]:
+    """The axis with a tick at each corner, and its labels: the epochs."""
+    last = plan["total_steps"] - 1
+    ticks, labels = ["─"] * COLUMNS, " " * (COLUMNS + 10)
+    free_from = 0
+    for step, epoch, _, _ in plan["lr_corners"]:
+        column = -(-step * (2 * COLUMNS - 1) // max(last, 1)) // 2  # where that step is first drawn
+        ticks[column] = "┬"
+        text = f"{plan['epochs'] if step == last else epoch:g}"
+        if column + 1 >= free_from:
+            labels = labels[: column + 1] + text + labels[column + 1 + len(text) :]
+            free_from = column + len(text) + 2
+    return ["└" + "".join(ticks), labels.rstrip() + "  epoch"]

@@ -1,0 +1,64 @@
+"""A minibatch: k workers of n images, laid over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.errors import UserError
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The kn images of a step. Workers are logical: k and n know nothing of the hardware.
+
+    Worker w's image i has place w*n + i within the minibatch, from 0 to kn - 1.
+    """
+
+    workers: int  # k
+    worker_batch: int  # n, "a hyper-parameter of BN, not of distributed training" (section 2.3)
+
+    @property
+    def size(self) -> int:
+        """kn, in images (section 2.1)."""
+        return self.workers * self.worker_batch
+
+    def workers_of(self, rank: int, world_size: int) -> range:
+        """The workers that a rank hosts: contiguous, and shares differ by at most one.
+
+        Raises UserError where there are more ranks than workers.
+        """
+        if world_size > self.workers:
+            raise UserError(
+                f"{world_size} ranks, but recipe.minibatch / recipe.worker_batch = {self.size} / "
+                f"{self.worker_batch} is only {self.workers} workers: start at most {self.workers}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in [0, {world_size})")
+        share, surplus = divmod(self.workers, world_size)
+        first = rank * share + min(rank, surplus)
+        return range(first, first + share + (rank < surplus))
+
+    def micro_batches(self, rank: int, world_size: int, micro_batch: int) -> list[range]:
+        """The workers of each of a rank's micro-batches of `micro_batch` images, in order.
+
+        The last may be smaller. Accumulating over them is a legal way to run the recipe
+        (footnote 5). Raises ValueError where `micro_batch` is no multiple of n.
+        """
+        per_micro_batch, rest = divmod(micro_batch, self.worker_batch)
+        if rest or per_micro_batch < 1:
+            raise ValueError(f"micro_batch {micro_batch} is no multiple of {self.worker_batch}")
+        hosted = self.workers_of(rank, world_size)
+        starts = range(0, len(hosted), per_micro_batch)
+        return [hosted[start : start + per_micro_batch] for start in starts]
+
+    def places(self, workers: range, channels_last: bool) -> np.ndarray:
+        """The places (m*n,) int64 of a micro-batch of m workers, in memory order.
+
+        channels_last: worker by worker. NCHW: image i of the micro-batch's j-th worker at i*m + j,
+        so that `GhostBatchNorm2d` gets its view of the images for nothing.
+        """
+        images = np.arange(self.worker_batch, dtype=np.int64)
+        places = np.asarray(workers, dtype=np.int64)[:, None] * self.worker_batch + images
+        return (places if channels_last else places.T).reshape(-1)

@@ -1,0 +1,198 @@
+"""A run on one rank: what the loop works with, its log lines, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from harness.config import Config
+from harness.data.loader import Feed, Loader
+from harness.distributed import World, global_running_statistics
+from harness.evaluate import evaluate
+from harness.interrupt import StopRequest
+from harness.journal import Journal
+from harness.recipe.schedule import lr_at
+from harness.run_folder import RunFolder
+from harness.step import Step
+
+FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
+OVERFLOWS_IN_ROW = 20  # float16: from 65536 the scale has then fallen below 1
+
+
+class Diverged(RuntimeError):
+    """The loss or the weights are not finite; the last good checkpoint is kept."""
+
+
+@dataclass
+class Run:
+    """`control` is the process group of small CPU messages."""
+
+    config: Config
+    world: World
+    folder: RunFolder
+    step: Step
+    feed: Feed
+    loader: Loader
+    control: dist.ProcessGroup | None
+    stop: StopRequest
+    journal: Journal = field(init=False)
+    first_step: int = 0
+    errors: dict[int, float] = field(default_factory=dict)  # epoch -> validation error in %
+    saved_at_s: float = field(default_factory=time.monotonic)
+
+    def open_journal(self) -> None:
+        """Rank 0's log begins, or goes on after the checkpoint that was restored."""
+        path = self.folder.path if self.world.rank == 0 else None
+        self.journal = Journal(path, self.config, self.first_step)
+        self.journal.event(
+            "resume" if self.first_step else "start",
+            self.first_step,
+            incarnation=self.folder.incarnation,
+            world_size=self.world.world_size,
+            device=self.world.device.type,
+            precision=self.config.run.precision,
+            loader=self.loader.name,
+            micro_batch=self.feed.micro_batch,
+        )
+
+    def log_line(self, done: int) -> None:
+        """Reads the metrics since the last line. Synchronises. Raises Diverged, on all ranks."""
+        reading = self.step.metrics.read(len(self.step.replaced))
+        if reading.replaced:
+            self._log_replaced()
+        self.journal.train_line(done, reading, lr_at(self.config, done - 1), self.step.data_wait_s)
+        self.step.data_wait_s = 0.0
+        if reading.overflows_in_row >= OVERFLOWS_IN_ROW:
+            raise self._diverged(done - 1, f"float16 overflowed {OVERFLOWS_IN_ROW} times in a row")
+        if reading.first_bad_step is not None:
+            raise self._diverged(reading.first_bad_step, "the loss is not finite")
+        if self.world.rank == 0:
+            self.folder.write_status("running", step=done, total_steps=self.config.total_steps)
+
+    def _diverged(self, step: int, why: str) -> Diverged:
+        ids = self.feed.step_ids(step).tolist()
+        self.journal.event("diverged", step + 1, why=why, image_ids=ids)
+        return Diverged(
+            f"{why} at step {step} (lr {lr_at(self.config, step):.4g}); its images: ids "
+            f"{', '.join(map(str, ids[:8]))}, … (all {len(ids)} in {self.folder.log}); "
+            "the last good checkpoint is kept"
+        )
+
+    def _log_replaced(self) -> None:
+        """Images that could not be decoded, of all ranks, each with the one in its place."""
+        everywhere: list[list[tuple[int, int, int]]] = [self.step.replaced]
+        if self.control is not None:
+            everywhere = [[] for _ in range(self.world.world_size)]
+            dist.all_gather_object(everywhere, self.step.replaced, group=self.control)
+        for step, bad, other in sorted(itertools.chain.from_iterable(everywhere)):
+            self.journal.event("replaced", step + 1, bad_image_id=bad, by_image_id=other)
+        self.step.replaced = []
+
+    def evaluation_is_due(self, done: int) -> bool:
+        """After every `evaluate_every_epochs`, and after each epoch that the error is made of."""
+        epoch = done // self.config.steps_per_epoch
+        final = epoch > self.config.recipe.epochs - FINAL_EPOCHS
+        return final or epoch % self.config.run.evaluate_every_epochs == 0
+
+    def evaluate(self, done: int) -> None:
+        """Evaluates with the running statistics of all workers. Synchronises."""
+        network = self.step.network
+        with global_running_statistics(network, self.feed.share):
+            evaluation = evaluate(self.config, network, self.loader.evaluate(), self.step.pixels)
+        self.errors[done // self.config.steps_per_epoch] = evaluation.error
+        self.journal.evaluation_line(done, evaluation)
+        self.journal.restart_clock()
+
+    def evaluate_if_missing(self) -> None:
+        """Makes up the evaluation of the epoch that the restored checkpoint ended."""
+        epoch, rest = divmod(self.first_step, self.config.steps_per_epoch)
+        missing = epoch > 0 and rest == 0 and epoch not in self.errors
+        if missing and self.evaluation_is_due(self.first_step):
+            self.evaluate(self.first_step)
+
+    def final_error(self) -> float:
+        """Median validation error in % over the final 5 epochs."""
+        epochs = self.config.recipe.epochs
+        return statistics.median(
+            error for epoch, error in self.errors.items() if epoch > epochs - FINAL_EPOCHS
+        )
+
+    def checkpoint_is_due(self) -> bool:
+        """Rank 0's clock decides; the ranks agree on it."""
+        minutes = (time.monotonic() - self.saved_at_s) / 60
+        return self.world.rank == 0 and minutes >= self.config.run.checkpoint_every_minutes
+
+    def save(self, done: int) -> None:
+        """Writes a checkpoint of finite weights. Synchronises. A full disk is a warning."""
+        network = self.step.network
+        if not bool(torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all()):
+            raise self._diverged(done - 1, "the weights are not finite")
+        self.saved_at_s = time.monotonic()
+        with global_running_statistics(network, self.feed.share):
+            if self.world.rank == 0:
+                self._write_checkpoint(done)
+        self.journal.restart_clock()
+
+    def _write_checkpoint(self, done: int) -> None:
+        self.folder.check_current()
+        self.journal.flush()
+        path = checkpoint_path(self.folder.checkpoints, self.folder.incarnation, done)
+        payload = self.step.state_dict() | {
+            "step": done,
+            "incarnation": self.folder.incarnation,
+            "config": self.config.model_dump(mode="json"),
+            "seed": self.config.seed,
+            "world_size": self.world.world_size,
+            "errors": self.errors,
+            "versions": {"torch": str(torch.__version__)},
+        }
+        try:
+            save_checkpoint(path, payload)
+            prune_checkpoints(
+                self.folder.checkpoints, self.config.run.keep_checkpoints, self._best_step()
+            )
+            self.journal.event("checkpoint", done, file=path.name)
+        except OSError as error:
+            self.journal.say(f"warning: {path}: not written: {error.strerror}; going on")
+            self.journal.event("checkpoint_failed", done, file=path.name, why=str(error))
+
+    def _best_step(self) -> int | None:
+        if not self.errors:
+            return None
+        return min(self.errors, key=lambda epoch: self.errors[epoch]) * self.config.steps_per_epoch
+
+    def restore(self, path: Path) -> None:
+        """Takes over a checkpoint written on any number of ranks."""
+        payload: dict[str, Any] = load_checkpoint(path)
+        self.step.load_state_dict(payload)
+        self.first_step, self.errors = payload["step"], dict(payload["errors"])
+
+
+def choose_checkpoint(
+    folder: RunFolder, going_on: bool, control: dist.ProcessGroup | None
+) -> Path | None:
+    """The newest valid checkpoint, chosen by rank 0 for all; damaged ones are reported.
+
+    `going_on`: true on rank 0 of a run that resumes.
+    """
+    chosen: list[str | None] = [None]
+    if going_on:
+        found = newest_checkpoint(folder.checkpoints, lambda text: print(f"warning: {text}"))
+        chosen = [str(found[0]) if found else None]
+    if control is not None:
+        dist.broadcast_object_list(chosen, src=0, group=control)
+    return Path(chosen[0]) if chosen[0] else None

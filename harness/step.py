@@ -1,0 +1,146 @@
+"""One optimizer step: micro-batches, precision, the sum of gradients over the ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.config import Config
+from harness.data.loader import Batch
+from harness.distributed import World, sum_gradients
+from harness.metrics import Metrics
+from harness.models.ghost_batch_norm import update_running_statistics
+from harness.recipe.losses import training_loss
+from harness.recipe.optimizer import build_optimizer, set_lr
+from harness.recipe.schedule import lr_at
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Pixels:
+    """Brings a batch to the device: uint8 (B, 3, H, W) -> normalised floating point.
+
+    Normalises on the device (section 2: "per-color mean and standard deviation"), so that a
+    quarter of the bytes cross the bus.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.device = device
+        self.dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+        self.memory_format = (
+            torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        )
+        shape = (1, 3, 1, 1)
+        self.mean = (
+            (255.0 * torch.tensor(config.data.mean, dtype=self.dtype)).view(shape).to(device)
+        )
+        self.scale = (
+            (1 / (255.0 * torch.tensor(config.data.std, dtype=self.dtype))).view(shape).to(device)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        images = images.to(self.dtype, memory_format=self.memory_format)
+        return images.sub_(self.mean).mul_(self.scale)
+
+
+def set_precision(precision: str) -> None:
+    """Process-wide: float32 means float32; TF32 only where it is asked for by name."""
+    torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """The context of a forward pass in `run.precision`."""
+    dtype = AUTOCAST.get(config.run.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+class Step:
+    """Runs optimizer steps of this rank.
+
+    `model` is on the device; `self.model` is what micro-batches go through (DDP, compiled), and
+    `self.network` the bare one, which is saved and evaluated.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, world: World, micro_batches: int) -> None:
+        self.config, self.device = config, world.device
+        self.micro_batches = micro_batches
+        self.network = model
+        self.model: nn.Module = torch.compile(model) if config.run.compile is True else model  # type: ignore[assignment]
+        if world.world_size > 1:
+            # workers keep their own statistics, so buffers are never broadcast (section 2.3)
+            ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            ddp.register_comm_hook(torch.distributed.group.WORLD, sum_gradients)
+            self.model = ddp
+        self.optimizer = build_optimizer(model, config.recipe)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.run.precision == "float16"
+        )
+        self.pixels = Pixels(config, self.device)
+        self.metrics = Metrics(self.device)
+        self.data_wait_s = 0.0
+        self.replaced: list[tuple[int, int, int]] = []  # local: step, bad image id, id in its place
+
+    def __call__(self, step: int, batches: Iterator[Batch]) -> None:
+        """One update from this rank's next micro-batches; nothing here waits for the device."""
+        set_lr(self.optimizer, lr_at(self.config, step))
+        for number in range(self.micro_batches):
+            waited_from_s = time.perf_counter()
+            batch = next(batches)
+            self.data_wait_s += time.perf_counter() - waited_from_s
+            self.replaced += [(step, bad, other) for bad, other in batch.replaced]
+            with self._gradients_stay_local(number < self.micro_batches - 1):
+                self._forward_backward(batch)
+        self.scaler.step(self.optimizer)
+        self.metrics.end_step(step, self._overflow())
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_running_statistics(self.network)
+
+    def _forward_backward(self, batch: Batch) -> None:
+        labels = batch.labels.to(self.device, non_blocking=True)
+        images = self.pixels(batch.images)
+        recipe = self.config.recipe
+        with autocast(self.config, self.device):
+            logits = self.model(images)
+        loss = training_loss(logits, labels, recipe.minibatch, recipe.label_smoothing)
+        self.scaler.scale(loss).backward()
+        self.metrics.add_micro_batch(loss, logits, labels)
+
+    def _gradients_stay_local(self, local: bool) -> AbstractContextManager[None]:
+        if local and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _overflow(self) -> Tensor | None:
+        """float16: 1.0 on the device where this step's gradients overflowed (the same on all ranks,
+        as it is seen in the summed gradients)."""
+        if not self.scaler.is_enabled():
+            return None
+        found = self.scaler._found_inf_per_device(self.optimizer)
+        return torch.stack([value.to(self.device) for value in found.values()]).amax()
+
+    def state_dict(self) -> dict[str, object]:
+        """Model, optimizer and scaler, as a checkpoint holds them."""
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Takes over what `state_dict` gave, from any number of ranks."""
+        self.network.load_state_dict(state["model"], strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])

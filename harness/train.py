@@ -1,0 +1,184 @@
+"""The training loop, and how a run starts, resumes and ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from harness.config import Config, curve_differences, load_config
+from harness.data.index import check_indices, load_index
+from harness.data.loader import Feed, open_loader, resolve_loader
+from harness.distributed import (
+    World,
+    barrier,
+    idle_gpus,
+    process_group,
+    world_from_environment,
+)
+from harness.interrupt import Agreement, Stopped, StopRequest
+from harness.models import build_model
+from harness.recipe.minibatch import Minibatch
+from harness.run import Run, choose_checkpoint
+from harness.run_folder import Fenced, RunFolder, describe_environment
+from harness.step import Step, set_precision
+
+AUTO_MICRO_BATCH = 256  # images, where a rank has as many
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of a run. `error`: median top-1 error in % over the final 5 epochs."""
+
+    error: float
+    folder: Path
+    config: Config
+
+
+def run_steps(run: Run) -> None:
+    """The loop, from the run's first step to its last. Raises Stopped and Diverged."""
+    config, done = run.config, run.first_step
+    agreement = Agreement(run.control)
+    batches = run.loader.train(run.first_step)
+    for step in range(run.first_step, config.total_steps):
+        run.step(step, batches)
+        done = step + 1
+        stop, save = agreement.after_step(run.stop.signal is not None, run.checkpoint_is_due())
+        epoch_ends = done % config.steps_per_epoch == 0
+        if stop or save or epoch_ends or done % config.run.log_every_steps == 0:
+            run.log_line(done)  # synchronises
+        if epoch_ends and run.evaluation_is_due(done):
+            run.evaluate(done)  # synchronises
+        if stop or save or epoch_ends:
+            run.save(done)  # synchronises
+        if stop:
+            break
+    agreement.close()
+    if done < config.total_steps:
+        raise Stopped(f"stopped after step {done} of {config.total_steps}, checkpoint written")
+
+
+def train(
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    typed: Collection[str] = (),
+) -> Result:
+    """Runs `config` on the ranks that the environment names, and returns its result on all.
+
+    `out` is the run folder (runs/MODEL_MINIBATCH by default); `typed` the dotted keys given on the
+    command line.
+    Raises UserError before anything is written; Stopped, Diverged and Fenced later.
+    """
+    world = world_from_environment(config.run.device)
+    folder = RunFolder(Path(out or f"runs/{config.model.name}_{config.recipe.minibatch}"))
+    if resume and (result := finished_result(folder, config)):
+        return result
+    set_precision(config.run.precision)
+    feed, config, threads = prepare(config, world)
+    going_on = world.rank == 0 and folder.check(config, resume, set(typed))
+    model = build_model(config, channels_last=world.device.type == "cuda")
+    loader = open_loader(config, feed, config.run.loader, threads, world.device.type == "cuda")
+    stop = StopRequest()
+    try:
+        with stop.listen(), process_group(world, config.run.hang_timeout_s) as control:
+            model = on_device(model, config, world.device)
+            step = Step(config, model, world, feed.micro_batches_per_step)
+            if world.rank == 0:
+                if idle := idle_gpus(world):
+                    print(idle, flush=True)
+                settings = {
+                    "loader": loader.name,
+                    "loader_threads": threads,
+                    "micro_batch": feed.micro_batch,
+                }
+                folder.open(config, describe_environment(world.device, **settings))
+            barrier(control)
+            checkpoint = choose_checkpoint(folder, going_on, control)
+            run = Run(config, world, folder, step, feed, loader, control, stop)
+            if checkpoint is not None:
+                run.restore(checkpoint)
+            return run_to_the_end(run)
+    finally:
+        loader.close()
+
+
+def finished_result(folder: RunFolder, config: Config) -> Result | None:
+    """The result of a run that was finished before, under the same config."""
+    status = folder.read_status()
+    if status.get("state") != "finished":
+        return None
+    if curve_differences(load_config(folder.path / "config.yaml"), config):
+        return None  # refused, with the keys, when the folder is checked
+    return Result(status["error"], folder.path, config)
+
+
+def prepare(config: Config, world: World) -> tuple[Feed, Config, int]:
+    """What can be found wrong before any process group: data, ranks, micro-batch.
+
+    Returns the rank's feed, the config with its "auto" loader and compile resolved, and the
+    number of loader threads. Raises UserError.
+    """
+    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    local_workers = len(minibatch.workers_of(world.rank, world.world_size))
+    train_index = load_index(config.run.data_root, "train")
+    val_index = load_index(config.run.data_root, "val")
+    check_indices(train_index, val_index, config)
+    if config.run.micro_batch == "auto":
+        fitting = max(AUTO_MICRO_BATCH // config.recipe.worker_batch, 1)
+        micro_batch = min(local_workers, fitting) * config.recipe.worker_batch
+    else:
+        micro_batch = config.run.micro_batch
+    feed = Feed(
+        config, train_index, val_index, world.rank, world.world_size, micro_batch,
+        channels_last=world.device.type == "cuda",
+    )  # fmt: skip
+    cores = len(os.sched_getaffinity(0))
+    threads = config.run.loader_threads
+    if threads == "auto":
+        threads = max(cores // world.local_world_size, 1)
+    resolved = {
+        "loader": resolve_loader(config.run.loader, train_index, val_index),
+        "compile": config.run.compile is True,  # "auto" is off until it is measured on a GPU
+    }
+    run = config.run.model_copy(update=resolved)
+    return feed, config.model_copy(update={"run": run}), threads
+
+
+def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The model in its master precision and memory format on `device`."""
+    dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+    if device.type == "cuda":
+        return model.to(device, dtype, memory_format=torch.channels_last)
+    return model.to(device, dtype)
+
+
+def run_to_the_end(run: Run) -> Result:
+    """The loop within its log and its status; rank 0 records how it ended."""
+    record = run.folder.write_status if run.world.rank == 0 else lambda state, **values: None
+    try:
+        run.open_journal()
+        record("running", step=run.first_step, total_steps=run.config.total_steps)
+        run.evaluate_if_missing()
+        run_steps(run)
+        error = run.final_error()
+        run.journal.event("finish", run.config.total_steps, error=error)
+        record(
+            "finished", step=run.config.total_steps, error=error, expected=run.config.expect.error
+        )
+        return Result(error, run.folder.path, run.config)
+    except Stopped as stopped:
+        record("stopped", reason=str(stopped))
+        raise
+    except Fenced:
+        raise  # the folder is another incarnation's
+    except Exception as error:
+        record("failed", reason=str(error).splitlines()[0])
+        raise
+    finally:
+        run.journal.close()

@@ -1,0 +1,137 @@
+"""A trained network: read from a run folder or checkpoint, evaluated, exported."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from harness.checkpoint import (
+    DamagedCheckpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    write_atomically,
+)
+from harness.config import Config, config_from_mapping
+from harness.data.index import check_indices, load_index
+from harness.data.loader import Batch, Feed, open_loader, resolve_loader
+from harness.distributed import world_from_environment
+from harness.errors import UserError
+from harness.evaluate import Evaluation, evaluate
+from harness.models import build_model
+from harness.step import Pixels, set_precision
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network as a checkpoint holds it, with the config it was trained by."""
+
+    config: Config
+    model: nn.Module
+    checkpoint: Path
+
+
+def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
+    """Reads the newest valid checkpoint of a run folder, or the checkpoint itself.
+
+    `overrides` may change `run.*` only. Raises UserError where there is none or it is damaged.
+    """
+    for override in overrides:
+        if not override.startswith("run."):
+            raise UserError(
+                f"{override}: only run.* may be changed; the rest fixed what was trained"
+            )
+    if path.is_dir():
+        found = newest_checkpoint(path / "checkpoints", lambda text: print(f"warning: {text}"))
+        if found is None:
+            raise UserError(f"{path}: holds no valid checkpoint; give a run folder or a checkpoint")
+        checkpoint, payload = found
+    elif path.exists():
+        try:
+            checkpoint, payload = path, load_checkpoint(path)
+        except DamagedCheckpoint as error:
+            raise UserError(f"damaged checkpoint: {error}") from error
+    else:
+        raise UserError(f"{path}: no such run folder or checkpoint")
+    config = config_from_mapping(payload["config"], str(checkpoint), overrides)
+    model = build_model(config)
+    model.load_state_dict(payload["model"], strict=True)
+    return Trained(config, model, checkpoint)
+
+
+def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evaluation:
+    """Evaluates on the whole validation set, in this one process.
+
+    `predictions`: a CSV file to write, a line an image: path, label, prediction (class names).
+    """
+    config = trained.config
+    world = world_from_environment(config.run.device)
+    if world.world_size > 1:
+        raise UserError("harness eval runs in one process; start it without torchrun or srun")
+    set_precision(config.run.precision)
+    train, val = load_index(config.run.data_root, "train"), load_index(config.run.data_root, "val")
+    check_indices(train, val, config)
+    channels_last = world.device.type == "cuda"
+    feed = Feed(config, train, val, 0, 1, config.recipe.worker_batch, channels_last)
+    threads = config.run.loader_threads
+    threads = len(os.sched_getaffinity(0)) if threads == "auto" else threads
+    loader = open_loader(
+        config, feed, resolve_loader(config.run.loader, train, val), threads, channels_last
+    )
+    dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+    rows: list[tuple[str, str, str]] = []
+
+    def note(batch: Batch, logits: Tensor) -> None:
+        for image_id, guess in zip(batch.ids.tolist(), logits.argmax(1).tolist(), strict=True):
+            label = val.classes[val.labels[image_id]]
+            rows.append((val.relative_path(image_id), label, val.classes[guess]))
+
+    try:
+        model = trained.model.to(world.device, dtype)
+        pixels = Pixels(config, world.device)
+        evaluation = evaluate(
+            config, model, loader.evaluate(), pixels, note if predictions else None
+        )
+    finally:
+        loader.close()
+    if predictions is not None:
+        _write_predictions(predictions, rows)
+    return evaluation
+
+
+def _write_predictions(file: Path, rows: list[tuple[str, str, str]]) -> None:
+    try:
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("path", "label", "prediction"))
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f"--predictions {file}: {error.strerror}") from error
+
+
+def export_trained(trained: Trained, file: Path) -> str:
+    """Writes the plain float32 state dict with torchvision's names; says what it wrote."""
+    state = {
+        name: (value.float() if value.is_floating_point() else value).contiguous()
+        for name, value in trained.model.state_dict().items()
+    }
+    if file.suffix == ".safetensors":
+        content = safetensors_bytes(state)
+    elif file.suffix == ".pt":
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+    else:
+        raise UserError(f"--to {file}: the name must end in .pt or .safetensors")
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        raise UserError(f"--to {file}: {error.strerror}") from error
+    return f"{file}: {len(state)} tensors of {trained.config.model.name}, from {trained.checkpoint}"

@@ -1,0 +1,36 @@
+"""Metadata, dependencies and extras (tool settings are in pyproject.toml)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = (Path(__file__).parent / "harness" / "VERSION").read_text().strip()
+
+QUICKSTART = ["scikit-learn>=1.3"]  # carries the 1,797 digits; its scipy reads ImageNet's meta.mat
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"]
+
+setup(
+    name="large-minibatch-harness",
+    version=VERSION,
+    description="One recipe, one curve: large-minibatch SGD on 1 GPU or 256 (arXiv 1706.02677)",
+    long_description=(Path(__file__).parent / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["harness", "harness.*"]),
+    package_data={"harness": ["VERSION", "py.typed"]},
+    install_requires=[
+        # tested from torch 2.11 with torchvision 0.26 to torch 2.15 with torchvision 0.29
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pydantic>=2.7",
+        "pyyaml>=6",
+        "safetensors>=0.4",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+    ],
+    extras_require={"quickstart": QUICKSTART, "test": QUICKSTART + TEST},
+    entry_points={"console_scripts": ["harness=harness.cli:main"]},
+)

@@ -1,0 +1,254 @@
+"""The index: what belongs to a data set, when it is scanned anew, and what is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.config import Config
+from harness.data import index as index_module
+from harness.data.index import check_indices, load_index
+from harness.errors import UserError
+
+
+def cache_of(root: Path, split: str = "train") -> Path:
+    return root / f".harness-index-{split}.npz"
+
+
+def resize_in_place(path: Path, size: tuple[int, int]) -> None:
+    """Another image in the same file: its folder's time stamp stays."""
+    Image.new("RGB", size).save(path)
+
+
+def test_classes_are_sorted_and_so_are_their_images(root: Path) -> None:
+    index = load_index(root, "val")
+    assert index.classes == ("ant", "cat", "dog")
+    assert index.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    assert index.relative_path(5) == "cat/1.jpg"
+    assert index.path(5) == root / "val" / "cat" / "1.jpg"
+    # the fixture's i-th image of a class is 28 + 5 i wide
+    assert index.widths.tolist() == [28, 33, 38, 43] * 2 + [28, 33, 38]
+    assert index.heights.tolist() == [30] * 11
+    assert index.labels.dtype == np.int64 and index.widths.dtype == np.int32
+
+
+def test_only_visible_images_directly_in_their_class_count(root: Path) -> None:
+    ant = root / "val" / "ant"
+    image = (ant / "0.jpg").read_bytes()
+    for name in (".hidden.jpg", "notes.txt", "x.gif", "below/9.jpg"):
+        (ant / name).parent.mkdir(exist_ok=True)
+        (ant / name).write_bytes(image)
+    (root / "val" / ".git").mkdir()
+    (root / "val" / "loose.jpg").write_bytes(image)
+    (ant / "UPPER.JPEG").write_bytes(image)
+    (ant / "größe 1.jpg").write_bytes(image)
+    index = load_index(root, "val")
+    names = [index.relative_path(i) for i in np.flatnonzero(index.labels == 0)]
+    assert names == [
+        f"ant/{n}" for n in ("0.jpg", "1.jpg", "2.jpg", "3.jpg", "UPPER.JPEG", "größe 1.jpg")
+    ]
+
+
+def test_content_not_the_suffix_says_what_a_file_is(root: Path) -> None:
+    Image.new("RGB", (17, 5)).save(root / "val" / "ant" / "0.jpg", "PNG")
+    (root / "val" / "ant" / "1.jpg").write_text("no image")
+    index = load_index(root, "val")
+    assert (index.widths[0], index.heights[0]) == (17, 5)
+    assert (index.widths[1], index.heights[1]) == (0, 0)
+
+
+def test_sizes_are_those_of_the_stored_pixels(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    Image.new("RGB", (30, 10)).save(root / "val" / "ant" / "0.jpg", exif=exif)
+    index = load_index(root, "val")
+    assert (index.widths[0], index.heights[0]) == (30, 10)
+
+
+def test_kept_index_is_read_not_scanned(root: Path) -> None:
+    first = load_index(root, "train")
+    assert first.cache == cache_of(root) and first.cache.exists()
+    resize_in_place(first.path(0), (7, 9))  # unseen: only folders are looked at
+    second = load_index(root, "train")
+    assert second.classes == first.classes
+    for name in ("names", "labels", "widths", "heights"):
+        np.testing.assert_array_equal(getattr(second, name), getattr(first, name))
+        assert getattr(second, name).dtype == getattr(first, name).dtype
+
+
+def add_image(root: Path) -> None:
+    Image.new("RGB", (5, 5)).save(root / "train" / "ant" / "new.png")
+
+
+def add_image_unseen_by_the_clock(root: Path) -> None:
+    folder = root / "train" / "ant"
+    stamp = folder.stat()
+    add_image(root)
+    os.utime(folder, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def remove_image(root: Path) -> None:
+    (root / "train" / "dog" / "00.png").unlink()
+
+
+def add_class(root: Path) -> None:
+    (root / "train" / "bee").mkdir()
+    Image.new("RGB", (5, 5)).save(root / "train" / "bee" / "0.png")
+
+
+def rename_class(root: Path) -> None:
+    (root / "train" / "dog").rename(root / "train" / "eel")
+
+
+def mend_image(root: Path) -> None:
+    resize_in_place(root / "train" / "ant" / "0.JPEG", (5, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "images"),
+    [
+        (add_image, 41),
+        (add_image_unseen_by_the_clock, 41),
+        (remove_image, 39),
+        (add_class, 41),
+        (rename_class, 40),
+        (mend_image, 40),
+    ],
+)
+def test_stale_index_is_scanned_anew(
+    root: Path, change: Callable[[Path], None], images: int
+) -> None:
+    (root / "train" / "ant" / "0.JPEG").write_text("broken")
+    before = load_index(root, "train")
+    assert len(before) == 40 and before.widths[0] == 0
+    change(root)
+    cache_of(root).with_name("untouched.npz").write_bytes(cache_of(root).read_bytes())
+    after = load_index(root, "train")
+    assert len(after) == images
+    assert after.classes == tuple(sorted(path.name for path in (root / "train").iterdir()))
+    assert cache_of(root).read_bytes() != (root / "untouched.npz").read_bytes()
+    assert (after.widths[0] > 0) == (change is mend_image)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 torn"])
+def test_damaged_kept_index_is_replaced(root: Path, content: bytes) -> None:
+    load_index(root, "train")
+    cache_of(root).write_bytes(content)
+    assert len(load_index(root, "train")) == 40
+    assert cache_of(root).stat().st_size > 1000
+
+
+def forbid_writing_beside(root: Path) -> None:
+    cache_of(root).with_suffix(".lock").mkdir()  # stands for a read-only file system, for root too
+
+
+def test_kept_in_the_cache_folder_where_the_data_cannot_be_written(root: Path) -> None:
+    forbid_writing_beside(root)
+    first = load_index(root, "train")
+    assert first.cache is not None and first.cache.parent == root.parent / "cache" / "harness"
+    assert not cache_of(root).exists()
+    resize_in_place(first.path(0), (7, 9))
+    assert load_index(root, "train").widths[0] == first.widths[0]
+
+
+def test_works_where_nothing_can_be_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_writing_beside(root)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    index = load_index(root, "train")
+    assert len(index) == 40 and index.cache is None
+
+
+def test_a_second_process_waits_and_reads(root: Path) -> None:
+    kept = cache_of(root)
+    old_width = load_index(root, "train").widths[0]
+    kept.rename(root / "moved")
+    resize_in_place(root / "train" / "ant" / "0.JPEG", (7, 9))
+    context = get_context("fork")
+    answers = context.SimpleQueue()
+    with open(kept.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = context.Process(
+            target=lambda: answers.put(int(load_index(root, "train").widths[0]))
+        )
+        process.start()
+        process.join(0.3)
+        assert process.is_alive()  # it waits
+        (root / "moved").rename(kept)  # what the first process would write
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    process.join(10)
+    assert process.exitcode == 0
+    assert answers.get() == old_width  # its own scan would have found 7
+
+
+def test_several_processes_read_the_same_sizes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = load_index(root, "train")
+    cache_of(root).unlink()
+    monkeypatch.setattr(index_module, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(index_module, "CHUNK", 5)
+    many = load_index(root, "train")
+    np.testing.assert_array_equal(many.widths, one.widths)
+    np.testing.assert_array_equal(many.heights, one.heights)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere/train: No such file.*run\.data_root"):
+        load_index(tmp_path / "nowhere", "train")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=r"train: no class folders.*run\.data_root"):
+        load_index(tmp_path, "train")
+
+
+def test_class_without_images(root: Path) -> None:
+    (root / "train" / "bee").mkdir()
+    with pytest.raises(UserError, match=r"train: no images \(.*\) in class bee; add"):
+        load_index(root, "train")
+    assert not cache_of(root).exists()
+
+
+def check(root: Path, config: Config) -> None:
+    check_indices(load_index(root, "train"), load_index(root, "val"), config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train_images", 50, r"train: 40 images, but data\.train_images is 50"),
+        ("val_images", 10, r"val: 11 images, but data\.val_images is 10"),
+        ("classes", 4, r"train: 3 classes, but data\.classes is 4"),
+    ],
+)
+def test_counts_are_checked(
+    root: Path, make_config: Callable[..., Config], key: str, value: int, message: str
+) -> None:
+    check(root, make_config())
+    with pytest.raises(UserError, match=message):
+        check(root, make_config(**{key: value}))
+
+
+def test_classes_of_train_and_val_are_the_same(
+    root: Path, make_config: Callable[..., Config]
+) -> None:
+    (root / "val" / "dog").rename(root / "val" / "eel")
+    with pytest.raises(UserError, match=r"differ: dog only in .*/train; eel only in .*/val"):
+        check(root, make_config())
+
+
+def test_unreadable_headers_are_refused(root: Path, make_config: Callable[..., Config]) -> None:
+    (root / "train" / "ant" / "0.JPEG").write_text("no image")
+    with pytest.raises(UserError, match=r"train/ant/0\.JPEG: cannot be decoded.*on_bad_image=skip"):
+        check(root, make_config())
+    check(root, make_config(on_bad_image="skip"))
+    (root / "val" / "ant" / "0.jpg").write_text("no image")
+    cache_of(root, "val").unlink()  # what changes within a file is seen when it is decoded
+    with pytest.raises(UserError, match=r"val/ant/0\.jpg: cannot be decoded"):
+        check(root, make_config(on_bad_image="skip"))

@@ -1,0 +1,161 @@
+"""The feed: the same images at the same places of a step, however ranks and memory are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.config import Config
+from harness.data.index import Index, load_index
+from harness.data.loader import Feed, open_loader, resolve_loader
+from harness.data.sampling import Crops, crops, permutation
+from harness.errors import UserError
+from harness.recipe.minibatch import Minibatch
+
+FIELDS = ("ids", "top", "left", "height", "width", "flip")
+Make = Callable[..., Config]
+
+
+def feed_of(
+    root: Path,
+    config: Config,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch: int = 4,
+    channels_last: bool = False,
+) -> Feed:
+    train, val = load_index(root, "train"), load_index(root, "val")
+    return Feed(config, train, val, rank, world_size, micro_batch, channels_last)
+
+
+def steps_by_place(
+    root: Path, config: Config, world_size: int, micro_batch: int, channels_last: bool
+) -> list[dict[str, np.ndarray]]:
+    """What all ranks are fed over the whole run, each step put together by place."""
+    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    steps = [
+        {name: np.full(minibatch.size, -1) for name in FIELDS} for _ in range(config.total_steps)
+    ]
+    for rank in range(world_size):
+        feed = feed_of(root, config, rank, world_size, micro_batch, channels_last)
+        requests = feed.training(0)
+        for step in steps:
+            for workers in minibatch.micro_batches(rank, world_size, micro_batch):
+                places, request = minibatch.places(workers, channels_last), next(requests)
+                for name in FIELDS:
+                    assert (step[name][places] == -1).all()
+                    step[name][places] = getattr(request, name)
+        assert next(requests, None) is None
+    return steps
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 2), (1, 12), (2, 4), (4, 4), (6, 2)])
+def test_a_step_is_the_same_on_any_number_of_ranks(
+    root: Path, make_config: Make, world_size: int, micro_batch: int, channels_last: bool
+) -> None:
+    config, train = make_config(), load_index(root, "train")
+    steps = steps_by_place(root, config, world_size, micro_batch, channels_last)
+    assert len(steps) == 9
+    feed = feed_of(root, config)
+    for number, step in enumerate(steps):
+        epoch, step_of_epoch = divmod(number, 3)  # floor(40 / 12) = 3 steps an epoch
+        # section 2.3: a single shuffling an epoch; its last 40 mod 12 = 4 places are not used
+        ids = permutation(1, epoch, 40)[12 * step_of_epoch : 12 * step_of_epoch + 12]
+        expected = crops(1, epoch, ids, train.heights[ids], train.widths[ids], config.data)
+        for name in FIELDS:
+            np.testing.assert_array_equal(step[name], getattr(expected, name))
+        np.testing.assert_array_equal(feed.step_ids(number), ids)
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 3, 5, 8])
+def test_starting_at_any_step_gives_what_the_straight_run_gives(
+    root: Path, make_config: Make, first_step: int
+) -> None:
+    feed = feed_of(root, make_config(), rank=1, world_size=4)
+    per_step = feed.micro_batches_per_step
+    straight = list(feed.training(0))[first_step * per_step :]
+    resumed = list(feed.training(first_step))
+    assert len(resumed) == len(straight) == (9 - first_step) * per_step
+    for a, b in zip(straight, resumed, strict=True):
+        assert a.epoch == b.epoch
+        for name in FIELDS:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_nothing_is_left_at_the_end_of_the_run(root: Path, make_config: Make) -> None:
+    assert list(feed_of(root, make_config()).training(9)) == []
+
+
+def test_micro_batches_of_a_rank(root: Path, make_config: Make) -> None:
+    # 6 workers on 4 ranks: 2, 2, 1, 1; in micro-batches of one worker of 2 images
+    for rank, micro_batches in enumerate((2, 2, 1, 1)):
+        feed = feed_of(root, make_config(), rank, 4, micro_batch=2)
+        assert feed.micro_batches_per_step == micro_batches
+        assert [len(request.ids) for request in islice(feed.training(0), 3)] == [2, 2, 2]
+    # 6 workers at 4 a time: 4, and a last one of 2
+    feed = feed_of(root, make_config(), micro_batch=8)
+    assert [len(request.ids) for request in islice(feed.training(0), 4)] == [8, 4, 8, 4]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_counts_every_image_once(root: Path, make_config: Make, world_size: int) -> None:
+    shares = []
+    for rank in range(world_size):
+        requests = feed_of(root, make_config(), rank, world_size).evaluation()
+        shares.append([int(i) for request in requests for i in request.ids])
+    assert [image_id for share in shares for image_id in share] == list(range(11))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_evaluation_with_fewer_images_than_ranks(root: Path, make_config: Make) -> None:
+    train, val = load_index(root, "train"), load_index(root, "val")
+    three = Index(val.folder, val.classes, *(x[:3] for x in (
+        val.names, val.labels, val.widths, val.heights)))  # fmt: skip
+    shares = []
+    for rank in range(5):
+        feed = Feed(make_config(), train, three, rank, 5, 2, False)
+        shares.append([request.ids.tolist() for request in feed.evaluation()])
+    assert sorted(ids for share in shares for batch in share for ids in batch) == [0, 1, 2]
+    assert shares.count([]) == 2
+
+
+def test_evaluation_goes_in_batches(root: Path, make_config: Make) -> None:
+    val = load_index(root, "val")
+    many = Index(val.folder, val.classes, *(np.resize(x, 600) for x in (
+        val.names, val.labels, val.widths, val.heights)))  # fmt: skip
+    feed = Feed(make_config(), load_index(root, "train"), many, 0, 1, 2, False)
+    assert [len(request.ids) for request in feed.evaluation()] == [256, 256, 88]
+
+
+def sized(images: int, side: int) -> Index:
+    sides = np.full(images, side, dtype=np.int32)
+    return Index(Path("x"), ("a",), np.array([b"x"]), np.zeros(images, np.int64), sides, sides)
+
+
+def test_auto_loader_keeps_small_sets_in_memory() -> None:
+    # at 4 bytes a pixel 256 MiB hold 65,536 images of 32 x 32 = 4096 bytes
+    assert resolve_loader("auto", sized(65_000, 32), sized(536, 32)) == "memory"
+    assert resolve_loader("auto", sized(65_000, 32), sized(537, 32)) == "reference"
+    assert resolve_loader("reference", sized(1, 1), sized(1, 1)) == "reference"
+    assert resolve_loader("memory", sized(10**6, 500), sized(1, 1)) == "memory"
+    with pytest.raises(UserError, match=r"run\.loader: dali is not built yet"):
+        resolve_loader("dali", sized(1, 1), sized(1, 1))
+
+
+@pytest.mark.parametrize("name", ["reference", "memory"])
+def test_loaders_by_name(root: Path, make_config: Make, name: str) -> None:
+    config = make_config()
+    feed = feed_of(root, config)
+    loader = open_loader(config, feed, name, threads=0, device_is_cuda=False)
+    assert loader.name == name
+    batch, request = next(loader.train(4)), next(feed.training(4))
+    assert isinstance(request, Crops)
+    assert batch.ids.tolist() == request.ids.tolist()
+    assert batch.labels.tolist() == feed.train.labels[request.ids].tolist()
+    loader.close()
+    loader.close()

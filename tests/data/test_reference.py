@@ -1,0 +1,371 @@
+"""The reference loader: torchvision's pixels, processes that leave nothing behind, bad images."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import active_children, get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from harness.config import Config
+from harness.data.index import load_index
+from harness.data.loader import BadImageError, Batch, Feed, Loader, open_loader
+from harness.data.reference import ReferenceLoader, decode, render_crop, render_resize
+from harness.data.sampling import Crops, crops, replacement, resizes
+from harness.errors import UserError
+
+Make = Callable[..., Config]
+
+
+@contextmanager
+def loader_of(
+    root: Path,
+    config: Config,
+    name: str = "reference",
+    threads: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Loader]:
+    train, val = load_index(root, "train"), load_index(root, "val")
+    feed = Feed(config, train, val, rank, world_size, micro_batch=4, channels_last=True)
+    loader = open_loader(config, feed, name, threads, device_is_cuda=False)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    for name in ("images", "labels", "ids"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.replaced == b.replaced
+
+
+def solid(mode: str, colour: tuple[int, ...] | int) -> Image.Image:
+    return Image.new(mode, (16, 16), colour)
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "rgb"),
+    [
+        (solid("RGB", (10, 200, 30)), "png", (10, 200, 30)),
+        (solid("L", 77), "png", (77, 77, 77)),
+        (solid("L", 77), "jpg", (77, 77, 77)),
+        (solid("1", 1), "png", (255, 255, 255)),
+        (solid("LA", (77, 128)), "png", (77, 77, 77)),
+        (solid("RGBA", (10, 200, 30, 128)), "png", (10, 200, 30)),
+        # 255 - cyan etc. without black; a JPEG's rounding is within 2
+        (solid("CMYK", (55, 155, 205, 0)), "jpg", (200, 100, 50)),
+        # the upper byte of 0x4D07 is 0x4D = 77; clipping would give 255
+        (Image.fromarray(np.full((16, 16), 0x4D07, dtype=np.uint16)), "png", (77, 77, 77)),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(
+    tmp_path: Path, image: Image.Image, suffix: str, rgb: tuple[int, int, int]
+) -> None:
+    path = tmp_path / f"image.{suffix}"
+    image.save(path)
+    decoded = decode(path)
+    assert decoded.mode == "RGB" and decoded.size == (16, 16)
+    tolerance = 2 if suffix == "jpg" else 0
+    np.testing.assert_allclose(
+        np.asarray(decoded, dtype=int), np.broadcast_to(rgb, (16, 16, 3)), atol=tolerance
+    )
+
+
+def test_palettes_with_transparency_keep_their_colours(tmp_path: Path) -> None:
+    image = solid("P", 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    image.save(tmp_path / "image.png", transparency=b"\x00\x80")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoded = decode(tmp_path / "image.png")
+    assert decoded.getpixel((3, 3)) == (10, 200, 30)
+
+
+def test_exif_orientation_is_not_applied(
+    tmp_path: Path, photo: Callable[[int, int, int], Image.Image]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to view
+    photo(0, 40, 24).save(tmp_path / "rotated.jpg", exif=exif)
+    photo(0, 40, 24).save(tmp_path / "plain.jpg")
+    rotated = decode(tmp_path / "rotated.jpg")
+    assert rotated.size == (40, 24)
+    assert rotated.tobytes() == decode(tmp_path / "plain.jpg").tobytes()
+
+
+def test_windows_are_rendered_as_by_torchvision(photos: list[Image.Image]) -> None:
+    image = photos[0]
+    config = transforms.RandomResizedCrop(32)
+    torch.manual_seed(1)
+    for number in range(20):
+        top, left, height, width = config.get_params(image, config.scale, config.ratio)
+        flip = number % 2 == 1
+        theirs = functional.resized_crop(image, top, left, height, width, [32, 32])
+        theirs = functional.hflip(theirs) if flip else theirs
+        ours = render_crop(image, top, left, height, width, flip, 32)
+        np.testing.assert_array_equal(ours, np.asarray(theirs))
+
+
+def test_evaluation_is_rendered_as_by_torchvision(
+    photo: Callable[[int, int, int], Image.Image], make_config: Make
+) -> None:
+    data = make_config(crop=23, resize=28).data
+    random = np.random.default_rng(1)
+    sizes = [(28, 28), (28, 60), (29, 28), (8, 8), (400, 40), (1, 30), (300, 301)]
+    sizes += [tuple(size) for size in random.integers(2, 120, (60, 2)).tolist()]
+    transform = transforms.Compose([transforms.Resize(28), transforms.CenterCrop(23)])
+    for number, (width, height) in enumerate(sizes):
+        image = photo(number, width, height)
+        r = resizes(np.arange(1), np.array([height]), np.array([width]), data)
+        window = [int(x[0]) for x in (r.resized_height, r.resized_width, r.top, r.left)]
+        ours = render_resize(image, *window, 23)
+        np.testing.assert_array_equal(ours, np.asarray(transform(image)))
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_batches_hold_what_torchvision_gives(root: Path, make_config: Make, threads: int) -> None:
+    config = make_config()
+    with loader_of(root, config, threads=threads) as loader:
+        assert isinstance(loader, ReferenceLoader)
+        feed = loader._feed
+        batches = list(loader.train(0))
+        requests = list(feed.training(0))
+        evaluated = list(loader.evaluate())
+    assert len(batches) == len(requests) == 27  # 9 steps of 12 images, 4 at a time
+    for batch, request in zip(batches, requests, strict=True):
+        assert batch.images.shape == (4, 3, 20, 20) and batch.images.dtype == torch.uint8
+        assert batch.labels.dtype == batch.ids.dtype == torch.int64
+        assert batch.ids.tolist() == request.ids.tolist() and batch.replaced == []
+        assert batch.labels.tolist() == feed.train.labels[request.ids].tolist()
+        expected = [expected_image(feed, request, place) for place in range(4)]
+        assert torch.equal(batch.images, torch.stack(expected))
+    assert [batch.ids.tolist() for batch in evaluated] == [list(range(11))]
+    transform = transforms.Compose([transforms.Resize(24), transforms.CenterCrop(20)])
+    for image_id in range(11):
+        image = transform(Image.open(feed.val.path(image_id)).convert("RGB"))
+        assert torch.equal(evaluated[0].images[image_id], functional.pil_to_tensor(image))
+    assert evaluated[0].labels.tolist() == feed.val.labels.tolist()
+
+
+def expected_image(feed: Feed, request: Crops, place: int) -> torch.Tensor:
+    window = [int(x[place]) for x in (request.top, request.left, request.height, request.width)]
+    image = decode(feed.train.path(request.ids[place]))
+    image = functional.resized_crop(image, *window, [20, 20])
+    image = functional.hflip(image) if request.flip[place] else image
+    return functional.pil_to_tensor(image)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_starts_at_any_step_and_again(root: Path, make_config: Make, threads: int) -> None:
+    with loader_of(root, make_config(), threads=threads) as loader:
+        straight = list(loader.train(0))
+        for first_step in (4, 2, 8):
+            resumed = list(islice(loader.train(first_step), 3))  # left in the middle
+            for a, b in zip(straight[3 * first_step :], resumed, strict=False):
+                assert_equal(a, b)
+
+
+def test_training_goes_on_after_an_evaluation(root: Path, make_config: Make) -> None:
+    with loader_of(root, make_config(), threads=1) as loader:
+        straight = list(loader.train(0))
+        batches = loader.train(0)
+        interrupted = list(islice(batches, 5))
+        for _ in range(2):
+            assert sum(len(batch.ids) for batch in loader.evaluate()) == 11
+        interrupted += batches
+    for a, b in zip(straight, interrupted, strict=True):
+        assert_equal(a, b)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(map(is_running, pids)):
+        time.sleep(0.02)
+    return [pid for pid in pids if is_running(pid)]
+
+
+def test_an_early_end_leaves_no_process(root: Path, make_config: Make) -> None:
+    with loader_of(root, make_config(), threads=2) as loader:
+        next(loader.train(0))
+        next(loader.evaluate())
+        pids = [int(child.pid or 0) for child in active_children()]
+        assert len(pids) == 4  # two to train, two to evaluate
+        started = time.monotonic()
+    assert time.monotonic() - started < 4
+    assert wait_until_gone(pids, 0) == []
+
+
+def test_workers_leave_signals_to_their_parent(root: Path, make_config: Make) -> None:
+    with loader_of(root, make_config(), threads=1) as loader:
+        batches = loader.train(0)
+        next(batches)
+        for child in active_children():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(int(child.pid or 0), number)
+        assert len(list(batches)) == 26
+
+
+def test_workers_die_with_their_parent(root: Path, make_config: Make) -> None:
+    context = get_context("fork")
+    pids = context.SimpleQueue()
+
+    def hold() -> None:
+        with loader_of(root, make_config(), threads=1) as loader:
+            next(loader.train(0))
+            pids.put([child.pid for child in active_children()])
+            time.sleep(60)
+
+    parent = context.Process(target=hold)
+    parent.start()
+    workers = pids.get()
+    assert len(workers) == 2 and all(map(is_running, workers))
+    os.kill(int(parent.pid or 0), signal.SIGKILL)
+    parent.join()
+    assert wait_until_gone(workers, 3) == []  # PyTorch's own watch over the parent takes 5 s
+
+
+def damaged_ids(root: Path, names: tuple[str, ...]) -> list[int]:
+    train = load_index(root, "train")
+    return [i for i in range(len(train)) if train.relative_path(i) in names]
+
+
+@pytest.mark.parametrize(("name", "threads"), [("reference", 0), ("reference", 1), ("memory", 0)])
+@pytest.mark.parametrize("number", [0, 1])
+def test_bad_image_fails_by_name(
+    root: Path,
+    make_config: Make,
+    break_images: Callable,
+    name: str,
+    threads: int,
+    number: int,
+) -> None:
+    kind = ["ant/0.JPEG", "ant/1.JPEG"]
+    break_images(root / "train", kind if number else kind[:1])
+    bad = "/train/ant/0.JPEG: cannot be decoded: "
+    if number:  # only the text file
+        Image.new("RGB", (9, 9)).save(root / "train" / "ant" / "0.JPEG")
+        bad = "/train/ant/1.JPEG: cannot be decoded: neither JPEG nor PNG"
+    with (
+        pytest.raises(BadImageError) as caught,
+        loader_of(root, make_config(), name, threads) as loader,
+    ):
+        list(loader.train(0))
+    assert bad in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_images_are_replaced_alike_on_any_number_of_ranks(
+    root: Path, make_config: Make, break_images: Callable
+) -> None:
+    names = tuple(f"ant/{i}.JPEG" for i in range(8)) + tuple(f"cat/{i}.jpg" for i in range(8))
+    break_images(root / "train", names)
+    bad = damaged_ids(root, names)
+    config = make_config(on_bad_image="skip")
+    train = load_index(root, "train")
+    seen = {}
+    for name, threads, world_size in (
+        ("reference", 0, 1),
+        ("reference", 1, 2),
+        ("memory", 0, 1),
+        ("memory", 0, 3),
+    ):
+        replaced, pixels = set(), {}
+        for rank in range(world_size):
+            with loader_of(root, config, name, threads, rank, world_size) as loader:
+                for step in range(9):
+                    micro_batches = 3 // world_size + (3 % world_size > rank)
+                    for batch in islice(loader.train(step), micro_batches):
+                        replaced |= {(step // 3, *pair) for pair in batch.replaced}
+                        assert not set(batch.ids.tolist()) & set(bad)
+                        assert batch.labels.tolist() == train.labels[batch.ids].tolist()
+                        pixels |= {
+                            (step, image_id): image.numpy().tobytes()
+                            for image_id, image in zip(
+                                batch.ids.tolist(), batch.images, strict=True
+                            )
+                        }
+        seen[name, threads, world_size] = replaced, pixels
+    (replaced, pixels), *others = seen.values()
+    assert all(other == (replaced, pixels) for other in others)
+    assert len(replaced) > 20
+    for epoch, bad_id, image_id in replaced:
+        tried = [replacement(1, epoch, bad_id, attempt, 40) for attempt in range(100)]
+        assert image_id == next(i for i in tried if i not in bad)
+        ids = np.array([image_id])  # its own window of this epoch
+        request = crops(1, epoch, ids, train.heights[ids], train.widths[ids], config.data)
+        feed = Feed(config, train, train, 0, 1, 4, True)
+        expected = expected_image(feed, request, 0).numpy().tobytes()
+        assert expected in {
+            content for (step, i), content in pixels.items() if i == image_id and step // 3 == epoch
+        }
+
+
+@pytest.mark.parametrize("name", ["reference", "memory"])
+def test_a_bad_validation_image_always_fails(
+    root: Path, make_config: Make, break_images: Callable, name: str
+) -> None:
+    break_images(root / "val", ["cat/0.jpg"])
+    config = make_config(on_bad_image="skip")
+    with (
+        pytest.raises(BadImageError, match=r"val/cat/0\.jpg: cannot be decoded"),
+        loader_of(root, config, name) as loader,
+    ):
+        list(loader.evaluate())
+
+
+def test_a_data_set_of_bad_images_is_given_up(
+    root: Path, make_config: Make, break_images: Callable
+) -> None:
+    train = load_index(root, "train")
+    break_images(root / "train", [train.relative_path(i) for i in range(40)])
+    with (
+        loader_of(root, make_config(on_bad_image="skip")) as loader,
+        pytest.raises(BadImageError, match="nor can 100 images tried in its place"),
+    ):
+        list(loader.train(0))
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_lost_file_is_no_bad_image(root: Path, make_config: Make, threads: int) -> None:
+    with loader_of(root, make_config(on_bad_image="skip"), threads=threads) as loader:
+        (root / "train" / "ant" / "0.JPEG").unlink()
+        with pytest.raises(UserError, match=r"0\.JPEG: cannot be read: No such file") as caught:
+            list(loader.train(0))
+        assert not isinstance(caught.value, BadImageError)
+
+
+@pytest.mark.parametrize("name", ["reference", "memory"])
+def test_a_changed_size_says_that_the_index_is_stale(
+    root: Path, make_config: Make, name: str
+) -> None:
+    load_index(root, "train")
+    Image.new("RGB", (9, 9)).save(root / "train" / "ant" / "0.JPEG")
+    message = (
+        r"ant/0\.JPEG: 9 x 9 pixels, 48 x 32 when it was indexed; "
+        r"the index is stale: delete .*/\.harness-index-train\.npz"
+    )
+    with (
+        pytest.raises(UserError, match=message),
+        loader_of(root, make_config(), name) as loader,
+    ):
+        list(loader.train(0))

@@ -1,0 +1,75 @@
+import json
+
+from harness.config import load_config
+from harness.evaluate import Evaluation
+from harness.journal import Journal, read_log
+from harness.metrics import Reading
+
+READING = Reading(
+    loss=0.5,
+    error=12.5,
+    images=512,
+    replaced=0,
+    overflows=0,
+    overflows_in_row=0,
+    first_bad_step=None,
+)
+
+
+def test_plain_lines_when_the_output_is_no_terminal(small, tmp_path, capsys):
+    journal = Journal(tmp_path, load_config(small()), 0)
+    journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
+    journal.evaluation_line(5, Evaluation(correct=351, top5_correct=360, total=360, loss=0.25))
+    journal.close()
+    train, evaluation = capsys.readouterr().out.splitlines()
+    assert train.startswith("epoch 1/3  step 2/15  loss 0.5000  train error 12.50 %  lr 0.1  ")
+    assert "images/s  data 0 %  left 0:0" in train
+    # 9 of 360 wrong: 2.5 %
+    assert evaluation == (
+        "epoch 1/3  error 2.50 %  top-5 error 0.00 %  loss 0.2500  (360 of 360 images counted)"
+    )
+
+
+def test_the_log_leaves_out_torn_and_superseded_lines(small, tmp_path):
+    config = load_config(small())
+    journal = Journal(tmp_path, config, 0)
+    for step in (5, 10, 12):
+        journal.event("train", step, loss=float(step))
+    journal.close()
+    log = tmp_path / "log.jsonl"
+    with log.open("a") as file:
+        file.write('{"event": "train", "step": 1')  # a write cut off by a crash
+    journal = Journal(tmp_path, config, 10)
+    journal.event("resume", 10)
+    journal.event("train", 12, loss=-12.0)
+    journal.close()
+    assert [(line["event"], line["step"]) for line in read_log(log)] == [
+        ("train", 5),
+        ("train", 10),
+        ("resume", 10),
+        ("train", 12),
+    ]
+    assert read_log(log)[-1]["loss"] == -12.0
+    assert len(log.read_text().splitlines()) == 6  # nothing was rewritten
+    assert json.loads(log.read_text().splitlines()[-1])["loss"] == -12.0
+
+
+def test_tensorboard_has_the_curves(small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    journal = Journal(tmp_path, load_config(small()), 0)
+    journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
+    journal.evaluation_line(5, Evaluation(correct=351, top5_correct=360, total=360, loss=0.25))
+    journal.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/error")] == [(5, 2.5)]
+
+
+def test_other_ranks_write_nothing(small, tmp_path, capsys):
+    journal = Journal(None, load_config(small()), 0)
+    journal.event("train", 1)
+    journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
+    journal.close()
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "log.jsonl").exists()
