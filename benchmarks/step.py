@@ -97,7 +97,7 @@ def bare_block(
     """A loop as one writes it by hand."""
     cuda = device.type == "cuda"
     layout = torch.channels_last if cuda else torch.contiguous_format
-    model = stock_model(config, cuda).to(device, memory_format=layout)
+    model = stock_model(config, cuda).to(device).to(memory_format=layout)
     recipe = config.recipe
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -131,7 +131,7 @@ def harness_block(
     """The harness' own step, with the reading of its metrics."""
     cuda = device.type == "cuda"
     layout = torch.channels_last if cuda else torch.contiguous_format
-    model = build_model(config, channels_last=cuda).to(device, memory_format=layout)
+    model = build_model(config, channels_last=cuda).to(device).to(memory_format=layout)
     world = World(0, 1, 0, 1, "alone", device)
     micro_batches = config.recipe.minibatch // int(config.run.micro_batch)
     step = Step(config, model, world, micro_batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -20,7 +21,10 @@ TORCHRUN_ENDS_OTHERS_S = 2.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without γ or × shows ? for them
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return options.command(options)
     except UserError as error:
@@ -32,6 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes positionals in one piece only; here key=value may stand anywhere."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if "=" not in word or word.startswith("-")]
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _complain(message: str) -> None:
@@ -132,10 +148,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from harness.config import default_run_folder, load_config
+
+    config = load_config(options.config, options.overrides)  # a mistake is told before torch loads
     from harness.interrupt import Stopped
     from harness.train import train
 
-    config = load_config(options.config, options.overrides)
     typed = {override.split("=", 1)[0] for override in options.overrides}
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     try:

@@ -152,7 +152,9 @@ def process_group(world: World, timeout_s: float) -> Iterator[dist.ProcessGroup 
             f"rendezvous: cannot reach {place}: {str(error).splitlines()[0]}"
         ) from error
     try:
-        yield dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        assert isinstance(control, dist.ProcessGroup)  # this rank is in it
+        yield control
     finally:
         dist.destroy_process_group()
 

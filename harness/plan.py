@@ -21,7 +21,6 @@ from harness.recipe.optimizer import build_optimizer
 from harness.recipe.schedule import lr_at, peak_lr, warmup_steps
 
 COLUMNS, ROWS = 60, 10  # of the picture, in characters
-AUTO_MICRO_BATCH = 256  # images, where a rank has as many
 FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
 SIGMAS = 6  # a measured std may be this many of its own standard errors off
 
@@ -69,13 +68,6 @@ def _plan_steps(config: Config) -> dict[str, Any]:
     }
 
 
-def micro_batch_images(config: Config, local_workers: int) -> int:
-    """Images that a rank of `local_workers` workers pushes through the model at once."""
-    size = AUTO_MICRO_BATCH if config.run.micro_batch == "auto" else config.run.micro_batch
-    fitting = max(size // config.recipe.worker_batch, 1)
-    return min(local_workers, fitting) * config.recipe.worker_batch
-
-
 def _plan_ranks(config: Config, ranks: int) -> dict[str, Any]:
     """`shares`: [ranks, workers of each], the largest share first; `micro_batch` in images and
     `micro_batches` a step are those of the largest share."""
@@ -83,7 +75,7 @@ def _plan_ranks(config: Config, ranks: int) -> dict[str, Any]:
         raise UserError(f"--ranks {ranks}: at least 1 rank is needed")
     minibatch = Minibatch(config.workers, config.recipe.worker_batch)
     shares = [len(minibatch.workers_of(rank, ranks)) for rank in range(ranks)]
-    size = micro_batch_images(config, max(shares))
+    size = minibatch.micro_batch_images(max(shares), config.run.micro_batch)
     largest = shares.index(max(shares))
     return {
         "ranks": ranks,

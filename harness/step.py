@@ -51,7 +51,8 @@ class Pixels:
 
 def set_precision(precision: str) -> None:
     """Process-wide: float32 means float32; TF32 only where it is asked for by name."""
-    torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.fp32_precision = wanted  # type: ignore[attr-defined]
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:

@@ -27,8 +27,6 @@ from harness.run import Run, choose_checkpoint
 from harness.run_folder import Fenced, RunFolder, describe_environment
 from harness.step import Step, set_precision
 
-AUTO_MICRO_BATCH = 256  # images, where a rank has as many
-
 
 @dataclass(frozen=True)
 class Result:
@@ -129,11 +127,7 @@ def prepare(config: Config, world: World) -> tuple[Feed, Config, int]:
     train_index = load_index(config.run.data_root, "train")
     val_index = load_index(config.run.data_root, "val")
     check_indices(train_index, val_index, config)
-    if config.run.micro_batch == "auto":
-        fitting = max(AUTO_MICRO_BATCH // config.recipe.worker_batch, 1)
-        micro_batch = min(local_workers, fitting) * config.recipe.worker_batch
-    else:
-        micro_batch = config.run.micro_batch
+    micro_batch = minibatch.micro_batch_images(local_workers, config.run.micro_batch)
     feed = Feed(
         config, train_index, val_index, world.rank, world.world_size, micro_batch,
         channels_last=world.device.type == "cuda",
@@ -152,10 +146,8 @@ def prepare(config: Config, world: World) -> tuple[Feed, Config, int]:
 
 def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The model in its master precision and memory format on `device`."""
-    dtype = torch.float64 if config.run.precision == "float64" else torch.float32
-    if device.type == "cuda":
-        return model.to(device, dtype, memory_format=torch.channels_last)
-    return model.to(device, dtype)
+    model = model.to(device, torch.float64 if config.run.precision == "float64" else torch.float32)
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
 def run_to_the_end(run: Run) -> Result:

@@ -287,7 +287,7 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Index 
         scanned_ns = int(kept["scanned_ns"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
-    if any(_size(index.path(bad)) != (0, 0) for bad in np.flatnonzero(index.widths == 0)):
+    if any(_size(index.path(bad)) != (0, 0) for bad in np.flatnonzero(index.widths == 0).tolist()):
         return None  # mended since
     counts = np.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from harness.errors import UserError
+
+AUTO_MICRO_BATCH = 256  # images, where a rank has as many
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ class Minibatch:
         hosted = self.workers_of(rank, world_size)
         starts = range(0, len(hosted), per_micro_batch)
         return [hosted[start : start + per_micro_batch] for start in starts]
+
+    def micro_batch_images(self, local_workers: int, micro_batch: int | Literal["auto"]) -> int:
+        """Images that a rank of `local_workers` workers pushes through the model at once.
+
+        `micro_batch` is `run.micro_batch`; "auto" is as many workers as make 256 images.
+        """
+        images = AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch
+        fitting = max(images // self.worker_batch, 1)
+        return min(local_workers, fitting) * self.worker_batch
 
     def places(self, workers: range, channels_last: bool) -> np.ndarray:
         """The places (m*n,) int64 of a micro-batch of m workers, in memory order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from harness.config import Config, config_from_mapping
-
-Save = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -71,13 +70,19 @@ def write_split(folder: Path, classes: dict[str, list], photo: Callable) -> None
             number += 1
 
 
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory, photo: Callable) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    for split, classes in (("train", TRAIN), ("val", VAL)):
+        write_split(folder / split, classes, photo)
+    return folder
+
+
 @pytest.fixture
-def root(tmp_path: Path, photo: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """40 training and 11 validation images of 3 classes, of many sizes and modes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for split, classes in (("train", TRAIN), ("val", VAL)):
-        write_split(tmp_path / "data" / split, classes, photo)
-    return tmp_path / "data"
+    return Path(shutil.copytree(written, tmp_path / "data"))
 
 
 @pytest.fixture

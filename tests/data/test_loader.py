@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from harness.config import Config
 from harness.data.index import Index, load_index
@@ -114,8 +116,13 @@ def test_evaluation_counts_every_image_once(root: Path, make_config: Make, world
 
 def test_evaluation_with_fewer_images_than_ranks(root: Path, make_config: Make) -> None:
     train, val = load_index(root, "train"), load_index(root, "val")
-    three = Index(val.folder, val.classes, *(x[:3] for x in (
-        val.names, val.labels, val.widths, val.heights)))  # fmt: skip
+    three = replace(
+        val,
+        names=val.names[:3],
+        labels=val.labels[:3],
+        widths=val.widths[:3],
+        heights=val.heights[:3],
+    )
     shares = []
     for rank in range(5):
         feed = Feed(make_config(), train, three, rank, 5, 2, False)
@@ -126,8 +133,13 @@ def test_evaluation_with_fewer_images_than_ranks(root: Path, make_config: Make) 
 
 def test_evaluation_goes_in_batches(root: Path, make_config: Make) -> None:
     val = load_index(root, "val")
-    many = Index(val.folder, val.classes, *(np.resize(x, 600) for x in (
-        val.names, val.labels, val.widths, val.heights)))  # fmt: skip
+    many = replace(
+        val,
+        names=np.resize(val.names, 600),
+        labels=np.resize(val.labels, 600),
+        widths=np.resize(val.widths, 600),
+        heights=np.resize(val.heights, 600),
+    )
     feed = Feed(make_config(), load_index(root, "train"), many, 0, 1, 2, False)
     assert [len(request.ids) for request in feed.evaluation()] == [256, 256, 88]
 
@@ -159,3 +171,22 @@ def test_loaders_by_name(root: Path, make_config: Make, name: str) -> None:
     assert batch.labels.tolist() == feed.train.labels[request.ids].tolist()
     loader.close()
     loader.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "threads"), [("reference", 0), ("reference", 1), ("memory", 1)])
+def test_batches_for_a_gpu_are_pinned(
+    root: Path, make_config: Make, name: str, threads: int
+) -> None:
+    config = make_config()
+    feed = feed_of(root, config)
+    loader = open_loader(config, feed, name, threads, device_is_cuda=True)
+    plain = open_loader(config, feed, name, threads, device_is_cuda=False)
+    batches = zip(loader.train(0), plain.train(0), strict=True)
+    for batch, expected in islice(batches, 5):
+        assert batch.images.is_pinned() and batch.labels.is_pinned()
+        assert torch.equal(batch.images, expected.images)
+        assert batch.images.stride() == expected.images.stride()
+    assert sum(len(batch.ids) for batch in loader.evaluate()) == 11
+    loader.close()
+    plain.close()

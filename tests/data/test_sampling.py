@@ -123,12 +123,13 @@ def test_windows_are_distributed_as_torchvisions(
     # 0.1 % points of the Kolmogorov-Smirnov test: 1.95 sqrt(1/3000 + 1/30,000) = 0.0373
     for our, their in zip(columns, theirs.T, strict=True):
         assert kolmogorov_smirnov(our, their) < 0.0373
-    # what couples the columns: area, ratio, and how far a window is from the far edge
+    # what couples the columns: area, ratio, the far edges, and both corners
     for function in (
         lambda top, left, h, w: h * w,
         lambda top, left, h, w: h / w,
         lambda top, left, h, w: height - top - h,
         lambda top, left, h, w: width - left - w,
+        lambda top, left, h, w: top * width - left * height,
     ):
         assert kolmogorov_smirnov(function(*columns), function(*theirs.T)) < 0.0373
 
