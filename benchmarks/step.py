@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness.data.loader import Batch
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.conditions import spread, write_results
 from harness.config import Config, config_from_mapping
+from harness.data.loader import Batch
 from harness.distributed import World
 from harness.models import build_model
 from harness.models.ghost_batch_norm import GhostBatchNorm2d

@@ -179,8 +179,8 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def describe_environment(device: torch.device, **resolved: Any) -> dict[str, Any]:
-    """Versions, hardware, git commit, and what "auto" came to in this run."""
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware, git commit and command of this process."""
     import numpy
     import torchvision
 
@@ -194,7 +194,6 @@ def describe_environment(device: torch.device, **resolved: Any) -> dict[str, Any
     )
     cuda = device.type == "cuda"
     return {
-        "resolved": resolved,
         "versions": {
             "harness": __version__,
             "python": platform.python_version(),

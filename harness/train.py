@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 
 from harness.config import Config, curve_differences, load_config
 from harness.data.index import check_indices, load_index
-from harness.data.loader import Feed, open_loader, resolve_loader
+from harness.data.loader import Feed, open_loader, resolve_loader, resolve_threads
 from harness.distributed import (
     World,
     barrier,
@@ -78,10 +77,11 @@ def train(
     if resume and (result := finished_result(folder, config)):
         return result
     set_precision(config.run.precision)
-    feed, config, threads = prepare(config, world)
+    feed, config = prepare(config, world)
     going_on = world.rank == 0 and folder.check(config, resume, set(typed))
-    model = build_model(config, channels_last=world.device.type == "cuda")
-    loader = open_loader(config, feed, config.run.loader, threads, world.device.type == "cuda")
+    cuda = world.device.type == "cuda"
+    model = build_model(config, channels_last=cuda)
+    loader = open_loader(config, feed, config.run.loader, int(config.run.loader_threads), cuda)
     stop = StopRequest()
     try:
         with stop.listen(), process_group(world, config.run.hang_timeout_s) as control:
@@ -90,12 +90,7 @@ def train(
             if world.rank == 0:
                 if idle := idle_gpus(world):
                     print(idle, flush=True)
-                settings = {
-                    "loader": loader.name,
-                    "loader_threads": threads,
-                    "micro_batch": feed.micro_batch,
-                }
-                folder.open(config, describe_environment(world.device, **settings))
+                folder.open(config, describe_environment(world.device))
             barrier(control)
             checkpoint = choose_checkpoint(folder, going_on, control)
             run = Run(config, world, folder, step, feed, loader, control, stop)
@@ -116,32 +111,27 @@ def finished_result(folder: RunFolder, config: Config) -> Result | None:
     return Result(status["error"], folder.path, config)
 
 
-def prepare(config: Config, world: World) -> tuple[Feed, Config, int]:
+def prepare(config: Config, world: World) -> tuple[Feed, Config]:
     """What can be found wrong before any process group: data, ranks, micro-batch.
 
-    Returns the rank's feed, the config with its "auto" loader and compile resolved, and the
-    number of loader threads. Raises UserError.
+    Returns the rank's feed, and the config with "auto" resolved where the machine decides.
+    Raises UserError.
     """
-    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    run, minibatch = config.run, Minibatch(config.workers, config.recipe.worker_batch)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
-    train_index = load_index(config.run.data_root, "train")
-    val_index = load_index(config.run.data_root, "val")
+    train_index, val_index = (load_index(run.data_root, split) for split in ("train", "val"))
     check_indices(train_index, val_index, config)
-    micro_batch = minibatch.micro_batch_images(local_workers, config.run.micro_batch)
-    feed = Feed(
-        config, train_index, val_index, world.rank, world.world_size, micro_batch,
-        channels_last=world.device.type == "cuda",
-    )  # fmt: skip
-    cores = len(os.sched_getaffinity(0))
-    threads = config.run.loader_threads
-    if threads == "auto":
-        threads = max(cores // world.local_world_size, 1)
+    micro_batch = minibatch.micro_batch_images(local_workers, run.micro_batch)
     resolved = {
-        "loader": resolve_loader(config.run.loader, train_index, val_index),
-        "compile": config.run.compile is True,  # "auto" is off until it is measured on a GPU
+        "loader": resolve_loader(run.loader, train_index, val_index),
+        "loader_threads": resolve_threads(run.loader_threads, world.local_world_size),
+        "micro_batch": micro_batch,
+        "compile": run.compile is True,  # "auto" is off until it is measured on a GPU
     }
-    run = config.run.model_copy(update=resolved)
-    return feed, config.model_copy(update={"run": run}), threads
+    config = config.model_copy(update={"run": run.model_copy(update=resolved)})
+    cuda = world.device.type == "cuda"
+    ranks = world.rank, world.world_size
+    return Feed(config, train_index, val_index, *ranks, micro_batch, cuda), config
 
 
 def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

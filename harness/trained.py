@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from harness.checkpoint import (
 )
 from harness.config import Config, config_from_mapping
 from harness.data.index import check_indices, load_index
-from harness.data.loader import Batch, Feed, open_loader, resolve_loader
+from harness.data.loader import Batch, Feed, open_loader, resolve_loader, resolve_threads
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
@@ -80,8 +79,7 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
     check_indices(train, val, config)
     channels_last = world.device.type == "cuda"
     feed = Feed(config, train, val, 0, 1, config.recipe.worker_batch, channels_last)
-    threads = config.run.loader_threads
-    threads = len(os.sched_getaffinity(0)) if threads == "auto" else threads
+    threads = resolve_threads("auto", local_ranks=1)
     loader = open_loader(
         config, feed, resolve_loader(config.run.loader, train, val), threads, channels_last
     )

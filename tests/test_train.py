@@ -59,7 +59,6 @@ def test_a_run_folder_says_it_all(straight):
     assert (status["state"], status["step"], status["incarnation"]) == ("finished", 15, 1)
     environment = json.loads((straight / "environment.json").read_text())
     assert environment["versions"]["torch"] == str(torch.__version__)
-    assert environment["resolved"]["loader"] == "memory"
     stored = load_config(straight / "config.yaml")
     assert (stored.workers, stored.run.loader, stored.recipe.momentum) == (8, "memory", 0.9)
 

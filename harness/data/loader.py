@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,6 +150,11 @@ def resolve_loader(name: str, train: Index, val: Index) -> str:
         return name
     pixels = sum(int(index.widths.astype(np.int64) @ index.heights) for index in (train, val))
     return "memory" if pixels * BYTES_PER_PIXEL <= MEMORY_LIMIT else "reference"
+
+
+def resolve_threads(threads: int | Literal["auto"], local_ranks: int) -> int:
+    """`run.loader_threads` with "auto" replaced: the cores of this machine, shared by its ranks."""
+    return max(len(os.sched_getaffinity(0)) // local_ranks, 1) if threads == "auto" else threads
 
 
 def open_loader(
