@@ -28,6 +28,7 @@ from harness.data.loader import Batch
 from harness.distributed import World
 from harness.models import build_model
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
+from harness.recipe.minibatch import Minibatch
 from harness.step import Step, set_precision
 
 LOG_EVERY_STEPS = 20
@@ -133,7 +134,8 @@ def harness_block(
     layout = torch.channels_last if cuda else torch.contiguous_format
     model = build_model(config, channels_last=cuda).to(device).to(memory_format=layout)
     world = World(0, 1, 0, 1, "alone", device)
-    micro_batches = config.recipe.minibatch // int(config.run.micro_batch)
+    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    micro_batches = minibatch.micro_batches(0, 1, int(config.run.micro_batch))
     step = Step(config, model, world, micro_batches)
     numbers = itertools.count()
 

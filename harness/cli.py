@@ -7,13 +7,14 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import RunFailed, UserError
 
 FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
 TORCHRUN_ENDS_OTHERS_S = 2.0
@@ -165,9 +166,9 @@ def _train(options: argparse.Namespace) -> int:
             print(f"{stopped}\nto go on: {resume_command(options)}", flush=True)
         # torchrun takes any other code than 0 for a failure and would start the ranks again
         return FINISHED if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
-    except (RuntimeError, OSError) as error:
-        if os.environ.get("HARNESS_TRACEBACK"):
-            raise
+    except RunFailed as error:
+        # torchrun ends the other ranks as soon as one fails; this one still has a word to say
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _complain(str(error))
         if first:
             print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)

@@ -159,6 +159,15 @@ def process_group(world: World, timeout_s: float) -> Iterator[dist.ProcessGroup 
         dist.destroy_process_group()
 
 
+def lost_rank(error: Exception) -> str:
+    """What an error says of a rank that is gone, or silent beyond the time-out; else ""."""
+    # Gloo has no error type of its own, but each of its messages begins with its source file
+    told_by_gloo = re.search(r"gloo/[^\]]*\] (.*)", str(error))
+    if isinstance(error, RuntimeError) and told_by_gloo:
+        return told_by_gloo[1].split(". ")[0]
+    return str(error).splitlines()[0] if isinstance(error, dist.DistError) else ""
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sums `tensor` over all ranks, in place; exact for integers. Synchronises the ranks."""
     if dist.is_initialized():

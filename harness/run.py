@@ -22,6 +22,7 @@ from harness.checkpoint import (
 from harness.config import Config
 from harness.data.loader import Feed, Loader
 from harness.distributed import World, global_running_statistics
+from harness.errors import RunFailed
 from harness.evaluate import evaluate
 from harness.interrupt import StopRequest
 from harness.journal import Journal
@@ -33,7 +34,7 @@ FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
 OVERFLOWS_IN_ROW = 20  # float16: from 65536 the scale has then fallen below 1
 
 
-class Diverged(RuntimeError):
+class Diverged(RunFailed):
     """The loss or the weights are not finite; the last good checkpoint is kept."""
 
 

@@ -21,12 +21,12 @@ import torch
 
 from harness.checkpoint import write_atomically
 from harness.config import Config, curve_differences, dump_config, load_config
-from harness.errors import UserError
+from harness.errors import RunFailed, UserError
 
 ROUNDING = ("precision", "compile", "loader")  # keys of run: that change rounding
 
 
-class Fenced(RuntimeError):
+class Fenced(RunFailed):
     """A newer incarnation of this run has taken over; this one must not write."""
 
 

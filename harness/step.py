@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,7 +14,7 @@ from harness.config import Config
 from harness.data.loader import Batch
 from harness.distributed import World, sum_gradients
 from harness.metrics import Metrics
-from harness.models.ghost_batch_norm import update_running_statistics
+from harness.models.ghost_batch_norm import RunningStatistics
 from harness.recipe.losses import training_loss
 from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
@@ -64,14 +64,19 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Non
 class Step:
     """Runs optimizer steps of this rank.
 
-    `model` is on the device; `self.model` is what micro-batches go through (DDP, compiled), and
-    `self.network` the bare one, which is saved and evaluated.
+    `model` is on the device; `micro_batches` are the workers of each of the rank's micro-batches.
+    `self.model` is what these go through (DDP, compiled), `self.network` the bare model, which is
+    saved and evaluated.
     """
 
-    def __init__(self, config: Config, model: nn.Module, world: World, micro_batches: int) -> None:
+    def __init__(
+        self, config: Config, model: nn.Module, world: World, micro_batches: Sequence[range]
+    ) -> None:
         self.config, self.device = config, world.device
-        self.micro_batches = micro_batches
+        self.micro_batches = len(micro_batches)
+        self.local_workers = sum(map(len, micro_batches))
         self.network = model
+        self.running_statistics = RunningStatistics(model)
         self.model: nn.Module = torch.compile(model) if config.run.compile is True else model  # type: ignore[assignment]
         if world.world_size > 1:
             # workers keep their own statistics, so buffers are never broadcast (section 2.3)
@@ -88,7 +93,7 @@ class Step:
             self.device.type, enabled=config.run.precision == "float16"
         )
         self.pixels = Pixels(config, self.device)
-        self.metrics = Metrics(self.device)
+        self.metrics = Metrics(self.device, config.recipe.minibatch)
         self.data_wait_s = 0.0
         self.replaced: list[tuple[int, int, int]] = []  # local: step, bad image id, id in its place
 
@@ -106,7 +111,7 @@ class Step:
         self.metrics.end_step(step, self._overflow())
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        update_running_statistics(self.network)
+        self.running_statistics.update(self.local_workers)
 
     def _forward_backward(self, batch: Batch) -> None:
         labels = batch.labels.to(self.device, non_blocking=True)

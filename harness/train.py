@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from harness.distributed import (
     World,
     barrier,
     idle_gpus,
+    lost_rank,
     process_group,
     world_from_environment,
 )
+from harness.errors import RunFailed
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.models import build_model
 from harness.recipe.minibatch import Minibatch
@@ -83,22 +86,20 @@ def train(
     model = build_model(config, channels_last=cuda)
     loader = open_loader(config, feed, config.run.loader, int(config.run.loader_threads), cuda)
     stop = StopRequest()
-    try:
-        with stop.listen(), process_group(world, config.run.hang_timeout_s) as control:
-            model = on_device(model, config, world.device)
-            step = Step(config, model, world, feed.micro_batches_per_step)
-            if world.rank == 0:
-                if idle := idle_gpus(world):
-                    print(idle, flush=True)
-                folder.open(config, describe_environment(world.device))
-            barrier(control)
-            checkpoint = choose_checkpoint(folder, going_on, control)
-            run = Run(config, world, folder, step, feed, loader, control, stop)
-            if checkpoint is not None:
-                run.restore(checkpoint)
-            return run_to_the_end(run)
-    finally:
-        loader.close()
+    timeout_s = config.run.hang_timeout_s
+    with stop.listen(), closing(loader), process_group(world, timeout_s) as control:
+        model = on_device(model, config, world.device)
+        step = Step(config, model, world, feed.micro_batches)
+        if world.rank == 0:
+            if idle := idle_gpus(world):
+                print(idle, flush=True)
+            folder.open(config, describe_environment(world.device))
+        barrier(control)
+        checkpoint = choose_checkpoint(folder, going_on, control)
+        run = Run(config, world, folder, step, feed, loader, control, stop)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        return run_to_the_end(run)
 
 
 def finished_result(folder: RunFolder, config: Config) -> Result | None:
@@ -160,7 +161,9 @@ def run_to_the_end(run: Run) -> Result:
     except Fenced:
         raise  # the folder is another incarnation's
     except Exception as error:
-        record("failed", reason=str(error).splitlines()[0])
-        raise
+        if lost := lost_rank(error):
+            error = RunFailed(f"another rank was lost or is silent: {lost}")
+        record("failed", reason=(str(error).splitlines() or [repr(error)])[0])
+        raise error
     finally:
         run.journal.close()

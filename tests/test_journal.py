@@ -8,7 +8,6 @@ from harness.metrics import Reading
 READING = Reading(
     loss=0.5,
     error=12.5,
-    images=512,
     replaced=0,
     overflows=0,
     overflows_in_row=0,

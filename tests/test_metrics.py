@@ -15,16 +15,15 @@ def add(metrics: Metrics, loss: float, correct: int, images: int) -> None:
 
 
 def test_means_over_steps_and_images():
-    metrics = Metrics(torch.device("cpu"))
+    metrics = Metrics(torch.device("cpu"), minibatch=6)
     add(metrics, 0.5, correct=3, images=4)  # step 0: loss 0.5 + 0.25
     add(metrics, 0.25, correct=1, images=2)
     metrics.end_step(0)
-    add(metrics, 0.25, correct=2, images=4)  # step 1: loss 0.25
+    add(metrics, 0.25, correct=2, images=6)  # step 1: loss 0.25
     metrics.end_step(1)
     reading = metrics.read()
     assert reading.loss == pytest.approx(0.5)  # (0.75 + 0.25) / 2
-    assert reading.error == pytest.approx(40.0)  # 6 of 10 correct
-    assert reading.images == 10
+    assert reading.error == pytest.approx(50.0)  # 6 of 12 correct
     assert reading.first_bad_step is None
     add(metrics, 2.0, correct=0, images=4)
     metrics.end_step(2)
@@ -32,7 +31,7 @@ def test_means_over_steps_and_images():
 
 
 def test_the_first_step_that_is_not_finite_is_kept_until_it_is_read():
-    metrics = Metrics(torch.device("cpu"))
+    metrics = Metrics(torch.device("cpu"), minibatch=2)
     for step, loss in enumerate([0.5, math.inf, math.nan, 0.5]):
         add(metrics, loss, correct=1, images=2)
         metrics.end_step(step)
@@ -40,7 +39,7 @@ def test_the_first_step_that_is_not_finite_is_kept_until_it_is_read():
 
 
 def test_a_float16_overflow_is_counted_and_is_no_divergence():
-    metrics = Metrics(torch.device("cpu"))
+    metrics = Metrics(torch.device("cpu"), minibatch=2)
     yes, no = torch.tensor(1.0), torch.tensor(0.0)
     for step, (loss, overflow) in enumerate([(1.0, no), (math.nan, yes), (math.inf, yes)]):
         add(metrics, loss, correct=1, images=2)

@@ -48,7 +48,7 @@ class Batch:
 class Feed:
     """What a rank's loader is to produce: a pure function of its arguments.
 
-    `share` is (workers of this rank) / k.
+    `share` is (workers of this rank) / k; `micro_batches` the workers of each of its micro-batches.
 
     Place w*n + i of a step is worker w's image i, and image place p of step s is the image at
     s*kn + p of the epoch's permutation. The last N mod kn of a permutation are not used.
@@ -69,15 +69,9 @@ class Feed:
         minibatch = Minibatch(config.workers, config.recipe.worker_batch)
         self.micro_batch = micro_batch
         self.share = len(minibatch.workers_of(rank, world_size)) / config.workers
-        self._places = [
-            minibatch.places(workers, channels_last)
-            for workers in minibatch.micro_batches(rank, world_size, micro_batch)
-        ]
+        self.micro_batches = minibatch.micro_batches(rank, world_size, micro_batch)
+        self._places = [minibatch.places(workers, channels_last) for workers in self.micro_batches]
         self._executor = ThreadPoolExecutor(1, "permutation")
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        return len(self._places)
 
     def training(self, first_step: int) -> Iterator[Crops]:
         """Micro-batch after micro-batch, from the global step `first_step` to the run's last."""

@@ -12,7 +12,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     In training, x is (m*n, C, H, W), in the order of `Minibatch.places`: channels_last worker by
     worker, else image i of worker j at i*m + j. The statistics of every worker are summed until
-    `update_running_statistics` applies them; `forward` leaves the running statistics alone.
+    `RunningStatistics` applies them; `forward` leaves the running statistics alone.
     Evaluation, parameters and state dict are those of plain batch norm.
 
     Raises ValueError in training where the batch is no multiple of n.
@@ -22,8 +22,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     running_var: Tensor
     num_batches_tracked: Tensor
     momentum: float
-    sums: Tensor  # (3, C): over the workers seen, the sum of mean, unbiased variance, and 1
-    one_worker: Tensor  # (3, C): what a single worker adds to them
+    sums: Tensor  # (2, C): over the workers seen, the sum of means and of unbiased variances
+    one_worker: Tensor  # (2, C): what a single worker adds to them
 
     def __init__(
         self,
@@ -37,9 +37,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum)
         self.worker_batch = worker_batch
         self.channels_last = channels_last
-        self.register_buffer("sums", torch.zeros(3, num_features), persistent=False)
-        one_worker = torch.stack([torch.zeros(num_features)] * 2 + [torch.ones(num_features)])
-        self.register_buffer("one_worker", one_worker, persistent=False)
+        self.register_buffer("sums", torch.zeros(2, num_features), persistent=False)
+        self.register_buffer("one_worker", torch.zeros(2, num_features), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, worker_batch={self.worker_batch}"
@@ -57,8 +56,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return y
         statistics = self.sums.new_zeros(2, workers, self.num_features)
         y = (self._by_worker if self.channels_last else self._by_channel)(x, *statistics)
-        self.sums[:2].add_(statistics.sum(1))
-        self.sums[2].add_(workers)
+        self.sums.add_(statistics.sum(1))
         return y
 
     def _normalise(
@@ -124,24 +122,33 @@ def _converted(norm: nn.BatchNorm2d, worker_batch: int, channels_last: bool) -> 
     return ghost
 
 
-@torch.no_grad()
-def update_running_statistics(model: nn.Module) -> None:
-    """r <- 0.9 r + 0.1 (mean over the workers seen), once a step after its last backward pass.
+class RunningStatistics:
+    """The running statistics of all ghost batch norms of a model, updated once a step.
 
-    Section 5.1: "BN's running averages with momentum 0.9"; PyTorch calls it momentum 0.1. Every
-    layer must have run in training mode since the last call. Does not wait for the device.
+    Holds their tensors: build it when the model is on its device.
     """
-    norms = ghost_batch_norms(model)
-    if not norms:
-        return
-    running = [r for norm in norms for r in (norm.running_mean, norm.running_var)]
-    counts = [norm.sums[2] for norm in norms for _ in range(2)]
-    momenta = [norm.momentum for norm in norms for _ in range(2)]
-    means = torch._foreach_div([row for norm in norms for row in norm.sums[:2]], counts)
-    torch._foreach_mul_(means, momenta)
-    torch._foreach_mul_(running, [1 - momentum for momentum in momenta])
-    torch._foreach_add_(running, means)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-    torch._foreach_zero_([norm.sums for norm in norms])
-    # a statistic that overflowed must not stay in the scratch, where 0 * inf would be NaN
-    torch._foreach_zero_([norm.one_worker[:2] for norm in norms])
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = ghost_batch_norms(model)
+        self._running = [r for norm in norms for r in (norm.running_mean, norm.running_var)]
+        self._sums = [row for norm in norms for row in norm.sums]
+        self._scratch = [norm.one_worker for norm in norms] + [norm.sums for norm in norms]
+        self._updates = [norm.num_batches_tracked for norm in norms]
+        self._momenta = {norm.momentum for norm in norms}
+
+    @torch.no_grad()
+    def update(self, workers: int) -> None:
+        """r <- 0.9 r + 0.1 (mean over the `workers` seen), after the step's last backward pass.
+
+        Section 5.1: "BN's running averages with momentum 0.9"; PyTorch calls it momentum 0.1.
+        Every layer has seen each of the workers once since the last call. Does not wait for the
+        device.
+        """
+        if not self._running:
+            return
+        (momentum,) = self._momenta
+        torch._foreach_mul_(self._running, 1 - momentum)
+        torch._foreach_add_(self._running, self._sums, alpha=momentum / workers)
+        torch._foreach_add_(self._updates, 1)
+        # a statistic that overflowed must not stay in the scratch either, as 0 * inf is NaN there
+        torch._foreach_zero_(self._scratch)

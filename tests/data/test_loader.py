@@ -79,7 +79,7 @@ def test_starting_at_any_step_gives_what_the_straight_run_gives(
     root: Path, make_config: Make, first_step: int
 ) -> None:
     feed = feed_of(root, make_config(), rank=1, world_size=4)
-    per_step = feed.micro_batches_per_step
+    per_step = len(feed.micro_batches)
     straight = list(feed.training(0))[first_step * per_step :]
     resumed = list(feed.training(first_step))
     assert len(resumed) == len(straight) == (9 - first_step) * per_step
@@ -97,7 +97,7 @@ def test_micro_batches_of_a_rank(root: Path, make_config: Make) -> None:
     # 6 workers on 4 ranks: 2, 2, 1, 1; in micro-batches of one worker of 2 images
     for rank, micro_batches in enumerate((2, 2, 1, 1)):
         feed = feed_of(root, make_config(), rank, 4, micro_batch=2)
-        assert feed.micro_batches_per_step == micro_batches
+        assert len(feed.micro_batches) == micro_batches
         assert [len(request.ids) for request in islice(feed.training(0), 3)] == [2, 2, 2]
     # 6 workers at 4 a time: 4, and a last one of 2
     feed = feed_of(root, make_config(), micro_batch=8)

@@ -9,9 +9,9 @@ from torch import nn
 from harness.models.cifar_resnet import CifarResNet
 from harness.models.ghost_batch_norm import (
     GhostBatchNorm2d,
+    RunningStatistics,
     convert_batch_norms,
     ghost_batch_norms,
-    update_running_statistics,
 )
 from harness.recipe.minibatch import Minibatch
 
@@ -79,7 +79,7 @@ def test_it_is_one_batch_norm_for_each_worker(m, channels_last):
     torch.testing.assert_close(ghost.weight.grad, dweight)
     torch.testing.assert_close(ghost.bias.grad, dbias)
     assert not ghost.running_mean.any()  # not before the step's end
-    update_running_statistics(ghost)
+    RunningStatistics(ghost).update(m)
     torch.testing.assert_close(ghost.running_mean, mean)
     torch.testing.assert_close(ghost.running_var, variance)
     assert ghost.num_batches_tracked.item() == 1
@@ -95,7 +95,7 @@ def test_statistics_by_hand(channels_last):
     # each worker by itself: (1 - 2)/1, (3 - 2)/1 and (10 - 12)/2, (14 - 12)/2
     expected = [-1, 1, -1, 1] if channels_last else [-1, -1, 1, 1]
     assert y.tolist() == pytest.approx(expected)
-    update_running_statistics(ghost)
+    RunningStatistics(ghost).update(2)
     # mean (2 + 12)/2 = 7: 0.9 * 0 + 0.1 * 7; unbiased variances 2 and 8 (biased 1 and 4, factor
     # nHW/(nHW - 1) = 2), mean 5: 0.9 * 1 + 0.1 * 5
     assert ghost.running_mean.item() == pytest.approx(0.7)
@@ -114,7 +114,7 @@ def test_micro_batches_of_a_step_count_by_their_workers(channels_last):
             for _ in range(step):
                 for part in x.split([share * N for share in shares]):
                     ghost(in_order(part, channels_last))
-                update_running_statistics(ghost)
+                RunningStatistics(ghost).update(5)
             # r2 = 0.9 r1 + (r1 - 0.9 r0), as both steps saw the same images; r0 = 0 and 1
             factor = [1.0, 1.9][step - 1]
             torch.testing.assert_close(ghost.running_mean, factor * mean)
@@ -178,7 +178,7 @@ def test_half_precision_keeps_float32_statistics(m, dtype, channels_last):
     with torch.autocast("cpu", dtype):
         found = ghost(images)
     found.backward(in_order(upstream, channels_last))
-    update_running_statistics(ghost)
+    RunningStatistics(ghost).update(m)
     assert found.dtype == dtype and ghost.running_mean.dtype == torch.float32
     rounding = 2 * torch.finfo(dtype).eps
     for half, exact in ((found, y), (images.grad, dx)):
@@ -194,7 +194,7 @@ def test_half_precision_keeps_float32_statistics(m, dtype, channels_last):
 def test_evaluation_is_plain_batch_norm(channels_last):
     ghost, plain = ghost_and_plain(channels_last)
     ghost(random_images(2))
-    update_running_statistics(ghost)
+    RunningStatistics(ghost).update(2)
     plain.load_state_dict(ghost.state_dict(), strict=True)
     x = random_images(3)[:7]  # no multiple of n
     assert torch.equal(ghost.eval()(x), plain.eval()(x))
@@ -214,10 +214,10 @@ def test_a_step_that_overflowed_does_not_stay(channels_last):
     # as in float16: the next step's sums are finite again
     ghost, _ = ghost_and_plain(channels_last)
     ghost(torch.full((N, C, 2, 2), float("inf"), dtype=torch.float64))
-    update_running_statistics(ghost)
+    RunningStatistics(ghost).update(1)
     ghost.reset_running_stats()
     ghost(random_images(1))
-    update_running_statistics(ghost)
+    RunningStatistics(ghost).update(1)
     assert torch.isfinite(ghost.running_mean).all() and torch.isfinite(ghost.running_var).all()
 
 
@@ -235,7 +235,7 @@ def test_a_whole_model_is_converted(channels_last):
     assert list(model.state_dict()) == list(state)
     # a training step of 2 workers, then each layer's statistics have moved once
     model.train()(torch.randn(2 * N, 3, 8, 8)).sum().backward()
-    update_running_statistics(model)
+    RunningStatistics(model).update(2)
     assert all(b.running_mean.any() and b.num_batches_tracked == 1 for b in norms)
     assert not any(b.sums.any() for b in norms)
     CifarResNet(8, 10).load_state_dict(model.state_dict(), strict=True)
@@ -263,8 +263,8 @@ def test_it_compiles_whole(channels_last):
     for m in (2, 1):  # a rank's micro-batches
         x = in_order(random_images(m), channels_last)
         torch.testing.assert_close(compiled(x), ghost(x))
-    update_running_statistics(ghost)
-    update_running_statistics(compiled)
+    RunningStatistics(ghost).update(3)
+    RunningStatistics(compiled).update(3)
     torch.testing.assert_close(compiled.running_var, ghost.running_var)
 
 
@@ -277,7 +277,7 @@ def test_on_a_gpu(m, channels_last):
     x = random_images(m, torch.float32)
     y, _, mean, _ = separately(plain, x, x)
     found = ghost(in_order(x, channels_last).cuda())
-    update_running_statistics(ghost)
+    RunningStatistics(ghost).update(m)
     torch.testing.assert_close(
         worker_by_worker(found.cpu(), channels_last), y, rtol=1e-4, atol=1e-4
     )
