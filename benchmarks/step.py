@@ -1,6 +1,6 @@
 """Images/s of the harness' step against a bare PyTorch loop, alternating in one process.
 
-    python -m benchmarks.step [--repetitions 20] [--steps 10] [--write]
+    python -m benchmarks.step [--repetitions 30] [--block-seconds 0.5] [--write]
 
 Both train the same network from the same uint8 batches in memory, with the same number of
 threads. The bare loop is what one would write by hand: stock batch norm, mean cross entropy,
@@ -158,15 +158,18 @@ def seconds(block: Callable[[int], None], steps: int, device: torch.device) -> f
     return time.perf_counter() - start
 
 
-def compare(case: tuple[str, int, int, int, int], repetitions: int, steps: int) -> dict[str, Any]:
+def compare(
+    case: tuple[str, int, int, int, int], repetitions: int, block_s: float
+) -> dict[str, Any]:
     """Alternating blocks; ratio > 1 means that the harness is faster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = case_config(*case)
     batches = make_batches(config)
     ours = harness_block(config, itertools.cycle(batches), device)
     bare = bare_block(config, itertools.cycle(batches), device)
-    for block in (ours, bare):
-        seconds(block, max(steps // 2, 2), device)  # warm-up
+    warm_up_steps = 3
+    slowest_s = max(seconds(block, warm_up_steps, device) for block in (ours, bare, ours, bare))
+    steps = max(round(block_s / slowest_s * warm_up_steps), 2)
     ratios, ours_s, bare_s = [], [], []
     for repetition in range(repetitions):
         times = {}
@@ -193,15 +196,15 @@ def compare(case: tuple[str, int, int, int, int], repetitions: int, steps: int) 
 def main() -> None:
     """Prints a table; --write keeps it in benchmarks/results/step.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--block-seconds", type=float, default=0.5)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     set_precision("float32")
     rows = []
     print("model     pixels    n   harness / bare   (quartiles)      images/s: harness, bare")
     for case in CASES:
-        row = compare(case, options.repetitions, options.steps)
+        row = compare(case, options.repetitions, options.block_seconds)
         rows.append(row)
         ratio = row["ratio"]
         print(
