@@ -173,6 +173,10 @@ def _train(options: argparse.Namespace) -> int:
         if first:
             print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
         return FAILED
+    except Exception:  # a bug: its traceback is wanted
+        if first:
+            print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
+        raise
     if first:
         expect = result.config.expect
         spread = f" ± {expect.std}" if expect.std is not None else ""

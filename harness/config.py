@@ -71,6 +71,8 @@ class Expect(Section):
 
 
 class Data(Section):
+    """The images, and how a crop is made of one. Sizes in pixels."""
+
     train_images: Count  # checked against the index; lets the dry run work without data
     val_images: Count
     classes: Count
@@ -95,6 +97,8 @@ class Data(Section):
 
 
 class Model(Section):
+    """The network and its initialization."""
+
     name: Text
     last_gamma: Annotated[int, Field(ge=0, le=1)] = 0  # table 2b
     weights: Text | None = None  # start from a state dict (fine-tuning)
@@ -106,6 +110,8 @@ class Model(Section):
 
 
 class Recipe(Section):
+    """The paper's recipe: minibatch, learning rate, momentum, decay."""
+
     minibatch: Count  # kn
     worker_batch: Count = 32  # n
     epochs: Count
@@ -160,6 +166,8 @@ class Recipe(Section):
 
 
 class Distill(Section):
+    """The teacher of a student's run."""
+
     teacher: Text  # a config, a run folder, or a state dict
     teacher_model: Text | None = None  # name, for a bare state dict
     temperature: Positive = 4.0
@@ -170,6 +178,8 @@ class Distill(Section):
 
 
 class Run(Section):
+    """The machine: may change on resume, and changes no curve but by rounding."""
+
     data_root: Text = "data/imagenet"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "float32"

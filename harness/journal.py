@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -60,7 +61,10 @@ class Journal:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = {"event": name, "step": step, "time": now} | values
-        self._file.write(json.dumps(line) + "\n")
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[key] = None  # JSON knows neither NaN nor infinity
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def say(self, text: str) -> None:
@@ -83,8 +87,9 @@ class Journal:
             "images_per_s": images / elapsed_s,
             "data_wait": min(data_wait_s / elapsed_s, 1.0),
         }
-        if reading.overflows:
-            values["overflows"] = reading.overflows
+        for name in ("overflows", "replaced"):
+            if count := getattr(reading, name):
+                values[name] = count
         epoch = (step - 1) // self.config.steps_per_epoch + 1
         self.event("train", step, epoch=epoch, **values)
         for name, value in values.items():
@@ -103,8 +108,9 @@ class Journal:
             f"lr {values['lr']:.4g}  {values['images_per_s']:.0f} images/s  "
             f"data {100 * values['data_wait']:.0f} %  left {timedelta(seconds=left_s)}"
         )
-        if "overflows" in values:
-            text += f"  overflows {values['overflows']:.0f}"
+        for name in ("overflows", "replaced"):
+            if name in values:
+                text += f"  {name} {values[name]:.0f}"
         if self._bar is None:
             self.say(text)
         else:

@@ -11,7 +11,7 @@ from harness.train import train
 from tests.conftest import harness
 
 
-def refused(config, tmp_path, match: str) -> None:
+def expect_refusal(config, tmp_path, match: str) -> None:
     out = tmp_path / "never"
     with pytest.raises(UserError, match=match) as caught:
         train(load_config(config), out)
@@ -35,24 +35,24 @@ def test_ranks_that_fail_alike_do_not_all_speak(small, tmp_path):
 
 
 def test_missing_and_empty_data_folders(small, tmp_path):
-    refused(small(run__data_root=str(tmp_path / "missing")), tmp_path, "missing")
+    expect_refusal(small(run__data_root=str(tmp_path / "missing")), tmp_path, "missing")
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    refused(small(run__data_root=str(tmp_path / "empty")), tmp_path, "empty")
+    expect_refusal(small(run__data_root=str(tmp_path / "empty")), tmp_path, "empty")
 
 
 def test_a_class_without_images(small, own_digits, tmp_path):
     (own_digits / "train" / "new").mkdir()
-    refused(small(run__data_root=str(own_digits)), tmp_path, "new")
+    expect_refusal(small(run__data_root=str(own_digits)), tmp_path, "new")
 
 
 def test_classes_that_differ_between_train_and_val(small, own_digits, tmp_path):
     (own_digits / "val" / "7").rename(own_digits / "val" / "seven")
-    refused(small(run__data_root=str(own_digits)), tmp_path, "seven")
+    expect_refusal(small(run__data_root=str(own_digits)), tmp_path, "seven")
 
 
 def test_other_counts_than_the_configs(small, own_digits, tmp_path):
     next((own_digits / "train" / "3").glob("*.png")).unlink()
-    refused(small(run__data_root=str(own_digits)), tmp_path, "1436")
+    expect_refusal(small(run__data_root=str(own_digits)), tmp_path, "1436")
 
 
 def test_more_ranks_than_workers(small, tmp_path):
@@ -124,4 +124,4 @@ def test_a_stale_index_is_noticed(small, own_digits, tmp_path):
     config = small(run__data_root=str(own_digits))
     train(load_config(config), tmp_path / "first")
     shutil.rmtree(own_digits / "val" / "0")
-    refused(config, tmp_path, "0")
+    expect_refusal(config, tmp_path, "0")

@@ -174,7 +174,7 @@ def test_numbers_at_the_ends_of_their_ranges(load):
     ],
 )
 def test_what_is_possible_is_accepted(load, overrides):
-    load(SMALLEST, *overrides)
+    assert load(SMALLEST, *overrides).total_steps > 0
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_weights_from_before_num_batches_tracked(tmp_path, trained, suffix):
     assert torch.equal(model.conv1.weight, trained["conv1.weight"])
 
 
-def one_line_about(path, *words):
+def expect_one_line_about(path, *words):
     with pytest.raises(UserError) as raised:
         build_model(config({"name": "resnet8", "weights": str(path)}))
     message = str(raised.value)
@@ -126,29 +126,29 @@ def one_line_about(path, *words):
 def test_weights_that_do_not_fit(tmp_path, trained, suffix):
     path = tmp_path / f"weights{suffix}"
     write({**trained, "fc.weight": torch.zeros(3, 64)}, path)
-    one_line_about(path, "'fc.weight'", "(3, 64) instead of (10, 64)")
+    expect_one_line_about(path, "'fc.weight'", "(3, 64) instead of (10, 64)")
     write({**trained, "head.weight": torch.zeros(1)}, path)
-    one_line_about(path, "'head.weight'", "is not in the model")
+    expect_one_line_about(path, "'head.weight'", "is not in the model")
     del trained["fc.bias"]
     write(trained, path)
-    one_line_about(path, "'fc.bias'", "is missing")
+    expect_one_line_about(path, "'fc.bias'", "is missing")
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
 def test_weights_that_are_no_weights(tmp_path, name):
     path = tmp_path / name
-    one_line_about(path, "no such file")
+    expect_one_line_about(path, "no such file")
     for content in (b"", b"not weights at all", os.urandom(4096)):
         path.write_bytes(content)
-        one_line_about(path, "no state dict")
+        expect_one_line_about(path, "no state dict")
 
 
 def test_a_checkpoint_is_not_a_state_dict(tmp_path, trained):
     path = tmp_path / "checkpoint.pt"
     torch.save({"model": trained, "step": 3}, path)
-    one_line_about(path, "not a plain state dict")
+    expect_one_line_about(path, "not a plain state dict")
     torch.save([1, 2], path)
-    one_line_about(path, "not a plain state dict")
+    expect_one_line_about(path, "not a plain state dict")
 
 
 class Hostile:
@@ -170,5 +170,5 @@ def test_a_file_that_carries_code_is_refused_without_running_it(tmp_path, traine
     torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
     assert marker.exists()  # the file is hostile indeed
     marker.unlink()
-    one_line_about(path, "no state dict")
+    expect_one_line_about(path, "no state dict")
     assert not marker.exists()
