@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,12 @@ from harness.recipe.losses import training_loss
 from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
 
+# DDP's name of it: the older one is deprecated since torch 2.15
+BUFFER_SYNC = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,11 +86,11 @@ class Step:
         self.running_statistics = RunningStatistics(model)
         self.model: nn.Module = torch.compile(model) if config.run.compile is True else model  # type: ignore[assignment]
         if world.world_size > 1:
-            # workers keep their own statistics, so buffers are never broadcast (section 2.3)
+            # workers keep their own statistics, so no rank's are sent to others (section 2.3)
             ddp = DistributedDataParallel(
                 self.model,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
+                **{BUFFER_SYNC: False},  # type: ignore[arg-type]
                 gradient_as_bucket_view=True,
             )
             ddp.register_comm_hook(torch.distributed.group.WORLD, sum_gradients)
