@@ -6,9 +6,21 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Within, children are started: stop signals wait until each child has settled."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def settle_child(parent: int, ignored: Iterable[signal.Signals] = (signal.SIGINT,)) -> None:
@@ -21,6 +33,7 @@ def settle_child(parent: int, ignored: Iterable[signal.Signals] = (signal.SIGINT
         signal.signal(number, signal.SIG_DFL)  # not the parent's handlers
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it could be asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
@@ -18,14 +17,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.config import Config
 from harness.data.ahead import Ahead
-from harness.data.child_process import settle_child
+from harness.data.child_process import STOP_SIGNALS, held_signals, settle_child
 from harness.data.index import FORMATS, Index
 from harness.data.loader import BadImageError, Batch, Feed
 from harness.data.sampling import Crops, Resizes, crops, replacement
 from harness.errors import UserError
 
 REPLACEMENTS = 100  # bad images in a row after which the data set is given up
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def decode(path: Path) -> Image.Image:
@@ -230,7 +228,8 @@ class _Workers:
             multiprocessing_context="fork" if threads else None,
             generator=torch.Generator(),  # leave the global one alone
         )
-        next(iter(self._loader), None)  # nothing is asked for yet, but the processes start
+        with held_signals():
+            next(iter(self._loader), None)  # nothing is asked for yet, but the processes start
 
     def __call__(self, requests: Iterator[Crops | Resizes]) -> Iterator[Batch]:
         """The batches of `requests`, in their order; a former iterator must not be used again."""
