@@ -34,7 +34,8 @@ from harness.step import Step, set_precision
 LOG_EVERY_STEPS = 20
 # model, pixels, images a worker (n), workers a step (k), workers a micro-batch (m)
 CASES = [
-    ("resnet8", 16, 32, 1, 1),
+    ("resnet8", 16, 32, 1, 1),  # 6 ms a step: what a step costs beside the network
+    ("resnet8", 16, 32, 8, 8),  # the quickstart's step, ghost batch norm against a plain one
     ("resnet20", 32, 128, 1, 1),
     ("resnet50", 64, 32, 1, 1),
 ]
@@ -202,13 +203,13 @@ def main() -> None:
     options = parser.parse_args()
     set_precision("float32")
     rows = []
-    print("model     pixels    n   harness / bare   (quartiles)      images/s: harness, bare")
+    print("model     pixels    n   k   harness / bare   (quartiles)      images/s: harness, bare")
     for case in CASES:
         row = compare(case, options.repetitions, options.block_seconds)
         rows.append(row)
         ratio = row["ratio"]
         print(
-            f"{row['model']:9} {row['pixels']:6} {row['worker_batch']:4}   "
+            f"{row['model']:9} {row['pixels']:6} {row['worker_batch']:4} {row['workers']:3}   "
             f"{ratio['median']:14.3f}   ({ratio['quartile_1']:.3f}, {ratio['quartile_3']:.3f})   "
             f"{row['harness_images_per_s']:8.0f}, {row['bare_images_per_s']:8.0f}",
             flush=True,
