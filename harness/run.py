@@ -60,7 +60,8 @@ class Run:
         path = self.folder.path if self.world.rank == 0 else None
         self.journal = Journal(path, self.config, self.first_step)
         self.journal.event(
-            "resume" if self.first_step else "start",
+            # also from step 0: what an incarnation without a checkpoint logged is superseded
+            "start" if self.folder.incarnation <= 1 else "resume",
             self.first_step,
             incarnation=self.folder.incarnation,
             world_size=self.world.world_size,

@@ -224,6 +224,20 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_next_one_taken(small, t
     assert_same(expected, final_weights(tmp_path / "run"), 0.0)
 
 
+def test_resumed_without_any_checkpoint_it_starts_anew_and_logs_each_step_once(small, tmp_path):
+    config = load_config(small())
+    train(config, tmp_path / "run")
+    expected = final_weights(tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()  # as after a crash before the first one
+    status = tmp_path / "run" / "status.json"
+    status.write_text(status.read_text().replace("finished", "stopped"))
+    train(config, tmp_path / "run", resume=True)
+    assert_same(expected, final_weights(tmp_path / "run"), 0.0)
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert [line["step"] for line in log if line["event"] == "evaluation"] == [5, 10, 15]
+
+
 def test_divergence_names_step_and_images_and_keeps_the_last_good_checkpoint(small, tmp_path):
     config = load_config(small(recipe__reference_lr=1e30))
     with pytest.raises(Diverged, match="not finite at step 1") as caught:
