@@ -59,6 +59,8 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
             raise UserError(f"damaged checkpoint: {error}") from error
     else:
         raise UserError(f"{path}: no such run folder or checkpoint")
+    # the machine that evaluates need not be the one that trained
+    overrides = ["run.loader_threads=auto", *overrides]
     config = config_from_mapping(payload["config"], str(checkpoint), overrides)
     model = build_model(config)
     model.load_state_dict(payload["model"], strict=True)
@@ -79,7 +81,7 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
     check_indices(train, val, config)
     channels_last = world.device.type == "cuda"
     feed = Feed(config, train, val, 0, 1, config.recipe.worker_batch, channels_last)
-    threads = resolve_threads("auto", local_ranks=1)
+    threads = resolve_threads(config.run.loader_threads, local_ranks=1)
     loader = open_loader(
         config, feed, resolve_loader(config.run.loader, train, val), threads, channels_last
     )

@@ -14,6 +14,7 @@ from harness.cli import main
 from harness.journal import read_log
 from harness.models import build_model
 from harness.train import train
+from harness.trained import load_trained
 
 
 @pytest.fixture
@@ -34,6 +35,11 @@ def test_eval_gives_the_error_of_the_last_epoch(run, capsys):
     )
     low, high = result["error_interval_95"]
     assert low < result["error"] < high
+
+
+def test_eval_takes_the_loader_threads_that_are_typed(run):
+    assert load_trained(run).config.run.loader_threads == "auto"
+    assert load_trained(run, ["run.loader_threads=0"]).config.run.loader_threads == 0
 
 
 def test_eval_of_one_checkpoint_and_its_predictions(run, tmp_path, capsys):
