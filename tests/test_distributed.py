@@ -90,8 +90,8 @@ from torch import nn
 from functools import partial
 from harness.distributed import *
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
-world = world_from_environment("cpu")
-with process_group(world, 60) as control:
+
+def reduce(world):
     total = sum_over_ranks(torch.tensor([2**53 + 1, world.rank]))  # no float64 holds 2**53 + 1
     least = min_over_ranks(torch.tensor(10 - world.rank))
     model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1, bias=False))
@@ -103,6 +103,13 @@ with process_group(world, 60) as control:
     with global_running_statistics(layer, (0.75, 0.25)[world.rank]):
         lent = layer.running_mean.item()
     print(total.tolist(), least.item(), gradient, lent, layer.running_mean.item())
+
+def main():  # as in a run, DDP is freed before the interpreter ends: Gloo's thread calls its hook
+    world = world_from_environment("cpu")
+    with process_group(world, 60):
+        reduce(world)
+
+main()
 """
 
 
