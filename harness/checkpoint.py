@@ -7,7 +7,10 @@ import io
 import os
 import pickle
 import re
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,6 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(payload, buffer)
     content = buffer.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
     checksum = hashlib.sha256(content).hexdigest()
     write_atomically(_checksum_path(path), f"{checksum}  {path.name}\n".encode())
     write_atomically(path, content)
@@ -119,3 +121,68 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
     for path in list(_surplus(folder, keep, best_step)):
         path.unlink(missing_ok=True)
         _checksum_path(path).unlink(missing_ok=True)
+
+
+def copy_to_host(value: Any) -> Any:
+    """A copy of nested dicts and lists with all tensors in host memory, which training leaves."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, copy_to_host(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(copy_to_host(item) for item in value)
+    return value
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a checkpoint of `step` ended: `error` is None where it was written, in `seconds`."""
+
+    path: Path
+    step: int
+    seconds: float
+    error: Exception | None
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one after the other, and removes surplus ones.
+
+    `before_write` is called in the thread: what it raises (a newer incarnation) is the outcome.
+    """
+
+    def __init__(self, folder: Path, keep: int, before_write: Callable[[], None]) -> None:
+        self._folder, self._keep, self._before_write = folder, keep, before_write
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: list[Future[Outcome]] = []
+
+    def submit(self, path: Path, payload: dict[str, Any], best_step: int | None) -> None:
+        """Takes over `payload`, which nobody else may change; waits for the checkpoint before."""
+        wait(self._writing)
+        self._writing.append(self._thread.submit(self._write, path, payload, best_step))
+
+    def outcomes(self, finish: bool = False) -> list[Outcome]:
+        """What became of the checkpoints since the last call; `finish` waits for the last one."""
+        if finish:
+            wait(self._writing)
+        ended = [writing for writing in self._writing if writing.done()]
+        self._writing = [writing for writing in self._writing if writing not in ended]
+        return [writing.result() for writing in ended]
+
+    def prune(self, best_step: int | None) -> None:
+        """Keeps the newest few and the one of `best_step`."""
+        prune_checkpoints(self._folder, self._keep, best_step)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._thread.shutdown()
+
+    def _write(self, path: Path, payload: dict[str, Any], best_step: int | None) -> Outcome:
+        begun_s = time.monotonic()
+        error = None
+        try:
+            self._before_write()
+            save_checkpoint(path, payload)
+            self.prune(best_step)
+        except Exception as raised:
+            error = raised
+        return Outcome(path, payload["step"], time.monotonic() - begun_s, error)

@@ -14,15 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import RunFailed, UserError
+from harness.errors import FAILED, FINISHED, STOPPED, USER_ERROR, RunFailed, UserError
 
-FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
 TORCHRUN_ENDS_OTHERS_S = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     options = _parse(arguments)
+    # PyTorch tells of a lost peer in pages of C++ frames; what matters is told in a line of ours
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):  # a terminal without γ or × shows ? for them
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

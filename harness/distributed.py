@@ -4,7 +4,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -121,7 +121,7 @@ def use_slurm_rendezvous(environment: dict[str, str] | os._Environ[str] = os.env
 
 
 @contextmanager
-def process_group(world: World, timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
+def process_group(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
     """Joins the ranks (NCCL on GPUs, Gloo on CPUs) and yields a second, Gloo group for control.
 
     The control group carries small CPU messages beside the gradients, so that agreement between
@@ -135,12 +135,14 @@ def process_group(world: World, timeout_s: float) -> Iterator[dist.ProcessGroup 
         return
     if world.launcher == "slurm":
         use_slurm_rendezvous()
+    # the watchdog is to be first: it tells a rank that hangs from one that is slow, and names it
+    timeout = timedelta(seconds=2 * hang_timeout_s + 60)
     try:
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
             rank=world.rank,
             world_size=world.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
         )
     except ValueError as error:  # "environment variable MASTER_ADDR expected, but not set"
         raise UserError(f"rendezvous: {error}; launch with torchrun or srun") from error
@@ -152,9 +154,11 @@ def process_group(world: World, timeout_s: float) -> Iterator[dist.ProcessGroup 
             f"rendezvous: cannot reach {place}: {str(error).splitlines()[0]}"
         ) from error
     try:
-        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)  # this rank is in it
         yield control
+        with suppress(RuntimeError):  # a rank that fails in its last lines says so itself
+            dist.barrier(control)  # the store may be in rank 0: nobody is to need it any more
     finally:
         dist.destroy_process_group()
 
@@ -188,15 +192,21 @@ def barrier(group: dist.ProcessGroup | None) -> None:
         dist.barrier(group)
 
 
-def sum_gradients(
-    group: dist.ProcessGroup, bucket: dist.GradBucket
-) -> torch.futures.Future[Tensor]:
-    """DDP communication hook: gradients are summed, not averaged.
+@dataclass
+class Reductions:
+    """How many gradient buckets this rank has sent: where it stands in a backward pass."""
+
+    sent: int = 0
+
+
+def sum_gradients(reductions: Reductions, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP communication hook: gradients are summed, not averaged, over all ranks.
 
     Remark 3 (section 3): each image's loss is divided by kn, so the all-reduce sums; the backward
     pass of an image then knows nothing of the number of ranks, in float16 too.
     """
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    reductions.sent += 1
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 

@@ -1,4 +1,6 @@
-"""Errors that are told in one line, without a stack trace."""
+"""Errors that are told in one line, without a stack trace; exit codes."""
+
+FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
 
 
 class UserError(Exception):

@@ -17,7 +17,7 @@ FORWARDED_S = 2.0  # torchrun hands a terminal's Ctrl-C on, so one key press com
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has written a checkpoint (exit code 75)."""
+    """The run was asked to stop and can be gone on with (exit code 75)."""
 
 
 class StopRequest:
@@ -25,7 +25,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._first_at_s = 0.0
+        self.asked_at_s: float | None = None  # on the monotonic clock
 
     @contextmanager
     def listen(self) -> Iterator[StopRequest]:
@@ -40,8 +40,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
         if self.signal is None:
-            self.signal, self._first_at_s = signal.Signals(number), now_s
-        elif number == signal.SIGINT and now_s - self._first_at_s > FORWARDED_S:
+            self.signal, self.asked_at_s = signal.Signals(number), now_s
+        elif number == signal.SIGINT and now_s - (self.asked_at_s or now_s) > FORWARDED_S:
             os._exit(128 + number)  # a second Ctrl-C ends at once
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from harness.config import Config
 from harness.evaluate import Evaluation
 from harness.metrics import Reading
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -37,21 +44,93 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+class LogFile:
+    """log.jsonl, a line a write. A disk that is full or gone is told once, and the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._warned = path, False
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        # a torn last line is ended, so that the next one stands by itself
+        self._torn = path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends a line of JSON."""
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        if self._torn:
+            content = b"\n" + content
+        try:
+            if os.write(self._file, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._torn = self._warned = False
+        except OSError as error:
+            self._torn = True
+            if not self._warned:
+                print(f"warning: {self._path}: not written: {error.strerror}; going on")
+            self._warned = True
+
+    def flush(self) -> None:
+        """To the disk."""
+        with suppress(OSError):  # a full disk was told when the line was written
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Curves:
+    """TensorBoard's scalars; given up, with a warning, once they cannot be written."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._folder = folder
+        _hush_tensorboard()
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Values by their name, such as train/loss."""
+        for name, value in values.items():
+            self._call("add_scalar", name, value, step)
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *arguments: object) -> None:
+        try:
+            if self._writer is not None:
+                getattr(self._writer, method)(*arguments)
+        except OSError as error:
+            self._writer = None
+            print(f"warning: {self._folder}: not written any more: {error.strerror}; going on")
+
+
+def _hush_tensorboard() -> None:
+    """Its writing thread reports an error to its caller, and then to the terminal, with a stack."""
+    usual = threading.excepthook
+
+    def hook(thread: threading.ExceptHookArgs) -> None:
+        if "_AsyncWriterThread" not in type(thread.thread).__name__:
+            usual(thread)
+
+    threading.excepthook = hook
+
+
 class Journal:
     """Rank 0's record of the run; on the other ranks (`folder` None) every call does nothing."""
 
     def __init__(self, folder: Path | None, config: Config, first_step: int) -> None:
         self.config = config
-        self._file: IO[str] | None = None
+        self._file: LogFile | None = None
         self._bar: tqdm | None = None
         self._first_step, self._logged_step = first_step, first_step
         self._begun_s = self._mark_s = time.monotonic()
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        self._file = _open_log(folder / "log.jsonl")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._file = LogFile(folder / "log.jsonl")
+        self._curves = Curves(folder / "tensorboard", first_step)
         if sys.stderr.isatty():
             self._bar = tqdm(total=config.total_steps, initial=first_step, unit="step", leave=False)
 
@@ -64,8 +143,7 @@ class Journal:
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 line[key] = None  # JSON knows neither NaN nor infinity
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(line)
 
     def say(self, text: str) -> None:
         """A plain line on standard output, above the bar where there is one."""
@@ -92,8 +170,7 @@ class Journal:
                 values[name] = count
         epoch = (step - 1) // self.config.steps_per_epoch + 1
         self.event("train", step, epoch=epoch, **values)
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"train/{name}", value, step)
+        self._curves.add({f"train/{name}": value for name, value in values.items()}, step)
         self._progress(step, epoch, values)
         self._logged_step = step
         self._mark_s = time.monotonic()
@@ -132,9 +209,8 @@ class Journal:
             total=evaluation.total,
         )
         if self._file is not None:
-            self._tensorboard.add_scalar("validation/error", evaluation.error, step)
-            self._tensorboard.add_scalar("validation/top5_error", evaluation.top5_error, step)
-            self._tensorboard.add_scalar("validation/loss", evaluation.loss, step)
+            names = ("error", "top5_error", "loss")
+            self._curves.add({f"validation/{n}": getattr(evaluation, n) for n in names}, step)
         self.say(
             f"epoch {epoch}/{self.config.recipe.epochs}  error {evaluation.error:.2f} %  "
             f"top-5 error {evaluation.top5_error:.2f} %  loss {evaluation.loss:.4f}  "
@@ -149,8 +225,7 @@ class Journal:
         """Brings the log to the disk: before a checkpoint, so that it is never behind one."""
         if self._file is not None:
             self._file.flush()
-            os.fsync(self._file.fileno())
-            self._tensorboard.flush()
+            self._curves.flush()
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
@@ -158,14 +233,5 @@ class Journal:
             if self._bar is not None:
                 self._bar.close()
             self._file.close()
-            self._tensorboard.close()
+            self._curves.close()
             self._file = None
-
-
-def _open_log(path: Path) -> IO[str]:
-    """Opened for appending; a torn last line is ended, so that the next one stands by itself."""
-    torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the journal closes it)
-    if torn:
-        file.write("\n")
-    return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import torch
 import torch.distributed as dist
 
 from harness.checkpoint import (
+    CheckpointWriter,
     checkpoint_path,
+    copy_to_host,
     load_checkpoint,
     newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
 )
 from harness.config import Config
-from harness.data.loader import Feed, Loader
+from harness.data.loader import Batch, Feed, Loader
 from harness.distributed import World, global_running_statistics
 from harness.errors import RunFailed
 from harness.evaluate import evaluate
@@ -29,6 +30,7 @@ from harness.journal import Journal
 from harness.recipe.schedule import lr_at
 from harness.run_folder import RunFolder
 from harness.step import Step
+from harness.watchdog import Doing, Watchdog
 
 FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
 OVERFLOWS_IN_ROW = 20  # float16: from 65536 the scale has then fallen below 1
@@ -50,13 +52,21 @@ class Run:
     loader: Loader
     control: dist.ProcessGroup | None
     stop: StopRequest
+    watchdog: Watchdog
     journal: Journal = field(init=False)
+    writer: CheckpointWriter = field(init=False)
     first_step: int = 0
+    done: int = 0  # steps
+    not_written: str = ""  # why the last checkpoint is not on the disk
     errors: dict[int, float] = field(default_factory=dict)  # epoch -> validation error in %
     saved_at_s: float = field(default_factory=time.monotonic)
 
     def open_journal(self) -> None:
         """Rank 0's log begins, or goes on after the checkpoint that was restored."""
+        self.done = self.first_step
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints, self.config.run.keep_checkpoints, self._before_write
+        )
         path = self.folder.path if self.world.rank == 0 else None
         self.journal = Journal(path, self.config, self.first_step)
         self.journal.event(
@@ -71,8 +81,20 @@ class Run:
             micro_batch=self.feed.micro_batch,
         )
 
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written; closes the log."""
+        self.writer.close()
+        self.journal.close()
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches from the first step on, under the watchdog's eyes."""
+        batches = self.loader.train(self.first_step)
+        return self.watchdog.watch(batches, lambda: self.done, Doing.COMPUTING)
+
     def log_line(self, done: int) -> None:
         """Reads the metrics since the last line. Synchronises. Raises Diverged, on all ranks."""
+        self.watchdog.at(done, Doing.LOGGING)
+        self._report_checkpoints()
         reading = self.step.metrics.read(len(self.step.replaced))
         if reading.replaced:
             self._log_replaced()
@@ -113,8 +135,9 @@ class Run:
     def evaluate(self, done: int) -> None:
         """Evaluates with the running statistics of all workers. Synchronises."""
         network = self.step.network
+        batches = self.watchdog.watch(self.loader.evaluate(), lambda: done, Doing.EVALUATING)
         with global_running_statistics(network, self.feed.share):
-            evaluation = evaluate(self.config, network, self.loader.evaluate(), self.step.pixels)
+            evaluation = evaluate(self.config, network, batches, self.step.pixels)
         self.errors[done // self.config.steps_per_epoch] = evaluation.error
         self.journal.evaluation_line(done, evaluation)
         self.journal.restart_clock()
@@ -139,38 +162,61 @@ class Run:
         return self.world.rank == 0 and minutes >= self.config.run.checkpoint_every_minutes
 
     def save(self, done: int) -> None:
-        """Writes a checkpoint of finite weights. Synchronises. A full disk is a warning."""
+        """Hands a copy of finite weights to the thread that writes checkpoints. Synchronises."""
+        self.watchdog.at(done, Doing.SAVING)
         network = self.step.network
         if not bool(torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all()):
             raise self._diverged(done - 1, "the weights are not finite")
         self.saved_at_s = time.monotonic()
         with global_running_statistics(network, self.feed.share):
             if self.world.rank == 0:
-                self._write_checkpoint(done)
+                path = checkpoint_path(self.folder.checkpoints, self.folder.incarnation, done)
+                self.writer.submit(path, self._payload(done), self._best_step())
         self.journal.restart_clock()
 
-    def _write_checkpoint(self, done: int) -> None:
-        self.folder.check_current()
-        self.journal.flush()
-        path = checkpoint_path(self.folder.checkpoints, self.folder.incarnation, done)
-        payload = self.step.state_dict() | {
+    def saved(self, done: int) -> str:
+        """What became of the checkpoint of step `done`, once the disk has it or refused it."""
+        self.watchdog.at(done, Doing.SAVING)
+        self._report_checkpoints(finish=True)
+        if not self.not_written:
+            return "checkpoint written"
+        return f"its checkpoint could not be written ({self.not_written}), an older one may stand"
+
+    def _payload(self, done: int) -> dict[str, Any]:
+        return copy_to_host(self.step.state_dict()) | {
             "step": done,
             "incarnation": self.folder.incarnation,
             "config": self.config.model_dump(mode="json"),
             "seed": self.config.seed,
             "world_size": self.world.world_size,
-            "errors": self.errors,
+            "errors": dict(self.errors),
             "versions": {"torch": str(torch.__version__)},
         }
-        try:
-            save_checkpoint(path, payload)
-            prune_checkpoints(
-                self.folder.checkpoints, self.config.run.keep_checkpoints, self._best_step()
-            )
-            self.journal.event("checkpoint", done, file=path.name)
-        except OSError as error:
-            self.journal.say(f"warning: {path}: not written: {error.strerror}; going on")
-            self.journal.event("checkpoint_failed", done, file=path.name, why=str(error))
+
+    def _before_write(self) -> None:
+        self.folder.check_current()
+        self.journal.flush()  # the log is never behind a checkpoint
+
+    def _report_checkpoints(self, finish: bool = False) -> None:
+        for outcome in self.writer.outcomes(finish):
+            values = {"file": outcome.path.name, "seconds": round(outcome.seconds, 3)}
+            if outcome.error is None:
+                self.not_written = ""
+                self.journal.event("checkpoint", outcome.step, **values)
+            elif isinstance(outcome.error, OSError):
+                self.not_written = outcome.error.strerror or str(outcome.error)
+                self.journal.say(
+                    f"warning: {outcome.path}: not written: {self.not_written}; going on"
+                )
+                values["why"] = str(outcome.error)
+                self.journal.event("checkpoint_failed", outcome.step, **values)
+            else:
+                raise outcome.error
+
+    def remove_surplus_checkpoints(self) -> None:
+        """At the end, when the best epoch is known."""
+        if self.world.rank == 0:
+            self.writer.prune(self._best_step())
 
     def _best_step(self) -> int | None:
         if not self.errors:

@@ -11,7 +11,10 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +27,8 @@ from harness.config import Config, curve_differences, dump_config, load_config
 from harness.errors import RunFailed, UserError
 
 ROUNDING = ("precision", "compile", "loader")  # keys of run: that change rounding
+HEARTBEAT_S = 10.0
+STALE_S = 60.0  # a heartbeat this old is of a dead process: several beats, and a network's delay
 
 
 class Fenced(RunFailed):
@@ -32,22 +37,40 @@ class Fenced(RunFailed):
 
 @dataclass(frozen=True)
 class Launch:
-    """Which launch this process belongs to, and how often the launcher restarted it."""
+    """Which launch this process belongs to, and how often it was requeued and restarted.
+
+    `elastic`: under torchrun, which ends all ranks of a launch before it starts them again.
+    """
 
     id: str
+    requeues: int
     restarts: int
+    elastic: bool
 
     @classmethod
     def from_environment(cls) -> Launch:
         """torchrun's run id and restart count, or SLURM's job id and requeue count."""
+        requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         run_id = os.environ.get("TORCHELASTIC_RUN_ID")
         if run_id is not None:
             if run_id == "none":  # torchrun's default: the agent, our parent, stands for the launch
                 run_id = f"{socket.gethostname()}:{os.getppid()}"
-            return cls(run_id, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            return cls(run_id, requeues, restarts, elastic=True)
         if "SLURM_JOB_ID" in os.environ:
-            return cls(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0")))
-        return cls(f"{socket.gethostname()}:{os.getpid()}", 0)
+            return cls(os.environ["SLURM_JOB_ID"], requeues, 0, elastic=False)
+        return cls(f"{socket.gethostname()}:{os.getpid()}", 0, 0, elastic=False)
+
+    def follows(self, status: dict[str, Any]) -> bool:
+        """Whether the launch that wrote `status` started this process to go on in its place.
+
+        A new number of nodes restarts torchrun's ranks under the same restart count.
+        """
+        if status.get("launch") != self.id:
+            return False
+        return self.requeues > status["requeues"] or (
+            self.elastic and self.requeues == status["requeues"]
+        )
 
 
 class RunFolder:
@@ -58,7 +81,10 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.jsonl"
         self.incarnation = 0
+        self._seen_incarnation = 0
         self._status: dict[str, Any] = {}
+        self._lock = threading.RLock()  # the loop and the heartbeat write the status
+        self._warned = False
 
     def read_status(self) -> dict[str, Any]:
         """status.json, or {} where there is none. Raises UserError where it is damaged."""
@@ -86,14 +112,13 @@ class RunFolder:
         if not self.path.exists():
             return False
         status = self.read_status()
+        self._seen_incarnation = status.get("incarnation", 0)
         if not (self.path / "config.yaml").exists():
-            if not self.path.is_dir() or any(self.path.iterdir()):
+            begun = any(self.path.glob(".incarnation-*"))  # killed before it had written more
+            if not begun and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"{self.path}: exists and is no run folder; choose another --out")
             return False
-        launch = Launch.from_environment()
-        restarted = launch.restarts > status.get("restarts", 0) and launch.id == status.get(
-            "launch"
-        )
+        restarted = Launch.from_environment().follows(status)
         if not (resume or restarted):
             raise UserError(
                 f"{self.path}: run folder exists; add --resume to go on, or choose another --out"
@@ -105,21 +130,16 @@ class RunFolder:
                 "give the same values or choose another --out"
             )
         if not restarted:
-            self._check_not_in_use(status, config.run.hang_timeout_s)
+            self._check_not_in_use(status)
         self._check_rounding(stored, config, typed)
         return True
 
-    def _check_not_in_use(self, status: dict[str, Any], hang_timeout_s: float) -> None:
-        if status.get("state") != "running":
-            return
-        here = status["host"] == socket.gethostname()
-        if here and not _is_alive(status["pid"]):
-            return  # it died without a word
-        age_s = time.time() - status["heartbeat"]
-        if age_s < hang_timeout_s:
+    def _check_not_in_use(self, status: dict[str, Any]) -> None:
+        if status.get("state") == "running" and _is_fresh(status):
             raise UserError(
-                f"{self.path}: in use by process {status['pid']} on {status['host']}, "
-                f"last heard of {age_s:.0f} s ago; stop it first, or choose another --out"
+                f"{self.path}: in use by process {status['pid']} on {status['host']}, last heard "
+                f"of {time.time() - status['heartbeat']:.0f} s ago; stop it first, wait "
+                f"{STALE_S:.0f} s if its machine is gone, or choose another --out"
             )
 
     def _check_rounding(self, stored: Config, config: Config, typed: set[str]) -> None:
@@ -132,26 +152,56 @@ class RunFolder:
                 )
 
     def open(self, config: Config, environment: dict[str, Any]) -> None:
-        """Rank 0: takes the next incarnation number and records config and environment."""
-        status = self.read_status()
+        """Rank 0: takes the next incarnation number and records config and environment.
+
+        Raises UserError where the folder cannot be written, or another process took the number.
+        """
         launch = Launch.from_environment()
-        self.incarnation = status.get("incarnation", 0) + 1
+        self._status = {
+            "incarnation": 0,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "launch": launch.id,
+            "requeues": launch.requeues,
+            "restarts": launch.restarts,
+            "config": str(self.path / "config.yaml"),
+        }
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.incarnation = self._status["incarnation"] = self._claim(launch)
             write_atomically(self.path / "config.yaml", dump_config(config).encode())
             text = json.dumps(environment, indent=2) + "\n"
             write_atomically(self.path / "environment.json", text.encode())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
-        self._status = {
-            "incarnation": self.incarnation,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "launch": launch.id,
-            "restarts": launch.restarts,
-            "config": str(self.path / "config.yaml"),
-        }
+        for torn in self.checkpoints.glob(".*.tmp"):  # of a process that was killed
+            torn.unlink(missing_ok=True)
+
+    def _claim(self, launch: Launch) -> int:
+        """The next incarnation number, which exactly one process can take: its file is created.
+
+        The number before the claim is the one that `check` saw, so of two processes that start
+        at once the second finds the first one's claim.
+        """
+        number = self._seen_incarnation + 1
+        while True:
+            claim = self.path / f".incarnation-{number:03d}"
+            try:
+                with open(claim, "x") as file:
+                    json.dump(self._status | {"heartbeat": time.time()}, file)
+            except FileExistsError:
+                holder = json.loads(claim.read_text() or "{}")  # empty: just being written
+                if not launch.follows(holder) and _is_fresh(holder):
+                    raise UserError(
+                        f"{self.path}: another process started on it at the same moment; "
+                        "wait for it, or choose another --out"
+                    ) from None
+                number += 1  # its process died before it wrote its first status
+            else:
+                for older in sorted(self.path.glob(".incarnation-*"))[:-2]:
+                    older.unlink(missing_ok=True)
+                return number
 
     def check_current(self) -> None:
         """Raises Fenced where a newer incarnation has taken over."""
@@ -161,12 +211,54 @@ class RunFolder:
                 f"{self.path}: incarnation {newest} took over; {self.incarnation} ends here"
             )
 
-    def write_status(self, state: str, **values: Any) -> None:
-        """Rank 0: state is running, finished, stopped or failed; also the heartbeat."""
-        self.check_current()
-        self._status |= values | {"state": state, "heartbeat": round(time.time(), 3)}
-        text = json.dumps(self._status, indent=2) + "\n"
-        write_atomically(self.path / "status.json", text.encode())
+    def write_status(self, state: str, **values: Any) -> bool:
+        """Rank 0: state is running, finished, stopped or failed; also the heartbeat.
+
+        A disk that is full or gone is told once, and the run goes on: false. Raises Fenced.
+        """
+        with self._lock:
+            self._status |= values | {"state": state, "heartbeat": round(time.time(), 3)}
+            text = json.dumps(self._status, indent=2) + "\n"
+            try:
+                self.check_current()
+                write_atomically(self.path / "status.json", text.encode())
+            except (OSError, UserError) as error:
+                if not self._warned:
+                    why = getattr(error, "strerror", None) or error
+                    print(f"warning: {self.path}/status.json: not written: {why}", file=sys.stderr)
+                self._warned = True
+                return False
+            self._warned = False
+            return True
+
+    @contextmanager
+    def heartbeat(self, fenced: Callable[[str], None]) -> Iterator[None]:
+        """Within, a thread keeps the status fresh; `fenced` is told of a newer incarnation."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT_S):
+                try:
+                    self.write_status(self._status["state"])
+                except Fenced as error:
+                    return fenced(str(error))
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(HEARTBEAT_S)  # a disk that hangs does not hold the run
+
+
+def _is_fresh(status: dict[str, Any]) -> bool:
+    """Whether the process that wrote `status` may still be at work."""
+    if not status:
+        return True
+    if status["host"] == socket.gethostname() and not _is_alive(status["pid"]):
+        return False  # it died without a word
+    return time.time() - status["heartbeat"] < STALE_S
 
 
 def _is_alive(pid: int) -> bool:

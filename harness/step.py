@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.config import Config
 from harness.data.loader import Batch
-from harness.distributed import World, sum_gradients
+from harness.distributed import Reductions, World, sum_gradients
 from harness.metrics import Metrics
 from harness.models.ghost_batch_norm import RunningStatistics
 from harness.recipe.losses import training_loss
@@ -84,6 +84,7 @@ class Step:
         self.local_workers = sum(map(len, micro_batches))
         self.network = model
         self.running_statistics = RunningStatistics(model)
+        self.reductions = Reductions()
         self.model: nn.Module = torch.compile(model) if config.run.compile is True else model  # type: ignore[assignment]
         if world.world_size > 1:
             # workers keep their own statistics, so no rank's are sent to others (section 2.3)
@@ -93,7 +94,7 @@ class Step:
                 **{BUFFER_SYNC: False},  # type: ignore[arg-type]
                 gradient_as_bucket_view=True,
             )
-            ddp.register_comm_hook(torch.distributed.group.WORLD, sum_gradients)
+            ddp.register_comm_hook(self.reductions, sum_gradients)
             self.model = ddp
         self.optimizer = build_optimizer(model, config.recipe)
         self.scaler = torch.amp.GradScaler(

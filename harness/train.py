@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from harness.distributed import (
     process_group,
     world_from_environment,
 )
-from harness.errors import RunFailed
+from harness.errors import FAILED, STOPPED, RunFailed
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.models import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.run import Run, choose_checkpoint
 from harness.run_folder import Fenced, RunFolder, describe_environment
 from harness.step import Step, set_precision
+from harness.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,24 @@ class Result:
 
 def run_steps(run: Run) -> None:
     """The loop, from the run's first step to its last. Raises Stopped and Diverged."""
-    config, done = run.config, run.first_step
+    config = run.config
     agreement = Agreement(run.control)
-    batches = run.loader.train(run.first_step)
+    batches = run.batches()
     for step in range(run.first_step, config.total_steps):
         run.step(step, batches)
-        done = step + 1
+        done = run.done = step + 1
         stop, save = agreement.after_step(run.stop.signal is not None, run.checkpoint_is_due())
         epoch_ends = done % config.steps_per_epoch == 0
         if stop or save or epoch_ends or done % config.run.log_every_steps == 0:
             run.log_line(done)  # synchronises
+        if stop or save or epoch_ends:
+            run.save(done)  # synchronises; before the evaluation, which resuming makes up
+        if stop and done < config.total_steps:
+            agreement.close()
+            raise Stopped(f"stopped after step {done} of {config.total_steps}, {run.saved(done)}")
         if epoch_ends and run.evaluation_is_due(done):
             run.evaluate(done)  # synchronises
-        if stop or save or epoch_ends:
-            run.save(done)  # synchronises
-        if stop:
-            break
     agreement.close()
-    if done < config.total_steps:
-        raise Stopped(f"stopped after step {done} of {config.total_steps}, checkpoint written")
 
 
 def train(
@@ -87,16 +87,23 @@ def train(
     loader = open_loader(config, feed, config.run.loader, int(config.run.loader_threads), cuda)
     stop = StopRequest()
     timeout_s = config.run.hang_timeout_s
-    with stop.listen(), closing(loader), process_group(world, timeout_s) as control:
+    with (
+        stop.listen(),
+        closing(loader),
+        Watchdog(world, timeout_s, stop) as watchdog,
+        process_group(world, timeout_s) as control,
+    ):
+        watchdog.join_ranks()
         model = on_device(model, config, world.device)
         step = Step(config, model, world, feed.micro_batches)
+        watchdog.reductions = step.reductions
         if world.rank == 0:
             if idle := idle_gpus(world):
                 print(idle, flush=True)
             folder.open(config, describe_environment(world.device))
         barrier(control)
         checkpoint = choose_checkpoint(folder, going_on, control)
-        run = Run(config, world, folder, step, feed, loader, control, stop)
+        run = Run(config, world, folder, step, feed, loader, control, stop, watchdog)
         if checkpoint is not None:
             run.restore(checkpoint)
         return run_to_the_end(run)
@@ -143,27 +150,51 @@ def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Modu
 
 def run_to_the_end(run: Run) -> Result:
     """The loop within its log and its status; rank 0 records how it ended."""
-    record = run.folder.write_status if run.world.rank == 0 else lambda state, **values: None
-    try:
+    total_steps = run.config.total_steps
+    with status_kept(run) as record:
         run.open_journal()
-        record("running", step=run.first_step, total_steps=run.config.total_steps)
-        run.evaluate_if_missing()
-        run_steps(run)
-        error = run.final_error()
-        run.journal.event("finish", run.config.total_steps, error=error)
-        record(
-            "finished", step=run.config.total_steps, error=error, expected=run.config.expect.error
-        )
+        with closing(run):
+            record("running", step=run.first_step, total_steps=total_steps)
+            run.evaluate_if_missing()
+            run_steps(run)
+            error = run.final_error()
+            if (saved := run.saved(total_steps)) != "checkpoint written":
+                raise RunFailed(f"error {error:.2f} %, but {saved}; make room and resume")
+            run.remove_surplus_checkpoints()
+            run.journal.event("finish", total_steps, error=error)
+        record("finished", step=total_steps, error=error, expected=run.config.expect.error)
         return Result(error, run.folder.path, run.config)
-    except Stopped as stopped:
-        record("stopped", reason=str(stopped))
-        raise
-    except Fenced:
-        raise  # the folder is another incarnation's
-    except Exception as error:
-        if lost := lost_rank(error):
-            error = RunFailed(f"another rank was lost or is silent: {lost}")
-        record("failed", reason=(str(error).splitlines() or [repr(error)])[0])
-        raise error
-    finally:
-        run.journal.close()
+
+
+@contextmanager
+def status_kept(run: Run) -> Iterator[Callable[..., object]]:
+    """Yields what writes the run's status, on rank 0; within, the status is kept fresh, and an
+    exception is recorded and made the one that tells why the run ended."""
+    record: Callable[..., object] = lambda state, **values: None  # noqa: E731
+    heartbeat: AbstractContextManager[None] = nullcontext()
+    if run.world.rank == 0:
+        record = run.folder.write_status
+        run.watchdog.record = lambda state, why: run.folder.write_status(state, reason=why)
+        heartbeat = run.folder.heartbeat(lambda why: run.watchdog.end(FAILED, why))
+    with heartbeat:
+        try:
+            yield record
+        except Fenced:
+            raise  # the folder is another incarnation's
+        except Exception as error:
+            ended = why_it_ended(run, error)
+            state = "stopped" if isinstance(ended, Stopped) else "failed"
+            record(state, reason=(str(ended).splitlines() or [repr(ended)])[0])
+            raise ended from (None if ended is error else error)
+
+
+def why_it_ended(run: Run, error: Exception) -> Exception:
+    """A lost rank is named; while the run was to stop anyway, it is no failure."""
+    if not (lost := lost_rank(error)):
+        return error
+    code, why = run.watchdog.explain(lost)
+    if code == STOPPED:
+        return Stopped(why)
+    if run.stop.signal is not None:
+        return Stopped(f"{why}, while the run was to stop; the newest checkpoint stands")
+    return RunFailed(why)

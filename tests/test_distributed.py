@@ -95,7 +95,7 @@ def reduce(world):
     total = sum_over_ranks(torch.tensor([2**53 + 1, world.rank]))  # no float64 holds 2**53 + 1
     least = min_over_ranks(torch.tensor(10 - world.rank))
     model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1, bias=False))
-    model.register_comm_hook(dist.group.WORLD, sum_gradients)
+    model.register_comm_hook(Reductions(), sum_gradients)
     model(torch.tensor([[float(world.rank + 1)]])).sum().backward()
     gradient = model.module.weight.grad.item()
     layer = GhostBatchNorm2d(1, worker_batch=2)

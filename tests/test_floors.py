@@ -16,7 +16,7 @@ FLOORS = [
     ["models"],
     ["data"],
     ["plan", "distributed", "interrupt", "checkpoint"],
-    ["metrics", "run_folder"],
+    ["metrics", "run_folder", "watchdog"],
     ["step"],
     ["evaluate"],
     ["journal"],

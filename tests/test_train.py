@@ -54,6 +54,7 @@ def test_a_run_folder_says_it_all(straight):
         "tensorboard",
         "checkpoints",
         "status.json",
+        ".incarnation-001",
     }
     status = json.loads((straight / "status.json").read_text())
     assert (status["state"], status["step"], status["incarnation"]) == ("finished", 15, 1)
