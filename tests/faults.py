@@ -1,0 +1,78 @@
+"""Starts runs that a test then harms: programs around `harness train`, real ranks, torchrun."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.checkpoint import list_checkpoints, load_checkpoint
+from tests.conftest import rank_environment
+
+# what a test plants comes before it: `train` is the command that the rank then runs
+PROGRAM = """
+import os, sys, time
+rank = int(os.environ.get("RANK", 0))
+{plant}
+from harness.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+SLOW_STEP = """
+from harness.step import Step
+usual = Step.__call__
+def call(self, step, batches):
+    if step == {step} and rank == {rank}:
+        print("reached step {step}", flush=True)
+        time.sleep({seconds})
+    usual(self, step, batches)
+Step.__call__ = call
+"""
+
+
+def start(
+    arguments: list[object],
+    rank: int = 0,
+    world_size: int = 1,
+    port: int = 0,
+    plant: str = "",
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Starts one rank of `harness` with what is planted; output and errors come in one stream."""
+    base = rank_environment(rank, world_size, port) if world_size > 1 else None
+    if base is None:
+        base = {k: v for k, v in rank_environment(0, 1, 0).items() if "RANK" not in k}
+        base = {k: v for k, v in base.items() if "WORLD_SIZE" not in k}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(plant=plant), *map(str, arguments)],
+        env=base | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """Reads a process' output up to the line that holds `text`; fails where it ends before."""
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} did not come:\n{seen}")
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    """Polls until `condition` holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    found = list_checkpoints(folder / "checkpoints")
+    return load_checkpoint(found[0])["step"] if found else 0
