@@ -152,6 +152,7 @@ def _train(options: argparse.Namespace) -> int:
     from harness.config import default_run_folder, load_config
 
     config = load_config(options.config, options.overrides)  # a mistake is told before torch loads
+    from harness.distributed import lost_rank
     from harness.interrupt import Stopped
     from harness.train import train
 
@@ -159,7 +160,13 @@ def _train(options: argparse.Namespace) -> int:
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     try:
         out = options.out or default_run_folder(options.config)
-        result = train(config, out, resume=options.resume, typed=typed)
+        result = train(
+            config,
+            out,
+            resume=options.resume,
+            typed=typed,
+            resume_command=resume_command(options),
+        )
     except UserError:
         raise
     except Stopped as stopped:
@@ -174,8 +181,11 @@ def _train(options: argparse.Namespace) -> int:
         if first:
             print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
         return FAILED
-    except Exception:  # a bug: its traceback is wanted
-        if first:
+    except Exception as error:
+        if lost := lost_rank(error):  # before the run had begun
+            _complain(f"another rank ended or is silent: {lost}")
+            return FAILED
+        if first:  # a bug: its traceback is wanted
             print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
         raise
     if first:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from harness.recipe.minibatch import Minibatch
 from harness.run import Run, choose_checkpoint
 from harness.run_folder import Fenced, RunFolder, describe_environment
 from harness.step import Step, set_precision
-from harness.watchdog import Watchdog
+from harness.watchdog import Doing, Watchdog
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def run_steps(run: Run) -> None:
     agreement = Agreement(run.control)
     batches = run.batches()
     for step in range(run.first_step, config.total_steps):
+        run.watchdog.at(step, Doing.LOADING)
         run.step(step, batches)
         done = run.done = step + 1
         stop, save = agreement.after_step(run.stop.signal is not None, run.checkpoint_is_due())
@@ -68,11 +71,12 @@ def train(
     *,
     resume: bool = False,
     typed: Collection[str] = (),
+    resume_command: str = "",
 ) -> Result:
     """Runs `config` on the ranks that the environment names, and returns its result on all.
 
     `out` is the run folder (runs/MODEL_MINIBATCH by default); `typed` the dotted keys given on the
-    command line.
+    command line; `resume_command` is what to tell where the watchdog ends the process.
     Raises UserError before anything is written; Stopped, Diverged and Fenced later.
     """
     world = world_from_environment(config.run.device)
@@ -106,7 +110,7 @@ def train(
         run = Run(config, world, folder, step, feed, loader, control, stop, watchdog)
         if checkpoint is not None:
             run.restore(checkpoint)
-        return run_to_the_end(run)
+        return run_to_the_end(run, resume_command)
 
 
 def finished_result(folder: RunFolder, config: Config) -> Result | None:
@@ -148,10 +152,10 @@ def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Modu
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def run_to_the_end(run: Run) -> Result:
+def run_to_the_end(run: Run, resume_command: str) -> Result:
     """The loop within its log and its status; rank 0 records how it ended."""
     total_steps = run.config.total_steps
-    with status_kept(run) as record:
+    with status_kept(run, resume_command) as record:
         run.open_journal()
         with closing(run):
             record("running", step=run.first_step, total_steps=total_steps)
@@ -167,14 +171,14 @@ def run_to_the_end(run: Run) -> Result:
 
 
 @contextmanager
-def status_kept(run: Run) -> Iterator[Callable[..., object]]:
+def status_kept(run: Run, resume_command: str) -> Iterator[Callable[..., object]]:
     """Yields what writes the run's status, on rank 0; within, the status is kept fresh, and an
     exception is recorded and made the one that tells why the run ended."""
     record: Callable[..., object] = lambda state, **values: None  # noqa: E731
     heartbeat: AbstractContextManager[None] = nullcontext()
     if run.world.rank == 0:
         record = run.folder.write_status
-        run.watchdog.record = lambda state, why: run.folder.write_status(state, reason=why)
+        run.watchdog.record = partial(record_hang, run.folder, resume_command)
         heartbeat = run.folder.heartbeat(lambda why: run.watchdog.end(FAILED, why))
     with heartbeat:
         try:
@@ -186,6 +190,13 @@ def status_kept(run: Run) -> Iterator[Callable[..., object]]:
             state = "stopped" if isinstance(ended, Stopped) else "failed"
             record(state, reason=(str(ended).splitlines() or [repr(ended)])[0])
             raise ended from (None if ended is error else error)
+
+
+def record_hang(folder: RunFolder, resume_command: str, state: str, why: str) -> None:
+    """The watchdog ends rank 0: its status, and how to go on."""
+    print(f"to go on: {resume_command or 'the same with resume=True'}", file=sys.stderr, flush=True)
+    with suppress(Fenced):  # a newer incarnation keeps the status
+        folder.write_status(state, reason=why)
 
 
 def why_it_ended(run: Run, error: Exception) -> Exception:

@@ -21,13 +21,14 @@ sys.exit(main(sys.argv[1:]))
 """
 SLOW_STEP = """
 from harness.step import Step
-usual = Step.__call__
-def call(self, step, batches):
-    if step == {step} and rank == {rank}:
-        print("reached step {step}", flush=True)
-        time.sleep({seconds})
-    usual(self, step, batches)
-Step.__call__ = call
+def slow(usual=Step.__call__):
+    def call(self, step, batches):
+        if step == {step} and rank == {rank}:
+            print("reached step {step}", flush=True)
+            time.sleep({seconds})
+        usual(self, step, batches)
+    Step.__call__ = call
+slow()
 """
 
 
