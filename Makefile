@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test check bench clean
+.PHONY: help install quickstart test soak check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -16,6 +16,9 @@ quickstart: $(VENV)/.quickstart  ## train a small ResNet on real digits by the w
 
 test: $(VENV)/.test  ## the whole test suite
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.test  ## faults by the hundred, an hour or more
+	$(BIN)/python -m pytest -m soak -s --timeout 0
 
 check: $(VENV)/.test  ## lint, format, types
 	$(BIN)/ruff check .

@@ -120,6 +120,16 @@ def use_slurm_rendezvous(environment: dict[str, str] | os._Environ[str] = os.env
     )
 
 
+def generation(world: World) -> str:
+    """Names these ranks in a store that outlives them.
+
+    torchrun's agent may keep its store when it starts the ranks again: without a name of their
+    own they would find the addresses of the dead. A restart raises the count, a node that joins
+    or leaves changes the world size.
+    """
+    return f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{world.world_size}"
+
+
 @contextmanager
 def process_group(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
     """Joins the ranks (NCCL on GPUs, Gloo on CPUs) and yields a second, Gloo group for control.
@@ -138,8 +148,10 @@ def process_group(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessG
     # the watchdog is to be first: it tells a rank that hangs from one that is slow, and names it
     timeout = timedelta(seconds=2 * hang_timeout_s + 60)
     try:
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(generation(world), store),
             rank=world.rank,
             world_size=world.world_size,
             timeout=timeout,

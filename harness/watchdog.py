@@ -18,11 +18,11 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from harness.distributed import Reductions, World
+from harness.distributed import Reductions, World, generation
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from harness.interrupt import StopRequest
 
-GRACE_S = 25.0  # torchrun kills 30 s after it has handed a signal on
+GRACE_S = 20.0  # torchrun kills 30 s after it has handed a signal on; last words take some
 TABLES = 4  # a rank whose tick stands still over so many looks is frozen or gone
 LAST_WORDS_S = 5.0  # for the status of a run that ends, on a disk that may hang too
 T = TypeVar("T")
@@ -226,7 +226,7 @@ class Watchdog:
         self._verdict = code, why
         if self._store is not None:
             try:
-                kept = self._store.compare_set("watchdog/verdict", "", f"{code} {why}").decode()
+                kept = self._store.compare_set(self._key("verdict"), "", f"{code} {why}").decode()
                 self._read_verdict(kept)
             except dist.DistError:
                 pass  # the store is gone with its host: every rank says what it saw itself
@@ -254,8 +254,8 @@ class Watchdog:
                 self._store.set(self._key(self._world.rank), json.dumps(asdict(place)))
                 if place.age_s > self._timeout_s / 2 or self._asked.is_set():
                     table = [Place(**json.loads(text)) for text in self._store.multi_get(keys)]
-                    if self._store.check(["watchdog/verdict"]):
-                        self._read_verdict(self._store.get("watchdog/verdict").decode())
+                    if self._store.check([self._key("verdict")]):
+                        self._read_verdict(self._store.get(self._key("verdict")).decode())
                     self._tables.append(table)
                 else:
                     self._tables.clear()
@@ -263,14 +263,14 @@ class Watchdog:
                 return  # the store is gone with its host; the judge says so when it matters
             self._told_s = time.monotonic()
 
-    def _key(self, rank: int) -> str:
-        return f"watchdog/{rank}"
+    def _key(self, name: object) -> str:
+        return f"watchdog/{generation(self._world)}/{name}"
 
 
 def grace_s() -> float:
-    """Seconds a rank may use after a stop signal: HARNESS_GRACE_S, which launchers set."""
+    """Seconds a rank may use after a stop signal: HARNESS_GRACE_S, which launchers may set."""
     text = os.environ.get("HARNESS_GRACE_S", str(GRACE_S))
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"HARNESS_GRACE_S={text}: give seconds, such as 25") from None
+        raise UserError(f"HARNESS_GRACE_S={text}: give seconds, such as 20") from None
