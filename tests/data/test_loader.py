@@ -173,8 +173,8 @@ def without_dali(
     if request.param == "not installed":
         (package / "dali").rmdir()
         return f"DALI is not installed: {INSTALL}"
-    (package / "dali" / "__init__.py").write_text("import ctypes; ctypes.CDLL('libdali.so')")
-    why = "libdali.so: cannot open shared object file: No such file or directory"
+    (package / "dali" / "__init__.py").write_text("import ctypes; ctypes.CDLL('libdali_absent.so')")
+    why = "libdali_absent.so: cannot open shared object file: No such file or directory"
     return f"DALI cannot be imported ({why}): {INSTALL}"
 
 
