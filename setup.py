@@ -6,7 +6,14 @@ from setuptools import find_packages, setup
 
 VERSION = (Path(__file__).parent / "harness" / "VERSION").read_text().strip()
 
-QUICKSTART = ["scikit-learn>=1.3"]  # carries the 1,797 digits; its scipy reads ImageNet's meta.mat
+# NVIDIA builds it for these machines; the build for CUDA runs on CPUs too
+BUILT = (
+    "sys_platform == 'linux' and (platform_machine == 'x86_64' or platform_machine == 'aarch64')"
+)
+DALI = [f"nvidia-dali-cuda130>=2.4; {BUILT}"]
+DALI_CUDA12 = [f"nvidia-dali-cuda120>=2.4; {BUILT}"]
+# scikit-learn carries the 1,797 digits; its scipy reads ImageNet's meta.mat
+QUICKSTART = ["scikit-learn>=1.3", *DALI]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"]
 
 setup(
@@ -31,6 +38,11 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
     ],
-    extras_require={"quickstart": QUICKSTART, "test": QUICKSTART + TEST},
+    extras_require={
+        "dali": DALI,
+        "dali-cuda12": DALI_CUDA12,
+        "quickstart": QUICKSTART,
+        "test": QUICKSTART + TEST,
+    },
     entry_points={"console_scripts": ["harness=harness.cli:main"]},
 )

@@ -262,7 +262,6 @@ def _refuse_unbuilt(mapping: dict[str, Any]) -> list[str]:
             written("run", "gradient_precision") == "bfloat16"
         ),
         "run.profile_steps: not built yet; set 0": bool(written("run", "profile_steps")),
-        "run.loader: dali is not built yet; set auto": written("run", "loader") == "dali",
     }
     return [message for message, asked in unbuilt.items() if asked]
 

@@ -135,7 +135,7 @@ def prepare(config: Config, world: World) -> tuple[Feed, Config]:
     check_indices(train_index, val_index, config)
     micro_batch = minibatch.micro_batch_images(local_workers, run.micro_batch)
     resolved = {
-        "loader": resolve_loader(run.loader, train_index, val_index),
+        "loader": resolve_loader(run.loader, world.rank),
         "loader_threads": resolve_threads(run.loader_threads, world.local_world_size),
         "micro_batch": micro_batch,
         "compile": run.compile is True,  # "auto" is off until it is measured on a GPU

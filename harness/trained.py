@@ -82,9 +82,8 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
     channels_last = world.device.type == "cuda"
     feed = Feed(config, train, val, 0, 1, config.recipe.worker_batch, channels_last)
     threads = resolve_threads(config.run.loader_threads, local_ranks=1)
-    loader = open_loader(
-        config, feed, resolve_loader(config.run.loader, train, val), threads, channels_last
-    )
+    name = resolve_loader(config.run.loader, world.rank)
+    loader = open_loader(config, feed, name, threads, channels_last)
     dtype = torch.float64 if config.run.precision == "float64" else torch.float32
     rows: list[tuple[str, str, str]] = []
 

@@ -67,7 +67,12 @@ SMALL = {
         "warmup_epochs": 1,
         "milestones": [2],
     },
-    "run": {"device": "cpu", "log_every_steps": 2, "keep_checkpoints": 100},
+    "run": {
+        "device": "cpu",
+        "loader": "memory",  # every process would import DALI
+        "log_every_steps": 2,
+        "keep_checkpoints": 100,
+    },
 }
 
 

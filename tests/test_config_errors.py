@@ -180,7 +180,6 @@ def test_a_key_without_meaning_is_refused_when_written(value, key, other):
             "run.gradient_precision: bfloat16 is not built yet; set float32",
         ),
         ("run.profile_steps=5", "run.profile_steps: not built yet; set 0"),
-        ("run.loader=dali", "run.loader: dali is not built yet; set auto"),
     ],
 )
 def test_what_is_not_built_yet_says_so(override, message):

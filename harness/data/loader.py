@@ -19,8 +19,6 @@ from harness.errors import UserError
 from harness.recipe.minibatch import Minibatch
 
 EVALUATION_BATCH = 256  # images
-MEMORY_LIMIT = 256 * 2**20  # bytes of decoded images that "auto" keeps in memory
-BYTES_PER_PIXEL = 4  # of an RGB image in PIL
 
 
 class BadImageError(UserError):
@@ -136,14 +134,29 @@ class Loader(Protocol):
         ...
 
 
-def resolve_loader(name: str, train: Index, val: Index) -> str:
-    """`run.loader` with "auto" replaced: "memory" for small data sets, else "reference"."""
+def resolve_loader(name: str, rank: int) -> str:
+    """`run.loader` with "auto" replaced: "dali" where it can be imported, else "reference".
+
+    What is missing is said once, by rank 0. Raises UserError where "dali" was asked for by name.
+    """
+    if name not in ("auto", "dali") or not (missing := _missing_dali()):
+        return "dali" if name == "auto" else name
     if name == "dali":
-        raise UserError("run.loader: dali is not built yet; set run.loader=auto")
-    if name != "auto":
-        return name
-    pixels = sum(int(index.widths.astype(np.int64) @ index.heights) for index in (train, val))
-    return "memory" if pixels * BYTES_PER_PIXEL <= MEMORY_LIMIT else "reference"
+        raise UserError(f"run.loader: {missing}; or set run.loader=auto")
+    if rank == 0:
+        print(f"run.loader: {missing}; the reference loader is taken", flush=True)
+    return "reference"
+
+
+def _missing_dali() -> str:
+    """Why DALI cannot be used and what to do; empty where it can."""
+    try:
+        import harness.data.dali  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: a library of its that does not load
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("nvidia")
+        why = "is not installed" if absent else f"cannot be imported ({str(error).splitlines()[0]})"
+        return f"DALI {why}: pip install -e '.[dali]' (CUDA 12: '.[dali-cuda12]')"
+    return ""
 
 
 def resolve_threads(threads: int | Literal["auto"], local_ranks: int) -> int:
@@ -154,13 +167,17 @@ def resolve_threads(threads: int | Literal["auto"], local_ranks: int) -> int:
 def open_loader(
     config: Config, feed: Feed, name: str, threads: int, device_is_cuda: bool
 ) -> Loader:
-    """The loader `name` ("memory" or "reference") for `feed`; close it after use.
+    """The loader `name` ("dali", "reference" or "memory") for `feed`; close it after use.
 
-    `threads`: worker processes of "reference"; 0 loads in this process.
+    `threads`: worker processes of "reference" (0 loads in this process), threads of "dali".
     """
     from harness.data.memory import MemoryLoader
     from harness.data.reference import ReferenceLoader
 
     if name == "memory":
         return MemoryLoader(config, feed, device_is_cuda)
+    if name == "dali":
+        from harness.data.dali import DaliLoader
+
+        return DaliLoader(config, feed, threads, device_is_cuda)
     return ReferenceLoader(config, feed, threads, device_is_cuda)

@@ -161,6 +161,12 @@ class Renderer:
         return _batch(pixels, self.val, request.ids, [])
 
 
+def file_renderer(config: Config, feed: Feed) -> Renderer:
+    """A renderer that reads the files of a feed, one by one as they are asked for."""
+    train, val = feed.train, feed.val
+    return Renderer(config, train, val, partial(read_image, train), partial(read_image, val))
+
+
 def _rows(request: Crops | Resizes, size: int) -> Iterator[tuple[int, Any]]:
     """Image by image: the id, and what its renderer is told besides the image."""
     window: tuple[np.ndarray, ...]
@@ -272,10 +278,7 @@ class ReferenceLoader:
     name = "reference"
 
     def __init__(self, config: Config, feed: Feed, threads: int, device_is_cuda: bool) -> None:
-        train, val = feed.train, feed.val
-        renderer = Renderer(
-            config, train, val, partial(read_image, train), partial(read_image, val)
-        )
+        renderer = file_renderer(config, feed)
         self._feed = feed
         self._training = _Workers(renderer, threads, device_is_cuda)
         self._evaluation = _Workers(renderer, threads, device_is_cuda)

@@ -50,13 +50,15 @@ def test_bad_image_fails_by_name(
     assert bad in str(caught.value) and "\n" not in str(caught.value)
 
 
-def whole_run(root: Path, config: Config, name: str, threads: int, world_size: int) -> list[Batch]:
-    """The run's 9 steps, each put together from all ranks: channels_last goes by place."""
-    steps: list[list[Batch]] = [[] for _ in range(9)]
+def whole_run(
+    root: Path, config: Config, name: str, threads: int, world_size: int, steps_in_all: int = 9
+) -> list[Batch]:
+    """The run's steps, each put together from all ranks: channels_last goes by place."""
+    steps: list[list[Batch]] = [[] for _ in range(steps_in_all)]
     for rank in range(world_size):
         with loader_of(root, config, name, threads, rank, world_size) as loader:
             batches = list(loader.train(0))
-        per_step = len(batches) // 9
+        per_step = len(batches) // steps_in_all
         for number, batch in enumerate(batches):
             steps[number // per_step].append(batch)
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from harness.config import Config
-from harness.data.index import Index, load_index
+from harness.data.index import load_index
 from harness.data.loader import Feed, open_loader, resolve_loader
 from harness.data.sampling import Crops, crops, permutation
 from harness.errors import UserError
@@ -144,19 +145,51 @@ def test_evaluation_goes_in_batches(root: Path, make_config: Make) -> None:
     assert [len(request.ids) for request in feed.evaluation()] == [256, 256, 88]
 
 
-def sized(images: int, side: int) -> Index:
-    sides = np.full(images, side, dtype=np.int32)
-    return Index(Path("x"), ("a",), np.array([b"x"]), np.zeros(images, np.int64), sides, sides)
+def test_a_loader_asked_for_by_name_is_taken() -> None:
+    assert resolve_loader("reference", rank=0) == "reference"
+    assert resolve_loader("memory", rank=0) == "memory"
 
 
-def test_auto_loader_keeps_small_sets_in_memory() -> None:
-    # at 4 bytes a pixel 256 MiB hold 65,536 images of 32 x 32 = 4096 bytes
-    assert resolve_loader("auto", sized(65_000, 32), sized(536, 32)) == "memory"
-    assert resolve_loader("auto", sized(65_000, 32), sized(537, 32)) == "reference"
-    assert resolve_loader("reference", sized(1, 1), sized(1, 1)) == "reference"
-    assert resolve_loader("memory", sized(10**6, 500), sized(1, 1)) == "memory"
-    with pytest.raises(UserError, match=r"run\.loader: dali is not built yet"):
-        resolve_loader("dali", sized(1, 1), sized(1, 1))
+def test_auto_takes_dali_where_it_is_installed(capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("nvidia.dali")
+    assert resolve_loader("auto", rank=0) == resolve_loader("dali", rank=0) == "dali"
+    assert capsys.readouterr().out == ""
+
+
+INSTALL = "pip install -e '.[dali]' (CUDA 12: '.[dali-cuda12]')"
+
+
+@pytest.fixture(params=["not installed", "broken"])
+def without_dali(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """DALI is not there, or its libraries do not load; what is said of it."""
+    for name in [name for name in sys.modules if name.startswith(("nvidia", "harness.data.dali"))]:
+        monkeypatch.delitem(sys.modules, name)
+    package = tmp_path / "site" / "nvidia"
+    (package / "dali").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    if request.param == "not installed":
+        (package / "dali").rmdir()
+        return f"DALI is not installed: {INSTALL}"
+    (package / "dali" / "__init__.py").write_text("import ctypes; ctypes.CDLL('libdali_absent.so')")
+    why = "libdali_absent.so: cannot open shared object file: No such file or directory"
+    return f"DALI cannot be imported ({why}): {INSTALL}"
+
+
+def test_auto_without_dali_takes_the_reference_loader_and_says_so_once(
+    without_dali: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert [resolve_loader("auto", rank) for rank in (1, 0)] == ["reference", "reference"]
+    said = f"run.loader: {without_dali}; the reference loader is taken\n"
+    assert capsys.readouterr().out == said
+
+
+def test_dali_by_name_without_it_is_refused(without_dali: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_loader("dali", rank=0)
+    assert str(caught.value) == f"run.loader: {without_dali}; or set run.loader=auto"
 
 
 @pytest.mark.parametrize("name", ["reference", "memory"])
