@@ -71,7 +71,7 @@ def load_index(data_root: str | Path, split: str) -> Index:
     Raises UserError for a missing or empty folder and a class without images.
     """
     folder = Path(data_root) / split
-    changed_ns = _class_folders(folder)
+    changed_ns = class_folders(folder)
     places = _cache_places(folder)
     for place in places:
         if index := _read_cache(place, folder, changed_ns):
@@ -123,7 +123,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _class_folders(folder: Path) -> dict[str, int]:
+def class_folders(folder: Path) -> dict[str, int]:
     """Class name -> time of the last change of its folder in ns, sorted by name."""
     try:
         with os.scandir(folder) as entries:
@@ -144,7 +144,7 @@ def _class_folders(folder: Path) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _image_names(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -160,7 +160,7 @@ def _image_names(folder: Path) -> list[str]:
 
 def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Index:
     scanned_ns = time.time_ns()
-    names = {name: _image_names(folder / name) for name in changed_ns}
+    names = {name: image_names(folder / name) for name in changed_ns}
     if empty := [name for name, found in names.items() if not found]:
         raise UserError(
             f"{folder}: no images ({', '.join(SUFFIXES)}) in class {_some(empty)}; "
@@ -292,6 +292,6 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Index 
     counts = np.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):
         racy = changed_ns[name] > scanned_ns - RACY_NS
-        if racy and len(_image_names(folder / name)) != count:
+        if racy and len(image_names(folder / name)) != count:
             return None
     return index
