@@ -22,8 +22,9 @@ from torchvision.io import decode_jpeg
 from tqdm import tqdm
 
 from harness.data.child_process import worker_processes
-from harness.data.index import FORMATS, class_folders, image_names
+from harness.data.index import class_folders, image_names
 from harness.data.reference import decode
+from harness.data.scan import FORMATS
 from harness.errors import UserError
 
 CHUNK = 8  # files that a process reads at a time
