@@ -108,8 +108,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="make image folders: digits, cifar10, imagenet")
-    kinds = data.add_subparsers(required=True, metavar="digits|cifar10|imagenet", dest="kind")
+    data = commands.add_parser("data", help="make image folders: digits, cifar10, imagenet; check")
+    kinds = data.add_subparsers(required=True, metavar="digits|cifar10|imagenet|check", dest="kind")
     digits = kinds.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
     digits.add_argument(
         "--labelled", type=float, default=1.0, metavar="SHARE", help="rest: unlabelled/"
@@ -118,12 +118,16 @@ def _add_data(commands: Any) -> None:
     cifar10.add_argument("--archive", type=Path, metavar="FILE")
     imagenet = kinds.add_parser("imagenet", help="from the official archives")
     imagenet.add_argument("--archives", type=Path, required=True, metavar="DIR")
-    for kind in (digits, cifar10, imagenet):
+    check = kinds.add_parser("check", help="find damaged and odd images; 1 if any is damaged")
+    check.add_argument("--json", action="store_true", help="lists all, not the first 20 of a kind")
+    for kind in (digits, cifar10, imagenet, check):
         kind.add_argument("folder", type=Path, metavar="DIR")
     data.set_defaults(command=_data)
 
 
 def _data(options: argparse.Namespace) -> int:
+    if options.kind == "check":
+        return _check(options)
     from harness.data import prepare
 
     if options.kind == "digits":
@@ -133,6 +137,14 @@ def _data(options: argparse.Namespace) -> int:
     else:
         print(prepare.prepare_imagenet(options.folder, options.archives))
     return FINISHED
+
+
+def _check(options: argparse.Namespace) -> int:
+    from harness.data.check import check_folder
+
+    report = check_folder(options.folder)
+    print(json.dumps(report.as_json(), indent=2) if options.json else report)
+    return FAILED if report.damaged else FINISHED
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -7,7 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import get_context
+
+from harness.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -38,3 +43,22 @@ def settle_child(parent: int, ignored: Iterable[signal.Signals] = (signal.SIGINT
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it could be asked
         os._exit(1)
+
+
+@contextmanager
+def worker_processes(count: int) -> Iterator[Executor]:
+    """`count` processes that work for this one, and end with it however it ends.
+
+    On leaving, work that was not begun is dropped. Raises UserError where one is killed.
+    """
+    executor = ProcessPoolExecutor(count, get_context("fork"), settle_child, (os.getpid(),))
+    try:
+        with held_signals():
+            executor.submit(os.getpid)  # starts all of them
+        yield executor
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; give the machine more"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)

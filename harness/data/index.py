@@ -11,24 +11,17 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from tqdm import tqdm
 
 from harness.config import Config
-from harness.data.child_process import settle_child
+from harness.data.scan import read_sizes, size_of
 from harness.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-FORMATS = ("JPEG", "PNG")  # sniffed from the content: ImageNet has a PNG named .JPEG
 FORMAT_VERSION = 1
-CHUNK = 1000  # headers that one process reads at a time
-PARALLEL_FROM = 20_000  # images; below, starting processes takes longer than reading
 # A folder changed as short as this before its listing may change again within one tick of the
 # file system's clock: its time stamp proves nothing (as git's "racily clean" files).
 RACY_NS = 2_000_000_000
@@ -67,11 +60,12 @@ def load_index(data_root: str | Path, split: str) -> Index:
     """The index of the folder data_root/split ("train" or "val"): class folders of images.
 
     Kept beside the data, or in the user's cache folder where that cannot be written. Scanned
-    anew when classes or the contents of their folders change; one process scans, others wait.
+    anew when classes or the contents of their folders change; one process scans, others wait. A
+    scan of many images that was interrupted goes on where it was.
     Raises UserError for a missing or empty folder and a class without images.
     """
     folder = Path(data_root) / split
-    changed_ns = _class_folders(folder)
+    changed_ns = class_folders(folder)
     places = _cache_places(folder)
     for place in places:
         if index := _read_cache(place, folder, changed_ns):
@@ -123,7 +117,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _class_folders(folder: Path) -> dict[str, int]:
+def class_folders(folder: Path) -> dict[str, int]:
     """Class name -> time of the last change of its folder in ns, sorted by name."""
     try:
         with os.scandir(folder) as entries:
@@ -144,7 +138,7 @@ def _class_folders(folder: Path) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _image_names(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -160,61 +154,25 @@ def _image_names(folder: Path) -> list[str]:
 
 def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Index:
     scanned_ns = time.time_ns()
-    names = {name: _image_names(folder / name) for name in changed_ns}
+    names = {name: image_names(folder / name) for name in changed_ns}
     if empty := [name for name, found in names.items() if not found]:
         raise UserError(
             f"{folder}: no images ({', '.join(SUFFIXES)}) in class {_some(empty)}; "
             "add some or remove the folder"
         )
     flat = [os.fsencode(name) for found in names.values() for name in found]
-    sizes = _read_sizes(folder, names, len(flat))
+    partial = cache.with_suffix(".partial") if cache else None
+    sizes = read_sizes(folder, names, changed_ns, partial)
     labels = np.repeat(np.arange(len(names)), [len(found) for found in names.values()])
     index = Index(
         folder, tuple(names), np.array(flat), labels, sizes[:, 0].copy(), sizes[:, 1].copy(), cache
     )
     if cache is not None:
         _write_cache(cache, index, list(changed_ns.values()), scanned_ns)
+    if partial is not None:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return index
-
-
-def _read_sizes(folder: Path, names: dict[str, list[str]], images: int) -> NDArray[np.int32]:
-    """(N, 2) widths and heights."""
-    chunks = [
-        (folder / name, found[start : start + CHUNK])
-        for name, found in names.items()
-        for start in range(0, len(found), CHUNK)
-    ]
-    if images < PARALLEL_FROM:
-        return np.concatenate([_sizes(chunk) for chunk in chunks])
-    # twice as many processes as cores: part of the time goes by waiting for the disk
-    processes = 2 * len(os.sched_getaffinity(0))
-    start = partial(settle_child, os.getpid())
-    sizes: list[NDArray[np.int32]] = []
-    with (
-        get_context("fork").Pool(processes, start) as pool,
-        tqdm(total=images, desc=f"index of {folder}", unit=" images", disable=None) as bar,
-    ):
-        for part in pool.imap(_sizes, chunks):
-            sizes.append(part)
-            bar.update(len(part))
-    return np.concatenate(sizes)
-
-
-def _sizes(chunk: tuple[Path, list[str]]) -> NDArray[np.int32]:
-    folder, names = chunk
-    return np.array([_size(folder / name) for name in names], dtype=np.int32)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.size
-    except OSError as error:
-        if error.errno is not None:  # no fault of the image
-            raise UserError(f"{path}: cannot be read: {error.strerror}; check it") from None
-        return 0, 0
-    except (SyntaxError, ValueError, Image.DecompressionBombError):
-        return 0, 0
 
 
 def _cache_places(folder: Path) -> list[Path]:
@@ -287,11 +245,12 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Index 
         scanned_ns = int(kept["scanned_ns"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
-    if any(_size(index.path(bad)) != (0, 0) for bad in np.flatnonzero(index.widths == 0).tolist()):
+    bad = np.flatnonzero(index.widths == 0)
+    if any(size_of(index.path(image_id)) != (0, 0) for image_id in bad.tolist()):
         return None  # mended since
     counts = np.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):
         racy = changed_ns[name] > scanned_ns - RACY_NS
-        if racy and len(_image_names(folder / name)) != count:
+        if racy and len(image_names(folder / name)) != count:
             return None
     return index

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.config import Config
 from harness.data.ahead import Ahead
 from harness.data.child_process import STOP_SIGNALS, held_signals, settle_child
-from harness.data.index import FORMATS, Index
+from harness.data.index import Index
 from harness.data.loader import BadImageError, Batch, Feed
 from harness.data.sampling import Crops, Resizes, crops, replacement
+from harness.data.scan import FORMATS
 from harness.errors import UserError
 
 REPLACEMENTS = 100  # bad images in a row after which the data set is given up

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from harness.config import Config
-from harness.data import index as index_module
+from harness.data import scan
 from harness.data.index import check_indices, load_index
 from harness.errors import UserError
 
@@ -191,11 +193,80 @@ def test_a_second_process_waits_and_reads(root: Path) -> None:
 def test_several_processes_read_the_same_sizes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = load_index(root, "train")
     cache_of(root).unlink()
-    monkeypatch.setattr(index_module, "PARALLEL_FROM", 1)
-    monkeypatch.setattr(index_module, "CHUNK", 5)
+    monkeypatch.setattr(scan, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(scan, "CHUNK", 5)
     many = load_index(root, "train")
     np.testing.assert_array_equal(many.widths, one.widths)
     np.testing.assert_array_equal(many.heights, one.heights)
+
+
+SCAN = """
+import sys
+from harness.data import scan
+from harness.data.index import load_index
+scan.PARALLEL_FROM, scan.CHUNK = 1, 50
+load_index(sys.argv[1], "train")
+"""
+
+
+def killed_in_the_middle(root: Path) -> int:
+    """Scans in a process killed after a few of its 245 chunks; returns how many were kept."""
+    process = subprocess.Popen([sys.executable, "-c", SCAN, str(root)])
+    partial, lines = cache_of(root).with_suffix(".partial"), 0
+    while lines < 5:
+        lines = partial.read_text().count("key") if partial.exists() else 0
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not cache_of(root).exists()
+    return sum(line.startswith("{") for line in partial.read_text().splitlines())
+
+
+@pytest.fixture
+def many(root: Path) -> Path:
+    """1 chunk of ant, 243 of cat (names c*.png, all one file of 26 x 26), 1 of dog."""
+    for number in range(12_100):
+        os.link(root / "train" / "dog" / "00.png", root / "train" / "cat" / f"c{number:05}.png")
+    return root
+
+
+def test_a_killed_scan_goes_on_where_it_was(many: Path) -> None:
+    kept = killed_in_the_middle(many)
+    assert 5 <= kept < 240
+    partial = cache_of(many).with_suffix(".partial")
+    with open(partial, "a") as stream:  # as a kill within a write leaves it
+        stream.write('\n{"key": "12", "sizes": [[26,')
+    resize_in_place(many / "train" / "dog" / "00.png", (7, 9))  # the file behind all names
+    subprocess.run([sys.executable, "-c", SCAN, str(many)], check=True)
+    index = load_index(many, "train")
+    assert len(index) == 12_140 and not partial.exists()
+    # ant's 14 images are the first chunk; cat's follow in pieces of 50, its *.jpg before c*.png
+    widths = index.widths[14 : 14 + 12_114]
+    old = np.flatnonzero(widths == 26)
+    assert len(old) == 50 * (kept - 1) - 14
+    assert old.max() < 50 * (kept - 1)  # nothing kept was read again, all else was
+
+
+def test_a_changed_class_is_not_taken_from_a_killed_scan(many: Path) -> None:
+    killed_in_the_middle(many)
+    resize_in_place(many / "train" / "dog" / "00.png", (7, 9))
+    stamp = (many / "train" / "cat").stat()
+    (many / "train" / "cat" / "c00000.png").rename(many / "train" / "cat" / "b.png")
+    os.utime(many / "train" / "cat", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    subprocess.run([sys.executable, "-c", SCAN, str(many)], check=True)
+    index = load_index(many, "train")
+    assert index.relative_path(14 + 14) == "cat/b.png"
+    # of the first piece of cat only: the others hold the same images as before
+    assert set(index.widths[14 + 14 : 14 + 50].tolist()) == {7}
+
+
+def test_a_folder_changed_since_is_not_taken_from_a_killed_scan(many: Path) -> None:
+    killed_in_the_middle(many)
+    resize_in_place(many / "train" / "dog" / "00.png", (7, 9))
+    os.utime(many / "train" / "cat")
+    subprocess.run([sys.executable, "-c", SCAN, str(many)], check=True)
+    index = load_index(many, "train")
+    assert set(index.widths[14 + 14 : 14 + 12_114].tolist()) == {7}
 
 
 def test_missing_folder(tmp_path: Path) -> None:
