@@ -1,4 +1,4 @@
-"""The command line: harness data | plan | train | eval | export. Cheap to import."""
+"""The command line: harness data | plan | train | verify | eval | export. Cheap to import."""
 
 from __future__ import annotations
 
@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/…)")
     train.add_argument("--resume", action="store_true", help="start, go on, or show the result")
     train.set_defaults(command=_train)
+
+    verify = commands.add_parser("verify", help="show that other numbers of ranks change nothing")
+    _add_config(verify)
+    verify.add_argument("--ranks", default="1,2,4", metavar="W,…", help="default: 1,2,4")
+    verify.add_argument("--steps", type=int, default=50, metavar="S", help="default: 50")
+    verify.add_argument("--json", action="store_true")
+    verify.set_defaults(command=_verify)
 
     evaluate = commands.add_parser("eval", help="evaluate a run or a checkpoint")
     evaluate.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
@@ -221,6 +228,26 @@ def resume_command(options: argparse.Namespace) -> str:
     if options.out is not None:
         words += ["--out", str(options.out)]
     return shlex.join([*words, "--resume"])
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from harness.config import load_config
+
+    try:
+        ranks = [int(world_size) for world_size in options.ranks.split(",") if world_size.strip()]
+    except ValueError:
+        raise UserError(f"--ranks {options.ranks}: give whole numbers, such as 1,2,4") from None
+    config = load_config(options.config, options.overrides)  # a mistake is told before torch loads
+    from harness.verify import verify
+    from harness.verify.table import as_mapping, print_lines
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the ranks, removes the files
+    lines = verify(config, ranks, options.steps)
+    if not options.json:
+        return FINISHED if print_lines(config, ranks, options.steps, lines) else FAILED
+    found = as_mapping(config, ranks, options.steps, lines)
+    print(json.dumps(found, indent=2))
+    return FINISHED if found["passed"] else FAILED
 
 
 def _eval(options: argparse.Namespace) -> int:

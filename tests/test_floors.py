@@ -22,6 +22,7 @@ FLOORS = [
     ["journal"],
     ["run", "trained"],
     ["train"],
+    ["verify"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,166 @@
+"""Starts ranks as real processes, waits for them, and tells why they failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.config import dump_config
+from harness.distributed import lost_rank
+from harness.errors import USER_ERROR, UserError
+from harness.verify.setting import SHARED_GPU, Request, Setting
+
+RANK_PROGRAM = (sys.executable, "-m", "harness.verify.rank")
+POLL_S = 0.1
+LAST_WORDS_S = 10.0  # of the other ranks, once one has failed
+
+
+class Crashed(Exception):
+    """The ranks did not come to their end; the message is one line, of the rank to blame."""
+
+
+def launch(
+    setting: Setting, where: str, world_size: int, tasks: list[str], micro_batch: int | None = None
+) -> dict[str, Any]:
+    """Has `world_size` ranks do `tasks`, methods of `rank.Rank`; returns what rank 0 kept.
+
+    `micro_batch` in images, instead of the config's. Raises Crashed, and a rank's UserError.
+    """
+    folder = Path(tempfile.mkdtemp(dir=setting.folder))
+    config = setting.config
+    if micro_batch is None and setting.shares_gpus(world_size):
+        micro_batch = config.recipe.worker_batch  # the ranks share a GPU's memory too
+    if micro_batch is not None:
+        run = config.run.model_copy(update={"micro_batch": micro_batch})
+        config = config.model_copy(update={"run": run})
+    request = Request(
+        tasks,
+        setting.steps,
+        setting.starts,
+        setting.stop_at or 0,
+        setting.val_images,
+        str(setting.folder),
+    )
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "request.json").write_text(json.dumps(asdict(request)))
+    with _ranks(setting, folder, world_size) as processes:
+        _wait(processes, folder, where)
+    results = torch.load(folder / "results.pt")
+    shutil.rmtree(folder)
+    return results
+
+
+@contextmanager
+def _ranks(
+    setting: Setting, folder: Path, world_size: int
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The processes, whose output goes into files; none is left at the end."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(world_size):
+            out, err = folder / f"rank-{rank}.out", folder / f"rank-{rank}.err"
+            with out.open("wb") as stdout, err.open("wb") as stderr:
+                process = subprocess.Popen(
+                    [*setting.rank_program, str(folder), str(os.getpid())],
+                    env=_environment(setting, rank, world_size, port),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                )
+            processes.append(process)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def _environment(setting: Setting, rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would set on this machine; more ranks than GPUs are dealt out to them."""
+    shared = setting.shares_gpus(world_size)
+    local_ranks = torch.cuda.device_count() if shared else world_size
+    threads = max(len(os.sched_getaffinity(0)) // world_size, 1)
+    own = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank % local_ranks),
+        "LOCAL_WORLD_SIZE": str(local_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return (
+        {"OMP_NUM_THREADS": str(threads)} | os.environ | own | ({SHARED_GPU: "1"} if shared else {})
+    )
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, where: str) -> None:
+    """Until all ranks have ended; tells how far they are. Raises Crashed and UserError."""
+    progress, last_words_s = Progress(folder / "progress.txt", where), None
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes):
+            last_words_s = last_words_s or time.monotonic()
+            if time.monotonic() - last_words_s > LAST_WORDS_S:
+                break
+        progress.show()
+        time.sleep(POLL_S)
+    progress.clear()
+    if any(codes):
+        rank, why = _why_failed(codes, folder)
+        if codes[rank] == USER_ERROR:
+            raise UserError(why)
+        raise Crashed(f"rank {rank}: {why}")
+
+
+class Progress:
+    """One line on standard error that is written over; where that is no terminal, one a launch."""
+
+    def __init__(self, file: Path, where: str) -> None:
+        self._file, self._where, self._terminal = file, where, sys.stderr.isatty()
+        self._shown = ""
+        if not self._terminal:
+            print(f"{where} …", file=sys.stderr, flush=True)
+
+    def show(self) -> None:
+        text = self._file.read_text() if self._file.exists() else "starting"
+        if self._terminal and text and text != self._shown:
+            print(f"\r\x1b[K{self._where}: {text}", end="", file=sys.stderr, flush=True)
+            self._shown = text
+
+    def clear(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _why_failed(codes: list[int | None], folder: Path) -> tuple[int, str]:
+    """The rank that failed by itself, before those that only lost it, and its last line."""
+    reasons = []
+    for rank, code in enumerate(codes):
+        if not code:
+            continue
+        errors = (folder / f"rank-{rank}.err").read_text(errors="replace").splitlines()
+        said = [line.strip() for line in errors if line.strip()]
+        said = [line for line in said if line.startswith("error: ")] or said[-1:]
+        why = said[0] if said else f"exit code {code}"
+        if code < 0:
+            why = f"ended by {signal.Signals(-code).name}"
+        reasons.append((bool(lost_rank(RuntimeError(why))), rank, why))
+    _, rank, why = min(reasons)
+    return rank, why

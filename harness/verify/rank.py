@@ -1,0 +1,409 @@
+"""A rank of `harness verify`: a real process that carries out a request; rank 0 keeps the results.
+
+    python -m harness.verify.rank FOLDER PARENT         with torchrun's environment variables
+
+FOLDER holds request.json and config.yaml; results.pt and progress.txt are written there. The
+process ends with the process PARENT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.config import Config, dump_config, load_config
+from harness.data.child_process import settle_child
+from harness.data.index import Index
+from harness.data.loader import Batch, Feed, Loader, open_loader
+from harness.distributed import (
+    World,
+    barrier,
+    global_running_statistics,
+    process_group,
+    world_from_environment,
+)
+from harness.errors import FINISHED, USER_ERROR, UserError
+from harness.evaluate import evaluate
+from harness.interrupt import Stopped, StopRequest
+from harness.models import build_model
+from harness.recipe.minibatch import Minibatch
+from harness.run import Run, choose_checkpoint
+from harness.run_folder import RunFolder, describe_environment
+from harness.step import Step, set_precision
+from harness.train import on_device, prepare, run_steps
+from harness.verify.setting import SHARED_GPU, Request
+from harness.watchdog import Doing, Watchdog
+
+
+@dataclass
+class Rank:
+    """This process among the ranks of a launch. `results` is what rank 0 keeps."""
+
+    folder: Path
+    request: Request
+    config: Config
+    world: World
+    feed: Feed
+    loader: Loader
+    control: dist.ProcessGroup | None
+    stopping: StopRequest
+    watchdog: Watchdog
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def known_sum(self) -> None:
+        """The summed gradient (K,) of the fc bias in step 0, from fc weights and bias of zero."""
+        step = self._step("float64", zero_fc=True)
+        gradients = noted_gradients(step, fc(step.network)[1:])
+        self._one_step(step, 0, self.loader.train(0))
+        self.results["known_sum"] = gradients[-1].cpu()
+
+    def curve(self) -> None:
+        """A trajectory in float64 from step 0, what was fed to it, and an evaluation at its end."""
+        step = self._step("float64")
+        self.results["recipes"] = self._gather(recipe_of(self.config))
+        fed = Fed(self.feed, self.config, self.request.steps, self.world.device.type == "cuda")
+        self._run(step, 0, fed.watch(self.loader.train(0)), "float64")
+        self.results["fed"] = fed.over_ranks(self.control)
+        self._evaluate(step)
+
+    def _evaluate(self, step: Step) -> None:
+        """Counts, and how often each validation image (V,) was met."""
+        self._say("evaluation")
+        counted = np.zeros(self.config.data.val_images, dtype=np.int64)
+        with global_running_statistics(step.network, self.feed.share):
+            batches = self.watchdog.watch(self.loader.evaluate(), lambda: 0, Doing.EVALUATING)
+            config = in_precision(self.config, "float64")
+            count = lambda batch, _: np.add.at(counted, batch.ids.cpu().numpy(), 1)  # noqa: E731
+            found = evaluate(config, step.network, batches, step.pixels, count)
+        self.results["evaluation"] = [found.correct, found.top5_correct, found.total]
+        self.results["counted"] = summed(counted, self.control)
+
+    def states(self) -> None:
+        """Leaves the states before the `starts` of a trajectory in the run's own precision."""
+        precision, last = self.config.run.precision, self.request.starts[-1]
+        step, batches = self._step(precision), self.loader.train(0)
+        for number in range(last + 1):
+            if number in self.request.starts:
+                torch.save(step.state_dict(), self._state_file(number))
+            if number < last:
+                self._say(f"{precision} step {number + 1} of {last}")
+                self._one_step(step, number, batches)
+
+    def own_steps(self) -> None:
+        """A step from each of the states, in the run's own precision."""
+        self.results["own_steps"] = self._single_steps(self.config.run.precision)
+
+    def float64_steps(self) -> None:
+        """The same steps in float64, which rounding is measured against."""
+        self.results["float64_steps"] = self._single_steps("float64")
+
+    def stop(self) -> None:
+        """The real loop until one rank gets a real SIGTERM; all write a checkpoint and stop."""
+        run = self._open_run()
+        run.loader = Interrupting(self.loader, self._interrupts_at())
+        with closing(run):
+            try:
+                run_steps(run)
+            except Stopped as stopped:
+                self.results["stopped"] = str(stopped)
+
+    def resume(self) -> None:
+        """Takes over the checkpoint that `stop` wrote, and goes on to the end of the trajectory."""
+        run = self._open_run()
+        with closing(run):
+            self.results["first_step"] = run.first_step
+            self._run(run.step, run.first_step, self.loader.train(run.first_step), "resumed")
+
+    def _open_run(self) -> Run:
+        """As `train` opens one: new, or from the newest checkpoint of the run folder."""
+        folder = RunFolder(Path(self.request.shared) / "run")
+        config, step = in_precision(self.config, "float64"), self._step("float64")
+        going_on = self.world.rank == 0 and folder.path.exists()
+        if self.world.rank == 0:
+            folder.open(config, describe_environment(self.world.device))
+        barrier(self.control)
+        checkpoint = choose_checkpoint(folder, going_on, self.control)
+        ways = self.feed, self.loader, self.control, self.stopping, self.watchdog
+        run = Run(config, self.world, folder, step, *ways)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        run.open_journal()
+        return run
+
+    def _interrupts_at(self) -> int | None:
+        """The micro-batch at which this rank gets the signal: the last rank only."""
+        if self.world.rank < self.world.world_size - 1:
+            return None
+        return self.request.stop_at * len(self.feed.micro_batches)
+
+    def _step(self, precision: str, zero_fc: bool = False) -> Step:
+        """The config's model and optimizer before step 0."""
+        set_precision(precision)
+        config = in_precision(self.config, precision)
+        model = build_model(config, channels_last=self.world.device.type == "cuda")
+        if zero_fc:
+            for parameter in fc(model):
+                nn.init.zeros_(parameter)
+        model = on_device(model, config, self.world.device)
+        step = Step(config, model, self.world, self.feed.micro_batches)
+        self.watchdog.reductions = step.reductions
+        return step
+
+    def _one_step(self, step: Step, number: int, batches: Iterator[Batch]) -> float:
+        """Makes the step `number`; its loss over all ranks."""
+        self.watchdog.at(number, Doing.COMPUTING)
+        step(number, batches)
+        return step.metrics.read().loss
+
+    def _run(self, step: Step, first_step: int, batches: Iterator[Batch], what: str) -> None:
+        """The trajectory from `first_step` on: the losses of its steps, and its last state."""
+        losses = []
+        for number in range(first_step, self.request.steps):
+            self._say(f"{what} step {number + 1} of {self.request.steps}")
+            losses.append(self._one_step(step, number, batches))
+        self.results["losses"] = losses
+        self.results["state"] = global_state(step, self.feed.share)
+
+    def _single_steps(self, precision: str) -> list[dict[str, Any]]:
+        """Of each step from equal weights: gradient (P,), loss, running statistics (R,)."""
+        step, found = self._step(precision), []
+        gradients = noted_gradients(step, list(step.network.parameters()))
+        for number in self.request.starts:
+            self._say(f"{precision} step {number} from equal weights")
+            step.load_state_dict(torch.load(self._state_file(number), map_location="cpu"))
+            loss = self._one_step(step, number, self.loader.train(number))
+            statistics = global_state(step, self.feed.share)["running statistics"].values()
+            found.append(
+                {
+                    "gradient": gradients.pop().cpu(),
+                    "loss": loss,
+                    "statistics": torch.cat([s.double() for s in statistics]),
+                }
+            )
+        return found
+
+    def _state_file(self, number: int) -> Path:
+        return Path(self.request.shared) / f"state-{number}.pt"
+
+    def _gather(self, value: object) -> list[Any]:
+        everywhere: list[Any] = [value]
+        if self.control is not None:
+            everywhere = [None] * self.world.world_size
+            dist.all_gather_object(everywhere, value, group=self.control)
+        return everywhere
+
+    def _say(self, text: str) -> None:
+        if self.world.rank == 0:
+            (self.folder / "progress.txt").write_text(text)
+
+
+class Interrupting:
+    """A loader that sends its own process SIGTERM when the micro-batch number `at` is asked for."""
+
+    def __init__(self, loader: Loader, at: int | None) -> None:
+        self.name, self._loader, self._at = loader.name, loader, at
+
+    def train(self, first_step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(self._loader.train(first_step)):
+            if number == self._at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def evaluate(self) -> Iterator[Batch]:
+        return self._loader.evaluate()
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+class Fed:
+    """What a rank's loader gave, each image at its place: in the end (steps, kn) over all ranks."""
+
+    def __init__(self, feed: Feed, config: Config, steps: int, channels_last: bool) -> None:
+        minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+        self._asked = feed.training(0)
+        self._places = [minibatch.places(w, channels_last) for w in feed.micro_batches]
+        shape = steps, minibatch.size
+        # zero at other ranks' places; ids count from 1 here, so that a missing one shows
+        self._ids, self._pixels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        self._windows = np.zeros((*shape, 5), np.int64)
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, noted on the way: ids and pixels as given, windows as asked for."""
+        for step in range(len(self._ids)):
+            for places in self._places:
+                batch, asked = next(batches), next(self._asked)
+                window = (asked.top, asked.left, asked.height, asked.width, asked.flip)
+                self._ids[step, places] += batch.ids.cpu().numpy() + 1
+                self._windows[step, places] = np.stack(window, axis=1)
+                self._pixels[step, places] = [checksum(image) for image in batch.images.cpu()]
+                yield batch
+
+    def over_ranks(self, control: dist.ProcessGroup | None) -> dict[str, Tensor]:
+        """ids and pixels (steps, kn), windows (steps, kn, 5): top, left, height, width, flip."""
+        return {
+            "ids": summed(self._ids, control) - 1,
+            "windows": summed(self._windows, control),
+            "pixels": summed(self._pixels, control),
+        }
+
+
+def checksum(image: Tensor) -> int:
+    """Of the pixels of a uint8 image (3, H, W), which lie in memory as (H, W, 3)."""
+    return zlib.crc32(image.permute(1, 2, 0).contiguous().numpy().data)
+
+
+def summed(local: np.ndarray, control: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks of an array of whole numbers."""
+    total = torch.from_numpy(local)
+    if control is not None:
+        dist.all_reduce(total, group=control)
+    return total
+
+
+def fc(network: nn.Module) -> list[nn.Parameter]:
+    """Weight and bias of the classifier."""
+    classifier = network.get_submodule("fc")
+    return list(classifier.parameters())
+
+
+def noted_gradients(step: Step, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """A list that grows by the gradients, as one tensor (P,), that each step hands its optimizer.
+
+    Without float16's scale.
+    """
+    noted: list[Tensor] = []
+
+    def note(*_: object) -> None:
+        gradients = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
+        noted.append(torch.cat(gradients) / step.scaler.get_scale())
+
+    step.optimizer.register_step_pre_hook(note)
+    return noted
+
+
+def global_state(step: Step, share: float) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU: weights, running statistics (means over all workers) and momentum."""
+    weights = dict(step.network.named_parameters())
+    with global_running_statistics(step.network, share):
+        buffers = {
+            name: buffer.detach().to("cpu", copy=True)
+            for name, buffer in step.network.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
+        }
+    momentum = {
+        name: step.optimizer.state[weight]["momentum_buffer"]
+        for name, weight in weights.items()
+        if "momentum_buffer" in step.optimizer.state[weight]
+    }
+    kinds = {"weights": weights, "momentum": momentum}
+    copies = {
+        kind: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for kind, tensors in kinds.items()
+    }
+    return copies | {"running statistics": buffers}
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """What every rank must hold alike: seed, the recipe's keys, the first weights (digests)."""
+    curve = config.model_copy(update={"run": type(config.run)()})
+    state = build_model(config).state_dict().values()
+    weights = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state))
+    return {
+        "seed": config.seed,
+        "recipe": hashlib.sha256(dump_config(curve).encode()).hexdigest(),
+        "first weights": weights.hexdigest(),
+    }
+
+
+def in_precision(config: Config, precision: str) -> Config:
+    """The config under another `run.precision`; what the user's is not is not compiled."""
+    if precision == config.run.precision:
+        return config
+    changed = {"precision": precision, "compile": False}
+    return config.model_copy(update={"run": config.run.model_copy(update=changed)})
+
+
+def first_images(index: Index, images: int) -> Index:
+    """An index of the first `images` images only."""
+    return replace(
+        index,
+        names=index.names[:images],
+        labels=index.labels[:images],
+        widths=index.widths[:images],
+        heights=index.heights[:images],
+    )
+
+
+@contextmanager
+def join(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
+    """The process group of a run; by Gloo alone where ranks share a GPU, which NCCL refuses."""
+    if SHARED_GPU not in os.environ or world.world_size == 1:
+        with process_group(world, hang_timeout_s) as usual:
+            yield usual
+        return
+    torch.cuda.set_device(world.device)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2 * hang_timeout_s + 60))
+    try:
+        control = dist.new_group(backend="gloo")
+        assert isinstance(control, dist.ProcessGroup)  # this rank is in it
+        yield control
+        barrier(control)
+    finally:
+        dist.destroy_process_group()
+
+
+def carry_out(folder: Path, request: Request, config: Config) -> None:
+    """Opens what a run has on this rank, and does the tasks."""
+    world = world_from_environment(config.run.device)
+    feed, config = prepare(config, world)
+    feed.val = first_images(feed.val, request.val_images)
+    data = config.data.model_copy(update={"val_images": request.val_images})
+    config = feed.config = config.model_copy(update={"data": data})
+    cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
+    loader, stopping = open_loader(config, feed, config.run.loader, threads, cuda), StopRequest()
+    timeout_s = config.run.hang_timeout_s
+    with (
+        stopping.listen(),
+        closing(loader),
+        Watchdog(world, timeout_s, stopping) as watchdog,
+        join(world, timeout_s) as control,
+    ):
+        watchdog.join_ranks()
+        rank = Rank(folder, request, config, world, feed, loader, control, stopping, watchdog)
+        for task in request.tasks:
+            getattr(rank, task)()
+        if world.rank == 0:
+            torch.save(rank.results, folder / "results.pt")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code; a user's mistake is one line."""
+    folder, parent = Path(arguments[0]), int(arguments[1])
+    settle_child(parent)
+    request = Request(**json.loads((folder / "request.json").read_text()))
+    try:
+        carry_out(folder, request, load_config(folder / "config.yaml"))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    return FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,248 @@
+"""harness verify: passes where all is well, names each planted fault, leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from harness import load_config
+from harness.cli import main
+from harness.errors import UserError
+from harness.verify import verify
+from harness.verify.compare import Line, compare
+from harness.verify.launch import RANK_PROGRAM, Crashed, launch
+from harness.verify.setting import Setting, check_setting
+from harness.verify.table import render_verdict
+from tests.conftest import SMALL, harness
+
+STEPS = 11  # of 5 an epoch; single steps from 0 and 10
+TASKS = ["known_sum", "curve", "own_steps"]
+
+
+@pytest.fixture(scope="module")
+def config_file(digits, tmp_path_factory) -> Path:
+    """k = 8 workers of 32 images, label smoothing, 15 steps."""
+    mapping = SMALL | {
+        "run": SMALL["run"] | {"data_root": str(digits)},
+        "recipe": SMALL["recipe"] | {"label_smoothing": 0.1},
+    }
+    path = tmp_path_factory.mktemp("verify") / "small.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+def setting_with(config_file: Path, folder: Path, fault: str = "") -> Setting:
+    """`fault` is run in each rank before the rank's own program, whose module is `rank`."""
+    program = [sys.executable, "-c", f"{PLANT}\n{fault}\nsys.exit(rank.main(sys.argv[1:]))"]
+    config = load_config(config_file)
+    return check_setting(config, [1, 2], STEPS, folder, program if fault else RANK_PROGRAM)
+
+
+PLANT = """
+import os, sys
+import harness.data.loader as loader, harness.step as step, harness.verify.rank as rank
+import harness.models.ghost_batch_norm as ghost
+me, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+"""
+
+
+@pytest.fixture(scope="module")
+def one(config_file, tmp_path_factory):
+    """What one sound rank does, and the folder of its states."""
+    folder = tmp_path_factory.mktemp("one")
+    setting = setting_with(config_file, folder)
+    return launch(setting, "1 rank", 1, ["states", *TASKS, "float64_steps"]), folder
+
+
+def lines_with(config_file: Path, one, fault: str) -> list[Line]:
+    """Two ranks, with the fault, against one without."""
+    reference, folder = one
+    setting = setting_with(config_file, folder, fault)
+    return list(compare(setting, "2 ranks", reference, launch(setting, "2 ranks", 2, TASKS)))
+
+
+def failed(lines: list[Line]) -> list[str]:
+    return [line.what for line in lines if not line.passed]
+
+
+SEED_OF_ONE_RANK = """
+load = rank.load_config
+rank.load_config = lambda path: load(path, ["seed=2"] if me == 1 else [])
+"""
+WINDOWS_SEEDED_BY_RANK = """
+crops = loader.crops
+loader.crops = lambda seed, *rest: crops(seed + me, *rest)
+"""
+ORDER_OF_ONE_EPOCH = """
+permutation = loader.permutation
+def shuffled(seed, epoch, images):
+    return permutation(seed, epoch, images)[:: -1 if (epoch, me) == (1, 1) else 1]
+loader.permutation = shuffled
+"""
+LOSS_OVER_LOCAL_IMAGES = """
+loss = step.training_loss
+step.training_loss = lambda logits, labels, kn, smoothing: loss(
+    logits, labels, kn // world_size, smoothing
+)
+"""
+BUFFERS_SENT_BY_RANK_0 = """
+ddp = step.DistributedDataParallel
+class Sending(ddp):
+    def __init__(self, model, **keys):
+        super().__init__(model, **keys | {step.BUFFER_SYNC: True})
+step.DistributedDataParallel = Sending
+"""
+BUFFER_OF_ONE_RANK = """
+update = ghost.RunningStatistics.update
+def corrupted(self, workers):
+    update(self, workers)
+    if me == 1:
+        self._running[3] += 1e-3
+ghost.RunningStatistics.update = corrupted
+"""
+LOST_VALIDATION_IMAGE = """
+evaluation = loader.Feed.evaluation
+def evaluation_of_others(self):
+    for request in evaluation(self):
+        request.ids[-1] = request.ids[0]
+        yield request
+loader.Feed.evaluation = evaluation_of_others
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "detail"),
+    [
+        (SEED_OF_ONE_RANK, "seed, recipe, first weights", "rank 1: another seed, 2"),
+        (WINDOWS_SEEDED_BY_RANK, "windows and flips", "first at step 0 (epoch 1), worker 4"),
+        # reversed from the second epoch's first step on, at the places of rank 1's four workers
+        (ORDER_OF_ONE_EPOCH, "images of each step", "first at step 5 (epoch 2), worker 4"),
+        (LOSS_OVER_LOCAL_IMAGES, "gradient of a known sum", "it is 2 times what the labels say"),
+        (BUFFERS_SENT_BY_RANK_0, "float32: running statistics", "at step"),
+        (BUFFER_OF_ONE_RANK, "float32: running statistics", "at step"),
+        (LOST_VALIDATION_IMAGE, "validation images, each once", "image 0: 2 times"),
+    ],
+)
+def test_a_planted_fault_is_named_by_the_first_line_that_fails(
+    config_file, one, fault, what, detail
+):
+    lines = lines_with(config_file, one, fault)
+    first = next(line for line in lines if not line.passed)
+    assert first.what == what and detail in first.detail
+    assert render_verdict(lines).startswith(f"FAIL: {len(failed(lines))} of ")
+    if fault is ORDER_OF_ONE_EPOCH:  # other images, but each with its own window
+        assert "windows and flips" not in failed(lines)
+    if fault is BUFFER_OF_ONE_RANK:  # nothing else was touched
+        last = STEPS - 1
+        named = {"float32: running statistics", f"float64: running statistics after step {last}"}
+        assert named <= set(failed(lines)) <= named | {"evaluation counts"}
+
+
+def test_all_passes_on_uneven_ranks_and_through_an_interruption(config_file):
+    """The command line, 3 and 2, 3, 3 workers a rank; SIGTERM at one rank in mid-epoch."""
+    finished = harness(
+        "verify", config_file, "--ranks", "3", "--steps", STEPS, "--json", "run.loader=reference"
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = json.loads(finished.stdout)
+    assert found["passed"] and found["ranks"] == [1, 3] and found["steps"] == STEPS
+    assert {line["where"] for line in found["lines"]} == {
+        "1 rank",
+        "1 rank, micro-batches of 32",
+        "3 ranks",
+        "stopped in mid-epoch on 3 ranks, resumed on 1",
+    }
+    assert all(line["passed"] and not line["detail"] for line in found["lines"])
+    by_name = {line["what"]: line for line in found["lines"] if line["where"] == "3 ranks"}
+    assert 0 < by_name["float32: gradient (middle step)"]["difference"] < 1e-5
+    assert 0 < by_name[f"float64: weights after step {STEPS - 1}"]["difference"] < 1e-12
+    assert by_name["images of each step"]["over"] == "11 × 256"
+    assert "work: " in finished.stderr
+
+
+def test_a_rank_that_fails_is_a_line_with_its_last_words(config_file, tmp_path):
+    raising = [sys.executable, "-c", "raise RuntimeError('no room')"]
+    lines = list(verify(load_config(config_file), [2], STEPS, raising))
+    assert [(line.where, line.what, line.passed) for line in lines] == [
+        ("1 rank", "ran to its end", False)
+    ]
+    assert lines[0].detail == "rank 0: RuntimeError: no room"
+    setting = setting_with(config_file, tmp_path, "if me == 1: os.kill(os.getpid(), 9)")
+    with pytest.raises(Crashed, match="rank 1: ended by SIGKILL"):
+        launch(setting, "2 ranks", 2, ["curve"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "1"], "nothing to be compared with"),
+        (["--ranks", "1,9"], "only 8 workers"),
+        (["--ranks", "0,2"], "--ranks 0"),
+        (["--ranks", "two"], "whole numbers"),
+        (["--steps", "0"], "give 1 to 15"),
+        (["--steps", "16"], "give 1 to 15"),
+        (["run.data_root=/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_with_code_2(config_file, capsys, arguments, message):
+    assert main(["verify", str(config_file), "--steps", "9", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_under_torchrun_it_says_to_start_it_alone(config_file, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        next(verify(load_config(config_file), [2], STEPS))
+
+
+def children_of(process: int) -> set[int]:
+    """Living processes started by `process`."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        if int(after_name[1]) == process and after_name[0] != "Z":
+            found.add(int(status.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_and_no_file_is_left(config_file, tmp_path, number):
+    command = [sys.executable, "-m", "harness", "verify", str(config_file), "--ranks", "2"]
+    process = subprocess.Popen(
+        [*command, "--steps", "15"],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline_s = time.monotonic() + 60
+    while not (ranks := children_of(process.pid)) or not list(tmp_path.rglob("progress.txt")):
+        assert time.monotonic() < deadline_s and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and error.endswith("error: interrupted\n")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_more_ranks_than_gpus_share_them_by_gloo(config_file):
+    ranks = torch.cuda.device_count() + 1
+    finished = harness("verify", config_file, "--ranks", ranks, "--steps", 5, "run.device=cuda")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"{ranks} ranks on {ranks - 1} GPU" in finished.stdout and "Gloo" in finished.stdout
