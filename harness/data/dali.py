@@ -119,18 +119,27 @@ class _Windows(_Task):
 
 
 class _Squares(_Task):
-    """Evaluation: decodes and resizes the whole image, crops a square out of it."""
+    """Evaluation: the square that is wanted of the resized image, and only what it is made of."""
 
-    dtype, ndim = [types.FLOAT, types.INT32], [1, 1]
+    dtype, ndim = [types.INT32, types.INT32, types.FLOAT, types.FLOAT], [1, 1, 1, 1]
 
     def inputs(self, request: Resizes) -> tuple[NDArray, ...]:
-        sizes = np.stack([request.resized_height, request.resized_width], 1)
-        return sizes.astype(np.float32), np.stack([request.top, request.left], 1)
+        """The window to decode, and where within it the square begins and ends."""
+        sizes = np.stack([self.index.heights[request.ids], self.index.widths[request.ids]], 1)
+        scale = sizes / np.stack([request.resized_height, request.resized_width], 1)
+        start = np.stack([request.top, request.left], 1) * scale
+        end = start + self.size * scale
+        reach = np.maximum(scale, 1) + 1  # of the antialiasing filter
+        first = np.maximum(np.floor(start - reach), 0)
+        shape = np.minimum(np.ceil(end + reach), sizes) - first
+        pixels, places = np.int32, np.float32
+        within = (start - first).astype(places), (end - first).astype(places)
+        return first.astype(pixels), shape.astype(pixels), *within
 
     def images(self, files: DataNode, inputs: list[DataNode], decoder: dict) -> DataNode:
-        resized, corner = inputs
-        images = fn.resize(fn.decoders.image(files, **decoder), size=resized)
-        return fn.slice(images, corner, [self.size, self.size], axes=[0, 1])
+        corner, shape, start, end = inputs
+        images = fn.decoders.image_slice(files, corner, shape, axes=[0, 1], **decoder)
+        return fn.resize(images, size=[self.size, self.size], roi_start=start, roi_end=end)
 
 
 class _Run:
