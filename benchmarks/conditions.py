@@ -21,7 +21,7 @@ def conditions() -> dict[str, Any]:
     """Hardware, versions and commit of this run."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        cwd=RESULTS.parent,
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=True,

@@ -19,6 +19,7 @@ from harness.errors import UserError
 from harness.recipe.minibatch import Minibatch
 
 EVALUATION_BATCH = 256  # images
+DRAWN_AT_ONCE = 2048  # images whose windows are drawn together: 0.7 µs an image, 17 µs for 32 each
 
 
 class BadImageError(UserError):
@@ -74,18 +75,23 @@ class Feed:
     def training(self, first_step: int) -> Iterator[Crops]:
         """Micro-batch after micro-batch, from the global step `first_step` to the run's last."""
         config, train = self.config, self.train
+        places = np.concatenate(self._places)  # of a step: its micro-batches, one after another
+        sizes = [len(of_one) for of_one in self._places]
+        steps_at_once = max(DRAWN_AT_ONCE // len(places), 1)
         first_epoch, step_of_epoch = divmod(first_step, config.steps_per_epoch)
         following = self._executor.submit(self._permutation, first_epoch)
         for epoch in range(first_epoch, config.recipe.epochs):
             order = following.result()
             following = self._executor.submit(self._permutation, epoch + 1)  # made ahead
-            for step in range(step_of_epoch, config.steps_per_epoch):
-                ids_of_step = self._step_of_epoch(order, step)
-                for places in self._places:
-                    ids = ids_of_step[places]
-                    yield crops(
-                        config.seed, epoch, ids, train.heights[ids], train.widths[ids], config.data
-                    )
+            for first in range(step_of_epoch, config.steps_per_epoch, steps_at_once):
+                steps = range(first, min(first + steps_at_once, config.steps_per_epoch))
+                ids = np.concatenate([self._step_of_epoch(order, step)[places] for step in steps])
+                windows = crops(
+                    config.seed, epoch, ids, train.heights[ids], train.widths[ids], config.data
+                )
+                ends = np.cumsum(sizes * len(steps)).tolist()
+                for start, end in zip([0, *ends], ends, strict=False):
+                    yield windows.part(start, end)
             step_of_epoch = 0
 
     def evaluation(self) -> Iterator[Resizes]:

@@ -50,6 +50,14 @@ class Crops:
     flip: NDArray[np.bool_]
     epoch: int
 
+    def part(self, start: int, end: int) -> Crops:
+        """The windows from place `start` to before `end`."""
+        place = slice(start, end)
+        top, left, height, width = (
+            x[place] for x in (self.top, self.left, self.height, self.width)
+        )
+        return Crops(self.ids[place], top, left, height, width, self.flip[place], self.epoch)
+
 
 @dataclass(frozen=True, eq=False)
 class Resizes:
@@ -85,7 +93,7 @@ def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def permutation(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
-    """The order of an epoch: int64 (images,). 0.2 s at 1.28 M images."""
+    """The order of an epoch: int64 (images,). 0.15 s at 1.28 M images."""
     # no two ids have equal hashes, so every sorting algorithm gives this order
     return np.argsort(hash64(Purpose.PERMUTATION, seed, epoch, np.arange(images)), kind="stable")
 

@@ -1,0 +1,175 @@
+"""What the sampling of ImageNet's 1,281,167 images costs a rank: time, stalls, memory.
+
+    python -m benchmarks.sampling [--repetitions 15] [--write]
+
+On a made-up index of that size (nothing of an image but its name and size is ever looked at), for
+rank 0 at the paper's minibatch of 8192 images. The feed's time for a micro-batch is set against the
+time that a rank has for it at 4,200 images/s: 61 ms for 256 images, 7.6 ms for 32. The stalls are
+those of a thread that does nothing but look at the clock while another makes a permutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.conditions import spread, write_results
+from harness.config import Config, config_from_mapping
+from harness.data import index as kept
+from harness.data.index import Index, load_index
+from harness.data.loader import Feed
+from harness.data.sampling import permutation
+
+TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
+NEED = 4_200  # images/s of a rank
+CASES = [(8, 256), (256, 32)]  # ranks, images of a micro-batch
+
+
+def paper_config(train_images: int = TRAIN) -> Config:
+    """The paper's minibatch, for two epochs."""
+    mapping = {
+        "expect": {"error": 100, "source": "no training"},
+        "data": {"train_images": train_images, "val_images": VAL, "classes": CLASSES},
+        "model": {"name": "resnet50"},
+        "recipe": {"minibatch": 8192, "epochs": 2, "warmup": "none", "milestones": [1]},
+    }
+    return config_from_mapping(mapping, "benchmarks/sampling.py")
+
+
+def make_up_index(root: Path, split: str, images: int) -> None:
+    """The kept index of a folder of so many images, without the images."""
+    classes = [f"n{number:08}" for number in range(CLASSES)]
+    for name in classes:
+        (root / split / name).mkdir(parents=True)
+        os.utime(root / split / name, (0, 0))  # long ago: nobody looks whether it changed
+    labels = np.sort(np.arange(images) % CLASSES)
+    names = [f"n{label:08}_{number % 99999}.JPEG" for number, label in enumerate(labels.tolist())]
+    sides = np.random.default_rng(1).integers(300, 600, (2, images), dtype=np.int32)
+    index = Index(root / split, tuple(classes), np.array(names, "S"), labels, *sides)
+    place = kept._cache_places(root / split)[0]
+    kept._write_cache(place, index, [0] * CLASSES, time.time_ns())
+
+
+def rank_memory(root: Path) -> dict[str, float]:
+    """MB that the indices and the feed of a rank add to a process, called in a fresh one.
+
+    `peak_mb` is at any time while the feed goes through the end of an epoch into the next.
+    """
+    config = paper_config()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before_mb = _resident_mb("VmRSS")
+    start_s = time.perf_counter()
+    train, val = load_index(root, "train"), load_index(root, "val")
+    load_s = time.perf_counter() - start_s
+    index_mb = _resident_mb("VmRSS") - before_mb
+    feed = Feed(config, train, val, 0, *CASES[0], channels_last=True)
+    for _ in feed.training(config.steps_per_epoch - 2):
+        pass
+    return {
+        "load_s": load_s,
+        "index_mb": index_mb,
+        "resident_mb": _resident_mb("VmRSS") - before_mb,
+        "peak_mb": _resident_mb("VmHWM") - before_mb,
+    }
+
+
+def _resident_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
+
+
+def in_a_fresh_process(function: Callable[[Path], dict[str, float]], root: Path) -> dict:
+    """What `function` returns in a process that has done nothing else."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, (root,))
+
+
+def milliseconds(function: Callable[[], object], repetitions: int) -> list[float]:
+    """Of each call, after one that does not count."""
+    times = []
+    for _ in range(repetitions + 1):
+        start_s = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start_s) * 1e3)
+    return times[1:]
+
+
+def longest_stall_ms(beside: Callable[[], object]) -> float:
+    """The longest time for which this thread did not run while another one runs `beside`."""
+    thread = threading.Thread(target=beside)
+    thread.start()
+    longest_s, last_s = 0.0, time.perf_counter()
+    while thread.is_alive():
+        now_s = time.perf_counter()
+        longest_s, last_s = max(longest_s, now_s - last_s), now_s
+    thread.join()
+    return longest_s * 1e3
+
+
+def waits_ms(train: Index, val: Index, ranks: int, micro_batch: int) -> list[float]:
+    """Of a feed's requests around an epoch's end, asked for ten times as fast as a rank trains."""
+    config = paper_config()
+    feed = Feed(config, train, val, 0, ranks, micro_batch, channels_last=True)
+    requests, waits = feed.training(config.steps_per_epoch - 40), []
+    next(requests)  # the first permutation of a run is waited for
+    for _ in range(300):
+        start_s = time.perf_counter()
+        next(requests)
+        waits.append((time.perf_counter() - start_s) * 1e3)
+        time.sleep(micro_batch / NEED / 10)
+    return waits
+
+
+def main() -> None:
+    """Prints a table; --write keeps it in benchmarks/results/sampling.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    results = measure(options.repetitions)
+    for key, value in results.items():
+        print(f"{key:42} {value['median'] if isinstance(value, dict) else value:10.3f}")
+    if options.write:
+        print(write_results("sampling", results))
+
+
+def measure(repetitions: int) -> dict[str, Any]:
+    """Every figure, under a name with its unit."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_up_index(root, "train", TRAIN)
+        make_up_index(root, "val", VAL)
+        memory = in_a_fresh_process(rank_memory, root)
+        train, val = load_index(root, "train"), load_index(root, "val")
+
+    def permute() -> None:
+        permutation(1, 0, TRAIN)
+
+    alone = [longest_stall_ms(lambda: time.sleep(0.2)) for _ in range(repetitions)]
+    beside = [longest_stall_ms(permute) for _ in range(repetitions)]
+    results: dict[str, Any] = {
+        "images": TRAIN,
+        "permutation_ms": spread(milliseconds(permute, repetitions)),
+        "longest_stall_meanwhile_ms": spread(beside),
+        "longest_stall_without_it_ms": spread(alone),
+    }
+    for ranks, micro_batch in CASES:
+        waits = [waits_ms(train, val, ranks, micro_batch) for _ in range(3)]
+        name = f"{ranks}_ranks_of_{micro_batch}_images"
+        share = [sum(run) / len(run) / (micro_batch / NEED * 1e3) * 100 for run in waits]
+        results[f"{name}_share_of_step_percent"] = spread(share)
+        results[f"{name}_longest_wait_ms"] = spread([max(run) for run in waits])
+    return results | memory
+
+
+if __name__ == "__main__":
+    main()
