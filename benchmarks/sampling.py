@@ -31,6 +31,7 @@ from harness.data.sampling import permutation
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 NEED = 4_200  # images/s of a rank
+REQUESTS = 128  # half of them before an epoch's end, half after
 CASES = [(8, 256), (256, 32)]  # ranks, images of a micro-batch
 
 
@@ -116,16 +117,17 @@ def longest_stall_ms(beside: Callable[[], object]) -> float:
 
 
 def waits_ms(train: Index, val: Index, ranks: int, micro_batch: int) -> list[float]:
-    """Of a feed's requests around an epoch's end, asked for ten times as fast as a rank trains."""
+    """Of a feed's requests around an epoch's end, asked for as fast as a rank trains."""
     config = paper_config()
     feed = Feed(config, train, val, 0, ranks, micro_batch, channels_last=True)
-    requests, waits = feed.training(config.steps_per_epoch - 40), []
+    before = REQUESTS // 2 // len(feed.micro_batches)  # steps
+    requests, waits = feed.training(config.steps_per_epoch - before), []
     next(requests)  # the first permutation of a run is waited for
-    for _ in range(300):
+    for _ in range(REQUESTS):
         start_s = time.perf_counter()
         next(requests)
         waits.append((time.perf_counter() - start_s) * 1e3)
-        time.sleep(micro_batch / NEED / 10)
+        time.sleep(micro_batch / NEED)
     return waits
 
 
