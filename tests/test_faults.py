@@ -45,10 +45,11 @@ for kill in range(kills):
     if child == 0:
         write_for_ever(step, writing)
     os.close(writing)
-    time.sleep(moments.uniform(0.001, 0.05))
+    acknowledged = os.read(reading, 8)  # it has written one
+    time.sleep(moments.uniform(0.0, 0.02))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    acknowledged = b"".join(iter(lambda: os.read(reading, 2**16), b""))
+    acknowledged += b"".join(iter(lambda: os.read(reading, 2**16), b""))
     os.close(reading)
     torn += len(list(folder.glob("*.tmp"))) + len(list(folder.glob(".*.tmp"))) > 0
     for path in folder.glob(".*.tmp"):
