@@ -35,7 +35,7 @@ def read_records(target: Path) -> dict[str, Record]:
     path = records_folder(target) / "job.json"
     try:
         return {name: Record(**values) for name, values in json.loads(path.read_text()).items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); remove it to submit anew") from None

@@ -83,9 +83,13 @@ def executor(
     cluster: Cluster, target: Path, after: str | None = None, at_once: int | None = None
 ) -> Executor:
     """`after`: start when that job has succeeded; `at_once`: so many runs of an array."""
-    agents = cluster.launcher == "torchrun"  # one task a node, which starts the ranks
-    cpus = cluster.cpus_per_gpu * (cluster.gpus_per_node if agents else 1)
+    # sbatch takes whole nodes as tasks, as a number of tasks would cap a range of nodes at its
+    # lower end; srun then starts a task a GPU, or an agent a node, which starts the ranks
+    tasks = 1 if cluster.launcher == "torchrun" else cluster.gpus_per_node
+    node_cpus = cluster.cpus_per_gpu * cluster.gpus_per_node
     extra: dict[str, Any] = {"nodes": cluster.nodes, "requeue": cluster.requeues > 0 or None}
+    if cluster.min_nodes < cluster.max_nodes:
+        extra["spread-job"] = True  # as many of them as are free
     extra |= {"partition": cluster.partition, "account": cluster.account}
     if after is not None:
         extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
@@ -96,15 +100,16 @@ def executor(
     parameters: dict[str, Any] = {
         "job_name": target.name,
         "nodes": cluster.max_nodes,
-        "ntasks_per_node": 1 if agents else cluster.gpus_per_node,
         "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": cpus,
+        "cpus_per_task": node_cpus,
         "time": cluster.timeout_min,
         "setup": list(cluster.setup),
         "signal_delay_s": SIGNAL_DELAY_S,
         "additional_parameters": extra | options,
-        # since 22.05 srun does not take --cpus-per-task over from sbatch
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", "--cpu-bind=cores"],
+        "srun_args": [
+            *("--kill-on-bad-exit=1", f"--ntasks-per-node={tasks}"),
+            *(f"--cpus-per-task={node_cpus // tasks}", "--cpu-bind=cores"),
+        ],
     }
     if cluster.mem_gb is not None:
         parameters["mem"] = f"{round(cluster.mem_gb * 1024)}M"

@@ -106,7 +106,7 @@ class Task:
         ranks += ["--rdzv-backend", "c10d", "--rdzv-id", place.raw_job_id]
         ranks += ["--rdzv-endpoint", f"{place.first_host}:{place.port}"]
         ranks += ["--rdzv-conf", f"is_host={place.leader:d}", "--local-addr", place.host]
-        # its ranks are told to stop, not the agent, which would report that as a failure
+        # not the agent is told to stop, which would end as failed, but its ranks
         ranks += ["--signals-to-handle", "SIGHUP"]
         return [sys.executable, "-m", "torch.distributed.run", *ranks, *train]
 
@@ -173,23 +173,19 @@ def read_status(run: Path) -> dict[str, Any]:
 
 
 def stop_ranks(child: subprocess.Popen[bytes], launcher: str) -> None:
-    """TERM to the rank, or to each rank of torchrun's agent; an agent without ranks ends by HUP."""
-    ranks = [child.pid]
-    if launcher == "torchrun":
-        try:
-            ranks = [int(p) for p in _children(child.pid)]
-        except OSError:
-            return  # it has just ended
-        if not ranks:
-            child.send_signal(signal.SIGHUP)
+    """TERM to the rank, or to each rank of torchrun's agent."""
+    ranks = _children(child.pid) if launcher == "torchrun" else [child.pid]
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, signal.SIGTERM)
 
 
-def _children(pid: int) -> list[str]:
-    threads = Path(f"/proc/{pid}/task").glob("*/children")
-    return [child for thread in threads for child in thread.read_text().split()]
+def _children(pid: int) -> list[int]:
+    try:
+        threads = Path(f"/proc/{pid}/task").glob("*/children")
+        return [int(child) for thread in threads for child in thread.read_text().split()]
+    except OSError:
+        return []  # it has just ended
 
 
 class Place:

@@ -112,8 +112,8 @@ class ThrowawayCluster:
     """`nodes`: their names; `conf`: what SLURM_CONF must be for commands to reach it."""
 
     def __init__(self, folder: Path, namespaces: bool = False) -> None:
-        self.folder, self.namespaces = folder, namespaces
-        self.conf = folder / "slurm.conf"
+        self.folder, self.namespaces = folder.resolve(), namespaces
+        self.conf = self.folder / "slurm.conf"
         self.nodes = [f"{'c' if namespaces else 'n'}{i}" for i in range(1, NODES + 1)]
 
     def command(self, *words: object, timeout_s: float = 30) -> str:

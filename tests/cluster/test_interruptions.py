@@ -1,0 +1,124 @@
+"""Whatever ends a job, the run goes on to the weights of the uninterrupted one."""
+
+import pytest
+
+from tests.cluster.conftest import only
+
+pytestmark = pytest.mark.timeout(90)
+
+
+def expect_no_step_twice(log, seen):
+    """It went on from a checkpoint written at the stop: at the step it had come to, or later."""
+    resume = only("resume", log)
+    assert resume["step"] >= seen
+    return resume
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_scancel_with_a_signal(launch, straight, launcher):
+    job = launch.submit(launcher=launcher, requeues=1)
+    seen = launch.wait_for_step(50)
+    launch.cluster.command("scancel", "--signal=USR2", job)
+    launch.wait_for_state(job, "COMPLETED")
+    expect_no_step_twice(launch.expect_straight(straight, starts=2), seen)
+    assert "--- requeued, 1 of at most 1 times" in launch.log
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_scontrol_requeue(launch, straight, launcher):
+    job = launch.submit(launcher=launcher)
+    seen = launch.wait_for_step(50)
+    launch.cluster.command("scontrol", "requeue", job)
+    launch.wait_for_state(job, "COMPLETED")
+    expect_no_step_twice(launch.expect_straight(straight, starts=2), seen)
+
+
+def test_time_limit(launch, straight):
+    """Of one minute; the signal comes 30 to 40 s before its end, as SLURM looks at times so often.
+
+    One rank, small micro-batches and an evaluation every epoch make the run last longer than that.
+    """
+    slowly = ("run.micro_batch=32", "run.evaluate_every_epochs=1", "run.log_every_steps=1")
+    early = {"signal": "USR2@40"}
+    job = launch.submit(*slowly, nodes=1, timeout_min=1, sbatch=early, requeues=9)
+    launch.wait_for_state(job, "COMPLETED", timeout_s=85)
+    starts = launch.log.count("--- job")
+    assert starts >= 2
+    log = launch.expect_straight(straight, starts)
+    assert all(line["step"] > 0 for line in log if line["event"] == "resume")
+
+
+@pytest.mark.parametrize("parameters", ["", "preempt_send_user_signal"])
+def test_preemption(launch, straight, parameters):
+    launch.cluster.configure(SlurmctldParameters=parameters)
+    job = launch.submit(requeues=1)
+    seen = launch.wait_for_step(50)
+    other = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
+    launch.cluster.command("sbatch", *other)
+    launch.wait_for_state(job, "COMPLETED")
+    expect_no_step_twice(launch.expect_straight(straight, starts=2), seen)
+
+
+def test_a_node_set_down_and_the_run_goes_on_with_fewer(launch, straight):
+    job = launch.submit(nodes="1-4")
+    seen = launch.wait_for_step(50)
+    assert launch.job(job)["NodeList"] == "n[1-4]"
+    launch.cluster.command("scontrol", "update", "nodename=n[3-4]", "state=down", "reason=test")
+    try:
+        launch.wait_for_state(job, "COMPLETED")
+    finally:
+        launch.cluster.command("scontrol", "update", "nodename=n[3-4]", "state=resume")
+    log = launch.expect_straight(straight, starts=2)
+    assert expect_no_step_twice(log, seen)["world_size"] == 2
+
+
+def test_scancel_ends_it_for_good_and_submit_goes_on(launch, straight):
+    job = launch.submit()
+    seen = launch.wait_for_step(50)
+    launch.cluster.command("scancel", job)
+    launch.wait_for_state(job, "CANCELLED")
+    assert launch.job(job)["Restarts"] == "0"
+    assert launch.status()["state"] == "stopped"
+    assert " cancelled " in launch("status", launch.run).stdout
+    second = launch.submit()
+    launch.wait_for_state(second, "COMPLETED")
+    expect_no_step_twice(launch.expect_straight(straight, starts=2), seen)
+
+
+def test_requeues_are_counted(launch):
+    job = launch.submit(requeues=0)
+    launch.wait_for_step(50)
+    launch.cluster.command("scancel", "--signal=USR1", job)
+    launch.wait_for_state(job, "FAILED")
+    assert launch.job(job)["ExitCode"] == "75:0"
+    assert "requeues: 0 are used up; submit it again" in launch.log
+    assert " stopped " in launch("status", launch.run).stdout
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_job_and_is_named(launch, rank):
+    job = launch.submit()
+    launch.wait_for_step(50)
+    kill_rank(launch, rank)
+    launch.wait_for_state(job, "FAILED", timeout_s=40)
+    assert f"n{rank + 1}, rank {rank}: ended by SIGKILL (out of memory?)" in launch.log
+    (row,) = launch("status", launch.run).stdout.splitlines()[1:]
+    assert row.split()[2] == "failed"
+
+
+def kill_rank(launch, rank):
+    """The harness of that rank, not the task around it."""
+    import os
+    import signal
+    from pathlib import Path
+
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            names = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ours = str(launch.run).encode() in words and b"harness" in words
+        if ours and f"SLURM_PROCID={rank}".encode() in names:
+            return os.kill(int(process.name), signal.SIGKILL)
+    raise AssertionError(f"no rank {rank}")
