@@ -126,11 +126,12 @@ def _study(options: argparse.Namespace) -> int:
     if options.at_once is not None and options.at_once < 1:
         raise UserError(f"--at-once {options.at_once}: at least 1 is needed")
     runs = study_runs(options.study, cluster, options.overrides)
-    for run in runs:
-        _show_plan(run.config, cluster, brief=True, quiet=options.dry_run, name=run.name)
+    one_of_each = {run.name.rpartition("-")[0]: run for run in runs}  # seeds change no plan
+    for name, run in one_of_each.items():
+        _show_plan(run.config, cluster, brief=True, quiet=options.dry_run, name=name)
     runs = [r for r in runs if not r.is_finished() and active_job(folder, r.name) is None]
     if options.dry_run:
-        print(executor(cluster, folder, at_once=options.at_once).script())
+        print(executor(cluster, folder, at_once=options.at_once).script(len(runs)))
         return FINISHED
     if not runs:
         print(f"nothing to submit: every run is finished or has a job; {_status_of(folder)}")

@@ -57,7 +57,10 @@ class Executor(submitit.SlurmExecutor):
     def affinity(cls) -> int:
         return 2
 
-    def script(self) -> str:
+    def script(self, runs: int = 1) -> str:
+        """What would be handed to sbatch; an array where the runs are several."""
+        if runs > 1:
+            self.parameters["map_count"] = runs
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 

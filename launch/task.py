@@ -128,7 +128,8 @@ class Task:
             stopped = self._signal in USER_SIGNALS or (job is not None and job.preempted)
         if not stopped:
             if not self._signal:
-                log.error(f"ended {_cause(code)}")
+                said = f": {log.complaint}" if log.complaint else ""
+                log.error(f"ended {_cause(code)}{said}")
             return code if code > 0 else 128 - code
         return self._requeue(place, log) if place.leader else FINISHED
 
@@ -219,6 +220,7 @@ class MergedLog:
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (to the end)
         self._leader, self._place = place.leader, place.name
         self._in_traceback = False
+        self.complaint = ""  # the last that this task's ranks said of what is wrong
 
     def line(self, text: str) -> None:
         self._file.write(f"--- {text}\n")
@@ -240,6 +242,8 @@ class MergedLog:
         )  # and the line that a traceback ends in
         within = self._in_traceback and plain.startswith(" ")
         self._in_traceback = within or plain.startswith("Traceback")
+        if wanted and not self._in_traceback:
+            self.complaint = plain.strip().removeprefix("error: ")
         if self._leader:
             self._file.write(text)
         elif wanted:

@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.conftest import Launcher, empty_queue, only, started
 from tests.cluster.throwaway import ThrowawayCluster
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120, func_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def launch(namespaces, tmp_path, config):
 
 def test_the_cut_off_incarnation_ends_and_the_requeued_one_finishes(launch, straight):
     # slowly, so that the cut-off one still runs when the other has taken over
-    slowly = ("run.micro_batch=32", "run.evaluate_every_epochs=1", "run.log_every_steps=1")
+    slowly = ("run.micro_batch=32", "run.evaluate_every_epochs=1")
     job = launch.submit(*slowly, nodes=1)
     launch.wait_for_step(20)
     (node,) = {launch.job(job)["NodeList"]}

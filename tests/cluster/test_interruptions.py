@@ -4,7 +4,7 @@ import pytest
 
 from tests.cluster.conftest import only
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(120, func_only=True)
 
 
 def expect_no_step_twice(log, seen):
@@ -38,7 +38,7 @@ def test_time_limit(launch, straight):
 
     One rank, small micro-batches and an evaluation every epoch make the run last longer than that.
     """
-    slowly = ("run.micro_batch=32", "run.evaluate_every_epochs=1", "run.log_every_steps=1")
+    slowly = ("run.micro_batch=32", "run.evaluate_every_epochs=1")
     early = {"signal": "USR2@40"}
     job = launch.submit(*slowly, nodes=1, timeout_min=1, sbatch=early, requeues=9)
     launch.wait_for_state(job, "COMPLETED", timeout_s=85)

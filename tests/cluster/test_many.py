@@ -8,14 +8,14 @@ import yaml
 from launch.cluster import load_cluster
 from launch.slurm import Wanted, submit, with_cluster
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(120, func_only=True)
 QUICK = ("recipe.epochs=2", "recipe.milestones=[]")
 
 
 def test_a_study_is_one_array_of_four_runs_two_at_once(launch, tmp_path):
-    study = tmp_path / "warmup.yaml"
-    none = {"set": {"recipe.warmup": "none"}, "expect": {"error": 60.0, "source": "a guess"}}
-    variants = {"none": none, "gradual": {"set": {}}}
+    study = tmp_path / "momentum.yaml"
+    plain = {"set": {"recipe.nesterov": False}, "expect": {"error": 60.0, "source": "a guess"}}
+    variants = {"plain": plain, "nesterov": {"set": {}}}
     study.write_text(
         yaml.safe_dump({"base": str(launch.config), "seeds": [1, 2], "variants": variants})
     )
@@ -23,7 +23,7 @@ def test_a_study_is_one_array_of_four_runs_two_at_once(launch, tmp_path):
     keys = {"nodes": 1, "environment": {}}
     done = launch(*words, **keys)
     assert done.returncode == 0, done.stderr
-    folder = launch.runs / "studies" / "warmup"
+    folder = launch.runs / "studies" / "momentum"
     most = 0
 
     def all_finished():
@@ -34,12 +34,12 @@ def test_a_study_is_one_array_of_four_runs_two_at_once(launch, tmp_path):
 
     launch.wait("four finished runs", all_finished)
     assert most == 2
-    for variant in ("none", "gradual"):
+    for variant in ("plain", "nesterov"):
         for seed in (1, 2):
             config = yaml.safe_load((folder / variant / str(seed) / "config.yaml").read_text())
-            assert (config["seed"], config["recipe"]["warmup"]) == (seed, variant)
-            assert config["expect"]["error"] == (60.0 if variant == "none" else 50.0)
-    records = json.loads((folder.with_name("warmup.slurm") / "job.json").read_text())
+            assert (config["seed"], config["recipe"]["nesterov"]) == (seed, variant == "nesterov")
+            assert config["expect"]["error"] == (60.0 if variant == "plain" else 50.0)
+    records = json.loads((folder.with_name("momentum.slurm") / "job.json").read_text())
     assert len({record["job_id"].split("_")[0] for record in records.values()}) == 1
     again = launch(*words, **keys)
     assert again.returncode == 0 and "nothing to submit" in again.stdout
@@ -70,8 +70,4 @@ def test_a_chain_whose_first_stage_fails(launch, monkeypatch):
     first, second = submit_chain()
     launch.wait_for_state(second.job_id, "COMPLETED")
     assert launch.job(first.job_id)["JobState"] == "COMPLETED"
-    started = [
-        launch.job(job)[key]
-        for job, key in ((first.job_id, "EndTime"), (second.job_id, "StartTime"))
-    ]
-    assert started == sorted(started)
+    assert launch.job(first.job_id)["EndTime"] <= launch.job(second.job_id)["StartTime"]

@@ -1,19 +1,18 @@
 import pytest
 
-pytestmark = pytest.mark.timeout(90)
+from tests.cluster.conftest import only
+
+pytestmark = pytest.mark.timeout(120, func_only=True)
 
 
 def test_four_ranks_on_two_nodes_are_torchruns_curve(launch, straight):
-    done = launch(*("submit", launch.config, "--cluster", launch.file, "--wait"), gpus_per_node=2)
+    done = launch("submit", launch.config, "--cluster", launch.file, "--wait", gpus_per_node=2)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert "ranks        4 (4 × 2 workers)" in done.stdout  # the plan
     assert f"run folder {launch.run}" in lines
     assert any(line.startswith("epoch 60/60  step 300/300  loss ") for line in lines)
-    (start,) = (
-        line for line in launch.expect_straight(straight, starts=1) if line["event"] == "start"
-    )
-    assert start["world_size"] == 4
+    assert only("start", launch.expect_straight(straight, starts=1))["world_size"] == 4
     table = launch("status", launch.run).stdout.splitlines()
     assert table[1].split()[2:5] == ["finished", "300/300", "0"]
     again = launch("submit", launch.config, "--cluster", launch.file)
@@ -23,7 +22,4 @@ def test_four_ranks_on_two_nodes_are_torchruns_curve(launch, straight):
 def test_torchrun_as_launcher_is_the_same_training(launch, straight):
     job = launch.submit(launcher="torchrun", gpus_per_node=2, nodes="1-2")
     launch.wait_for_state(job, "COMPLETED")
-    (start,) = (
-        line for line in launch.expect_straight(straight, starts=1) if line["event"] == "start"
-    )
-    assert start["world_size"] == 4
+    assert only("start", launch.expect_straight(straight, starts=1))["world_size"] == 4
