@@ -45,7 +45,17 @@ Words = Annotated[str, BeforeValidator(_as_text)]
 Lines = Annotated[tuple[Text, ...], Strict(False)]
 
 
-class Cluster(Section):
+class Whole(Section):
+    """A file's keys: impossible combinations are refused when it is read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Whole:
+        if problems := list(self.problems()):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Cluster(Whole):
     """A cluster file. `nodes` is a number, or a range such as 2-4."""
 
     folder: Text  # writable from every node
@@ -89,12 +99,6 @@ class Cluster(Section):
                 yield f"sbatch.{key}: set by the launcher; remove it"
             elif value is not True and not isinstance(_as_text(value), str):
                 yield f"sbatch.{key}: expected text, a number or true, found {found(value)}"
-
-    @model_validator(mode="after")
-    def _check(self) -> Cluster:
-        if problems := list(self.problems()):
-            raise ValueError("\n".join(problems))
-        return self
 
 
 def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +12,11 @@ from pydantic import Field, Strict
 
 from harness.config import Expect, Section, Text, load_config
 from harness.config_errors import config_error, found
-from launch.cluster import Cluster, read_mapping, validate
+from launch.cluster import Cluster, Whole, read_mapping, validate
 from launch.slurm import Wanted, with_cluster
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Seeds = Annotated[tuple[Seed, ...], Strict(False), Field(min_length=1)]
+Seeds = Annotated[tuple[Seed, ...], Strict(False)]
 
 
 class Variant(Section):
@@ -32,12 +32,19 @@ class Variant(Section):
         return changed
 
 
-class Study(Section):
+class Study(Whole):
     """A grid: each variant of the base config with each seed."""
 
     base: Text
     seeds: Seeds
-    variants: Annotated[dict[str, Any], Field(min_length=1)]
+    variants: dict[str, Any]
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            yield f"seeds: expected one or more different ones, found {[*self.seeds]}"
+        if not self.variants:
+            yield "variants: there is none; `base: {set: {}}` is the base config itself"
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:

@@ -51,7 +51,12 @@ def config(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits for 300 steps in float64; log lines at every second one."""
     changes: dict[str, Any] = {
         "recipe": {"epochs": EPOCHS, "milestones": [EPOCHS // 2]},
-        "run": {"data_root": str(digits), "precision": "float64", "evaluate_every_epochs": EPOCHS},
+        "run": {
+            "evaluate_every_epochs": EPOCHS,
+            "data_root": str(digits),
+            "precision": "float64",
+            "loader": "memory",
+        },
     }
     mapping = {
         k: SMALL[k] | changes.get(k, {}) if isinstance(SMALL[k], dict) else SMALL[k] for k in SMALL

@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.conftest import Launcher, empty_queue, only, started
 from tests.cluster.throwaway import ThrowawayCluster
 
-pytestmark = pytest.mark.timeout(120, func_only=True)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120, func_only=True)]
 
 
 @pytest.fixture(scope="module")

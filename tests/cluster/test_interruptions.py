@@ -4,7 +4,7 @@ import pytest
 
 from tests.cluster.conftest import only
 
-pytestmark = pytest.mark.timeout(120, func_only=True)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120, func_only=True)]
 
 
 def expect_no_step_twice(log, seen):

@@ -8,7 +8,7 @@ import yaml
 from launch.cluster import load_cluster
 from launch.slurm import Wanted, submit, with_cluster
 
-pytestmark = pytest.mark.timeout(120, func_only=True)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120, func_only=True)]
 QUICK = ("recipe.epochs=2", "recipe.milestones=[]")
 
 

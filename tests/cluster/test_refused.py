@@ -2,7 +2,7 @@
 
 import pytest
 
-pytestmark = pytest.mark.timeout(120, func_only=True)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120, func_only=True)]
 
 
 def expect_one_line(done, *parts):
