@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.cli import FINISHED, USER_ERROR
-from harness.errors import UserError
+from harness.errors import FINISHED, USER_ERROR, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

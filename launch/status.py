@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.cli import FAILED, FINISHED, STOPPED
-from harness.errors import UserError
+from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from launch.job import CANNOT_WRITE, WAITING, Job, find_job
 from launch.records import Record, read_records, records_folder
 from launch.task import read_status

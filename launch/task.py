@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from harness.cli import FINISHED, STOPPED, USER_ERROR
+from harness.errors import FINISHED, STOPPED, USER_ERROR
 from launch.job import find_job, requeue
 
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, scancel --signal
@@ -113,7 +113,11 @@ class Task:
     def _environment(self, place: Place, log: MergedLog) -> dict[str, str]:
         """This environment and what the cluster file adds; what was set stands, and is told."""
         environment = dict(os.environ)
-        for name, value in self.environment.items():
+        added = self.environment
+        if self.launcher == "torchrun":
+            # without it an agent that comes late waits for ever for the first round's store
+            added = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | added
+        for name, value in added.items():
             here = environment.setdefault(name, value)
             if here != value and place.leader:
                 log.line(f"environment: {name}={here} stands on {place.host}, not {value}")

@@ -98,12 +98,14 @@ class Launcher:
             "cpus_per_gpu": 1,
             "timeout_min": 10,
             "partition": "low",
+            "launcher": "srun",
             "environment": {"GLOO_SOCKET_IFNAME": network},
         }
 
     def __call__(self, *words: object, **keys: Any) -> subprocess.CompletedProcess[str]:
-        """Runs a command of the launcher; `keys` change the cluster file."""
-        self.file.write_text(yaml.safe_dump(self.mapping | keys))
+        """Runs a command of the launcher; `keys` change the cluster file, for later ones too."""
+        self.mapping |= keys
+        self.file.write_text(yaml.safe_dump(self.mapping))
         environment = os.environ | {"SLURM_CONF": str(self.cluster.conf), "PATH": search_path()}
         arguments = [sys.executable, "-m", "launch", *map(str, words)]
         return subprocess.run(

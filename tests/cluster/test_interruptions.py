@@ -1,5 +1,11 @@
 """Whatever ends a job, the run goes on to the weights of the uninterrupted one."""
 
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
 import pytest
 
 from tests.cluster.conftest import only
@@ -99,26 +105,40 @@ def test_requeues_are_counted(launch):
 def test_a_dead_rank_ends_the_job_and_is_named(launch, rank):
     job = launch.submit()
     launch.wait_for_step(50)
-    kill_rank(launch, rank)
+    signal_rank(launch, rank, signal.SIGKILL)
     launch.wait_for_state(job, "FAILED", timeout_s=40)
     assert f"n{rank + 1}, rank {rank}: ended by SIGKILL (out of memory?)" in launch.log
     (row,) = launch("status", launch.run).stdout.splitlines()[1:]
     assert row.split()[2] == "failed"
 
 
-def kill_rank(launch, rank):
-    """The harness of that rank, not the task around it."""
-    import os
-    import signal
-    from pathlib import Path
+def test_a_hung_rank_ends_the_job_and_is_named(launch):
+    job = launch.submit("run.hang_timeout_s=5")
+    launch.wait_for_step(50)
+    signal_rank(launch, 1, signal.SIGSTOP)
+    launch.wait_for_state(job, "FAILED", timeout_s=40)
+    assert f"rank 1 on {socket.gethostname()}" in launch.log  # every node here has that name
+    assert "failed" in launch("status", launch.run).stdout
 
+
+def test_torchrun_starts_a_dead_rank_again_in_its_place(launch, straight):
+    job = launch.submit(launcher="torchrun")
+    launch.wait_for_step(50)
+    signal_rank(launch, 1, signal.SIGKILL)
+    launch.wait_for_state(job, "COMPLETED")
+    launch.expect_straight(straight, starts=1)  # of the job
+    assert launch.status()["incarnation"] == 2
+
+
+def signal_rank(launch, rank, number):
+    """To the harness of that rank (or, under torchrun, of that node), not the task around it."""
+    by_torchrun = launch.mapping["launcher"] == "torchrun"
+    name = f"RANK={rank}" if by_torchrun else f"SLURM_PROCID={rank}"
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            names = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ours = str(launch.run).encode() in words and b"harness" in words
-        if ours and f"SLURM_PROCID={rank}".encode() in names:
-            return os.kill(int(process.name), signal.SIGKILL)
-    raise AssertionError(f"no rank {rank}")
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            names = (process / "environ").read_bytes().decode().split("\0")
+            agent = "torch.distributed.run" in words
+            if str(launch.run) in words and "harness" in words and name in names and not agent:
+                return os.kill(int(process.name), number)
+    raise AssertionError(f"no process of rank {rank}")
