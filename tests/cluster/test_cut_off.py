@@ -1,6 +1,9 @@
 """A node whose cable is pulled goes on computing: it must not write beside the requeued job."""
 
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,20 +25,22 @@ def launch(namespaces, tmp_path, config):
 
 
 def test_the_cut_off_incarnation_ends_and_the_requeued_one_finishes(launch, straight):
-    # slowly, so that the cut-off one still runs when the other has taken over
-    slowly = ("run.micro_batch=32", "run.evaluate_every_epochs=1")
-    job = launch.submit(*slowly, nodes=1)
-    launch.wait_for_step(20)
-    (node,) = {launch.job(job)["NodeList"]}
+    job = launch.submit(nodes=1)
+    launch.wait_for_step(50)
+    node = launch.job(job)["NodeList"]
     launch.cluster.cut_off(node)
+    # frozen until the other has begun: it would have finished before SLURM misses the node
+    cut_off = launch.signal_rank(0, signal.SIGSTOP)
+    launch.wait("the requeued start", lambda: launch.status()["incarnation"] == 2, 60)
+    os.kill(cut_off, signal.SIGCONT)
     try:
-        launch.wait_for_state(job, "COMPLETED", timeout_s=100)
-        assert launch.job(job)["NodeList"] != node
+        launch.wait_for_state(job, "COMPLETED")
+        launch.wait("the cut-off one's end", lambda: not Path(f"/proc/{cut_off}").exists(), 20)
     finally:
         launch.cluster.connect(node)
+    assert launch.job(job)["NodeList"] != node
     log = launch.expect_straight(straight, starts=2)
+    assert only("resume", log)["step"] > 0
     assert launch.status()["incarnation"] == 2
     assert "incarnation 2 took over; 1 ends here" in launch.log
     assert f"{node}, rank 0: ended with exit code 1" in launch.log
-    # of what the cut-off one wrote, nothing stands after the other had begun
-    assert only("resume", log)["step"] > 0

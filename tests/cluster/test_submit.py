@@ -11,10 +11,10 @@ def test_four_ranks_on_two_nodes_are_torchruns_curve(launch, straight):
     lines = done.stdout.splitlines()
     assert "ranks        4 (4 × 2 workers)" in done.stdout  # the plan
     assert f"run folder {launch.run}" in lines
-    assert any(line.startswith("epoch 60/60  step 300/300  loss ") for line in lines)
+    assert any(line.startswith("epoch 40/40  step 200/200  loss ") for line in lines)
     assert only("start", launch.expect_straight(straight, starts=1))["world_size"] == 4
     table = launch("status", launch.run).stdout.splitlines()
-    assert table[1].split()[2:5] == ["finished", "300/300", "0"]
+    assert table[1].split()[2:5] == ["finished", "200/200", "0"]
     again = launch("submit", launch.config, "--cluster", launch.file)
     assert again.returncode == 0 and f"finished already: {launch.run}" in again.stdout
 
