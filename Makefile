@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test soak check bench clean
+.PHONY: help install quickstart test soak test-cluster cluster cluster-stop check bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 quickstart: $(VENV)/.quickstart  ## train a small ResNet on real digits by the whole recipe
 	@$(BIN)/harness data digits data/digits
@@ -19,6 +19,15 @@ test: $(VENV)/.test  ## the whole test suite
 
 soak: $(VENV)/.test  ## faults by the hundred, an hour or more
 	$(BIN)/python -m pytest -m soak -s --timeout 0
+
+test-cluster: $(VENV)/.test  ## the launcher on a throwaway SLURM (root, slurm-wlm, munge, iproute2)
+	$(BIN)/python -m pytest -m cluster tests/cluster -rs --durations=5
+
+cluster: $(VENV)/.test  ## start that SLURM to try things on: four nodes with two pretended GPUs each
+	@$(BIN)/python -m tests.cluster.throwaway start
+
+cluster-stop:  ## stop it
+	@$(BIN)/python -m tests.cluster.throwaway stop
 
 check: $(VENV)/.test  ## lint, format, types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ DALI = [f"nvidia-dali-cuda130>=2.4; {BUILT}"]
 DALI_CUDA12 = [f"nvidia-dali-cuda120>=2.4; {BUILT}"]
 # scikit-learn carries the 1,797 digits; its scipy reads ImageNet's meta.mat
 QUICKSTART = ["scikit-learn>=1.3", *DALI]
+SLURM = ["submitit>=1.5.3"]  # for python -m launch
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"]
 
 setup(
@@ -24,7 +25,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["harness", "harness.*"]),
+    packages=find_packages(include=["harness", "harness.*", "launch"]),
     package_data={"harness": ["VERSION", "py.typed"]},
     install_requires=[
         # tested from torch 2.11 with torchvision 0.26 to torch 2.15 with torchvision 0.29
@@ -42,7 +43,8 @@ setup(
         "dali": DALI,
         "dali-cuda12": DALI_CUDA12,
         "quickstart": QUICKSTART,
-        "test": QUICKSTART + TEST,
+        "slurm": SLURM,
+        "test": QUICKSTART + SLURM + TEST,
     },
     entry_points={"console_scripts": ["harness=harness.cli:main"]},
 )

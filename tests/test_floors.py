@@ -1,6 +1,7 @@
 """The floors of the house: an upper may import a lower one, never the other way."""
 
 import ast
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,19 @@ FLOORS = [
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 
 
-def imported(file: Path) -> set[str]:
-    """The rooms of the harness that a file imports, also inside functions."""
+LAUNCH = HARNESS.parent / "launch"
+LAUNCH_FLOORS = [
+    ["cluster", "job", "records"],
+    ["task"],
+    ["slurm", "status"],
+    ["study"],
+    ["__main__"],
+]
+LAUNCH_LEVEL = {name: level for level, floor in enumerate(LAUNCH_FLOORS) for name in floor}
+
+
+def imported(file: Path, package: str = "harness", rooms_of: Collection[str] = LEVEL) -> set[str]:
+    """The rooms of a package that a file imports, also inside functions."""
     rooms = set()
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
@@ -38,8 +50,8 @@ def imported(file: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        rooms |= {name.split(".")[1] for name in names if name.startswith("harness.")}
-    return rooms & LEVEL.keys()
+        rooms |= {name.split(".")[1] for name in names if name.startswith(f"{package}.")}
+    return rooms & set(rooms_of)
 
 
 def test_every_room_has_its_floor():
@@ -55,6 +67,15 @@ def test_a_room_imports_lower_floors_only(room):
     for file in files:
         for other in imported(file) - {room}:
             assert LEVEL[other] < LEVEL[room], f"{file} imports harness.{other}"
+
+
+def test_the_launcher_has_floors_too_and_the_harness_knows_nothing_of_it():
+    assert {path.stem for path in LAUNCH.glob("*.py")} - {"__init__"} == LAUNCH_LEVEL.keys()
+    for room, level in LAUNCH_LEVEL.items():
+        for other in imported(LAUNCH / f"{room}.py", "launch", LAUNCH_LEVEL):
+            assert LAUNCH_LEVEL[other] < level, f"launch.{room} imports launch.{other}"
+    for file in HARNESS.rglob("*.py"):
+        assert not imported(file, "launch", LAUNCH_LEVEL), file
 
 
 def test_only_the_launcher_knows_submitit_and_the_recipe_knows_no_files():

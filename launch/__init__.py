@@ -1,0 +1,1 @@
+"""Runs `harness train` on a SLURM cluster: python -m launch submit | status | study."""

@@ -1,0 +1,178 @@
+"""The command line: python -m launch submit | status | study."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import FINISHED, USER_ERROR, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    options = _parse(arguments)
+    try:
+        return options.command(options)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("no longer followed; what was submitted goes on (scancel ends it)", file=sys.stderr)
+        return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes positionals in one piece only; here key=value may stand anywhere."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if "=" not in word or word.startswith("-")]
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launch", description="Training under SLURM.")
+    commands = parser.add_subparsers(required=True, metavar="submit|study|status")
+    submit = commands.add_parser("submit", help="one run, or a teacher and its student")
+    submit.add_argument("config", metavar="CONFIG")
+    _add_cluster(submit)
+    submit.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: FOLDER/…)")
+    submit.set_defaults(command=_submit)
+
+    study = commands.add_parser("study", help="variants and seeds of a config, as one array")
+    study.add_argument("study", metavar="FILE")
+    _add_cluster(study)
+    study.add_argument("--at-once", type=int, metavar="N", help="so many runs at a time")
+    study.set_defaults(command=_study)
+
+    status = commands.add_parser("status", help="the state of what was submitted, in a table")
+    status.add_argument("target", type=Path, metavar="RUN|STUDY")
+    status.set_defaults(command=_status)
+    return parser
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--cluster", required=True, metavar="FILE", help="the cluster file")
+    parser.add_argument("--nodes", metavar="N|MIN-MAX", help="instead of the file's")
+    parser.add_argument("--wait", action="store_true", help="follow it to the end")
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script only")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from harness.config import default_run_folder
+    from launch.cluster import check_environment, load_cluster
+    from launch.slurm import Wanted, with_cluster
+    from launch.study import stages
+
+    cluster = load_cluster(options.cluster, options.nodes)
+    check_environment(cluster, options.cluster)
+    runs: list[Wanted] = []
+    for stage in stages(options.config, options.overrides):
+        below = default_run_folder(stage.path).relative_to("runs")
+        run = Path(cluster.folder) / below
+        typed = stage.overrides
+        if runs:  # the student finds the teacher where this cluster has put it
+            typed = (*typed, f"distill.teacher={runs[-1].run.absolute()}")
+        runs.append(Wanted(run.name, run, with_cluster(cluster, stage.path, typed), typed))
+    if options.out is not None:
+        last = runs[-1]
+        runs[-1] = Wanted(options.out.name, options.out, last.config, last.typed)
+    return _submit_chain(cluster, runs, options)
+
+
+def _submit_chain(cluster: Any, runs: list[Any], options: argparse.Namespace) -> int:
+    """Each run after the one before it has succeeded; what has finished or has a job stays."""
+    from launch.slurm import active_job, executor, submit
+    from launch.status import follow
+
+    for run in runs:
+        _show_plan(run.config, cluster, brief=False, quiet=options.dry_run)
+    after, records = None, []
+    for run in runs:
+        if run.is_finished():
+            print(f"finished already: {run.run}")
+        elif job := active_job(run.run, run.name):
+            if run is runs[-1]:
+                raise UserError(f"{run.run}: job {job} has it already: {_status_of(run.run)}")
+            after = job
+        elif options.dry_run:
+            print(executor(cluster, run.run, after and f"JOB_OF_{after}").script())
+            after = run.name
+        else:
+            records += submit(cluster, run.run, [run], after)
+            after = records[-1].job_id
+            print(_describe(records[-1]), flush=True)
+    return follow(records) if options.wait and records else FINISHED
+
+
+def _study(options: argparse.Namespace) -> int:
+    from launch.cluster import check_environment, load_cluster
+    from launch.slurm import active_job, executor, submit
+    from launch.status import follow
+    from launch.study import study_folder, study_runs
+
+    cluster = load_cluster(options.cluster, options.nodes)
+    check_environment(cluster, options.cluster)
+    folder = study_folder(cluster, options.study)
+    if options.at_once is not None and options.at_once < 1:
+        raise UserError(f"--at-once {options.at_once}: at least 1 is needed")
+    runs = study_runs(options.study, cluster, options.overrides)
+    one_of_each = {run.name.rpartition("-")[0]: run for run in runs}  # seeds change no plan
+    for name, run in one_of_each.items():
+        _show_plan(run.config, cluster, brief=True, quiet=options.dry_run, name=name)
+    runs = [r for r in runs if not r.is_finished() and active_job(folder, r.name) is None]
+    if options.dry_run:
+        print(executor(cluster, folder, at_once=options.at_once).script(len(runs)))
+        return FINISHED
+    if not runs:
+        print(f"nothing to submit: every run is finished or has a job; {_status_of(folder)}")
+        return FINISHED
+    records = submit(cluster, folder, runs, at_once=options.at_once)
+    job = records[0].job_id.split("_")[0]
+    print(f"job {job}: {len(records)} runs, in {folder}\nlogs in {Path(records[0].log).parent}")
+    print(f"states: {_status_of(folder)}", flush=True)
+    return follow(records) if options.wait else FINISHED
+
+
+def _status(options: argparse.Namespace) -> int:
+    from launch.status import table
+
+    print(table(options.target))
+    return FINISHED
+
+
+def _show_plan(config: Any, cluster: Any, brief: bool, quiet: bool, name: str = "") -> None:
+    """The dry run for the most ranks: a wrong config never reaches the queue."""
+    from harness.plan import make_plan, render_plan
+
+    plan = make_plan(config, cluster.ranks)
+    if quiet:
+        return
+    if brief:
+        print(f"{name}: {plan['total_steps']:,} steps, peak lr {plan['peak_lr_arithmetic']}")
+    else:
+        print(render_plan(plan), end="\n\n")
+
+
+def _describe(record: Any) -> str:
+    waits = f", after job {record.after}" if record.after else ""
+    return (
+        f"job {record.job_id}{waits}\nrun folder {record.run}\nlog {record.log}\n"
+        f"raw logs {Path(record.log).parent}\nstate: {_status_of(Path(record.run))}"
+    )
+
+
+def _status_of(target: Path) -> str:
+    return f"python -m launch status {os.path.relpath(target)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

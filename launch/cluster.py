@@ -1,0 +1,154 @@
+"""The cluster file: where and how jobs run. Strict, as every config is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, Strict, ValidationError, model_validator
+
+from harness.config import Count, Positive, Run, Section, Text
+from harness.config_errors import config_error, explain, found
+from harness.errors import UserError
+from harness.strict_yaml import read_yaml
+
+SET_BY = {  # sbatch's options that the launcher sets, and the key that they come from
+    "nodes": "nodes",
+    "ntasks": "gpus_per_node",
+    "ntasks-per-node": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "cpus-per-task": "cpus_per_gpu",
+    "mem": "mem_gb",
+    "time": "timeout_min",
+    "partition": "partition",
+    "account": "account",
+    "requeue": "requeues",
+    "no-requeue": "requeues: 0",
+}
+LAUNCHERS_OWN = (
+    *("array", "dependency", "kill-on-invalid-dep"),
+    *("output", "error", "open-mode", "job-name"),
+)
+# the harness would take these for torchrun's and ignore SLURM's
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+
+
+def _as_text(value: Any) -> Any:
+    """A number is text where text is due (NCCL_DEBUG_SUBSYS: 1); true and false are not."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Words = Annotated[str, BeforeValidator(_as_text)]
+Lines = Annotated[tuple[Text, ...], Strict(False)]
+
+
+class Whole(Section):
+    """A file's keys: impossible combinations are refused when it is read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Whole:
+        if problems := list(self.problems()):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Cluster(Whole):
+    """A cluster file. `nodes` is a number, or a range such as 2-4."""
+
+    folder: Text  # writable from every node
+    nodes: Words
+    gpus_per_node: Count  # one rank a GPU
+    cpus_per_gpu: Count
+    mem_gb: Positive | None = None  # a node; None: the cluster's default
+    timeout_min: Count
+    partition: Text | None = None
+    account: Text | None = None
+    requeues: Annotated[int, Field(ge=0)] = 20
+    launcher: Literal["srun", "torchrun"] = "srun"
+    setup: Lines = ()  # lines of shell before the run, on each job's first node
+    environment: dict[str, Words] = Field(default={})
+    sbatch: dict[str, Any] = Field(default={})  # passed on as they are
+    run: Run = Run()
+
+    @property
+    def min_nodes(self) -> int:
+        return int(self.nodes.split("-")[0])
+
+    @property
+    def max_nodes(self) -> int:
+        return int(self.nodes.split("-")[-1])
+
+    @property
+    def ranks(self) -> int:
+        """W, the most ranks that a job may get."""
+        return self.max_nodes * self.gpus_per_node
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        whole = re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes)
+        if whole is None or self.min_nodes > self.max_nodes:
+            yield f"nodes: expected a number, or a range such as 2-4, found {found(self.nodes)}"
+        for key, value in self.sbatch.items():
+            option = key.replace("_", "-")
+            if option in SET_BY:
+                yield f"sbatch.{key}: set by {SET_BY[option]}; write it there"
+            elif option in LAUNCHERS_OWN:
+                yield f"sbatch.{key}: set by the launcher; remove it"
+            elif value is not True and not isinstance(_as_text(value), str):
+                yield f"sbatch.{key}: expected text, a number or true, found {found(value)}"
+
+
+def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:
+    """Reads a cluster file; `nodes` stands for the file's. Raises ConfigError."""
+    mapping = read_mapping(path)
+    if nodes is not None:
+        mapping["nodes"] = nodes
+    run_keys = [f"run.{key}" for key in Run.model_fields]
+    source = str(path) if nodes is None else f"{path} + --nodes"
+    return validate(Cluster, mapping, source, [*Cluster.model_fields, *run_keys])
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys of a YAML file. Raises ConfigError where it cannot be read or holds none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise config_error(path, [f"cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError:
+        raise config_error(path, ["cannot be read: not a text file in UTF-8"]) from None
+    mapping = read_yaml(text, str(path))
+    if not isinstance(mapping, dict):
+        what = "an empty file" if mapping is None else found(mapping)
+        raise config_error(path, [f"expected keys, found {what}"])
+    return mapping
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def validate(
+    kind: type[AnySection], mapping: Mapping[str, Any], source: str, known: Sequence[str]
+) -> AnySection:
+    """`mapping` as a `kind`. Raises ConfigError, which names `source` and the key."""
+    try:
+        return kind.model_validate(mapping)
+    except ValidationError as error:
+        raise config_error(source, explain(error, known)) from None
+
+
+def check_environment(
+    cluster: Cluster, path: str | Path, inherited: Mapping[str, str] = os.environ
+) -> None:
+    """Raises UserError where a variable that jobs inherit from this shell fights the file's."""
+    for name in RANK_VARIABLES:
+        if name in inherited:
+            raise UserError(f"{name} is set here and jobs would inherit it: unset {name}")
+    for name, value in cluster.environment.items():
+        if inherited.get(name, value) != value:
+            raise UserError(
+                f"{path}: environment.{name}: {value}, but here it is {inherited[name]}, and jobs "
+                f"would inherit that: unset {name}, or change the file"
+            )

@@ -1,0 +1,141 @@
+"""The state of what was submitted, in one table, and the log of a job as it grows."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import FAILED, FINISHED, STOPPED, UserError
+from launch.job import CANNOT_WRITE, WAITING, Job, find_job
+from launch.records import Record, read_records, records_folder
+from launch.task import read_status
+
+POLL_S = 1.0
+TAIL_BYTES = 1 << 16
+HEAD = ("run", "job", "state", "step", "images/s", "requeued", "")
+
+
+@dataclass(frozen=True)
+class State:
+    """`name`: queued, starting, running, ending, finished, stopped, failed or cancelled."""
+
+    name: str
+    why: str = ""
+
+
+def state_of(record: Record) -> tuple[State, Job | None, dict[str, Any]]:
+    """What became of a run: SLURM knows whether it has a job, status.json how far it has come."""
+    job, status = find_job(record.job_id), read_status(Path(record.run))
+    if status.get("state") == "finished":
+        expected = f" (expected {status['expected']})" if "expected" in status else ""
+        return State("finished", f"error {status['error']:.2f} %{expected}"), job, status
+    if job is not None and job.active:
+        return _under_way(record, job, status), job, status
+    if job is not None and job.state == "CANCELLED":
+        return State("cancelled", _why_cancelled(record, job)), job, status
+    if status.get("state") == "stopped":
+        return State("stopped", f"{status['reason']}; submit it again to go on"), job, status
+    return State("failed", _why_failed(record, job, status)), job, status
+
+
+def _under_way(record: Record, job: Job, status: dict[str, Any]) -> State:
+    if job.state in WAITING:
+        return State("queued", job.reason if job.reason != "None" else "")
+    if status.get("state") == "running" and status["heartbeat"] > job.started_s:
+        return State("running", f"on {job.nodes}")
+    return State("starting" if job.state != "COMPLETING" else "ending", f"on {job.nodes}")
+
+
+def _why_cancelled(record: Record, job: Job) -> str:
+    if record.after is not None and job.nodes in ("", "(null)"):
+        return f"job {record.after}, which it waited for, did not succeed"
+    return "by scancel; submit it again to go on"
+
+
+def _why_failed(record: Record, job: Job | None, status: dict[str, Any]) -> str:
+    """The last line of its log, or why there is none."""
+    lines = [line for line in tail(Path(record.log)) if line.strip()]
+    if lines:
+        return lines[-1]
+    if job is not None and job.exit_signal == CANNOT_WRITE:
+        return f"{job.nodes} cannot write {Path(record.log).parent}: set folder in the cluster file"
+    return f"{job.state if job else 'unknown to SLURM'}, and it wrote no log"
+
+
+def tail(path: Path) -> list[str]:
+    """The last lines of a file, whole ones; [] where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(size - TAIL_BYTES, 0))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return lines[1:] if size > TAIL_BYTES else lines
+
+
+def images_per_s(run: Path) -> float | None:
+    """Of the last line that was logged."""
+    for line in reversed(tail(run / "log.jsonl")):
+        if '"event": "train"' in line:
+            return json.loads(line).get("images_per_s")
+    return None
+
+
+def table(target: Path) -> str:
+    """One line a run of RUN or STUDY. Raises UserError where nothing was submitted."""
+    records = read_records(target)
+    if not records:
+        raise UserError(f"{target}: nothing was submitted for it ({records_folder(target)})")
+    rows = [HEAD, *(_row(record) for record in records.values())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    state, job, status = state_of(record)
+    step = f"{status['step']}/{status['total_steps']}" if "total_steps" in status else ""
+    rate = images_per_s(Path(record.run)) if state.name == "running" else None
+    restarts = job.restarts if job is not None else status.get("restarts", 0)
+    cells = (record.name, record.job_id, state.name, step, f"{rate:.0f}" if rate else "")
+    return (*cells, str(restarts), state.why)
+
+
+def follow(records: list[Record]) -> int:
+    """Prints the merged logs as they grow until the jobs have ended; returns the exit code."""
+    read = dict.fromkeys(records, 0)
+    while True:
+        active = [job for job in (find_job(r.job_id) for r in records) if job and job.active]
+        for record in records:
+            read[record] = _print_from(Path(record.log), read[record], len(records) > 1)
+        if not active:
+            return _report_end(records)
+        time.sleep(POLL_S)
+
+
+def _print_from(log: Path, position: int, several: bool) -> int:
+    try:
+        with log.open("rb") as file:
+            file.seek(position)
+            for line in file:
+                if line.endswith(b"\n"):
+                    text = line.decode(errors="replace").rstrip()
+                    print(f"{log.stem}: {text}" if several else text, flush=True)
+                    position += len(line)
+    except FileNotFoundError:
+        pass  # it waits in the queue
+    return position
+
+
+def _report_end(records: list[Record]) -> int:
+    states = [state_of(record)[0] for record in records]
+    for record, state in zip(records, states, strict=True):
+        print(f"job {record.job_id} {state.name}: {state.why}", flush=True)
+    names = {state.name for state in states}
+    if names == {"finished"}:
+        return FINISHED
+    return STOPPED if names <= {"finished", "stopped"} else FAILED

@@ -1,0 +1,103 @@
+"""Studies and chains: several runs from one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, Strict
+
+from harness.config import Expect, Section, Text, load_config
+from harness.config_errors import config_error, found
+from launch.cluster import Cluster, Whole, read_mapping, validate
+from launch.slurm import Wanted, with_cluster
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds = Annotated[tuple[Seed, ...], Strict(False)]
+
+
+class Variant(Section):
+    """Keys of the base config set to other values, and the error that is then expected."""
+
+    set: dict[str, Any] = Field(default={})
+    expect: Expect | None = None
+
+    def overrides(self) -> list[str]:
+        changed = [f"{key}={json.dumps(value)}" for key, value in self.set.items()]
+        if self.expect is not None:
+            changed.append(f"expect={json.dumps(self.expect.model_dump(mode='json'))}")
+        return changed
+
+
+class Study(Whole):
+    """A grid: each variant of the base config with each seed."""
+
+    base: Text
+    seeds: Seeds
+    variants: dict[str, Any]
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            yield f"seeds: expected one or more different ones, found {[*self.seeds]}"
+        if not self.variants:
+            yield "variants: there is none; `base: {set: {}}` is the base config itself"
+
+
+def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
+    """Raises ConfigError."""
+    study = validate(Study, read_mapping(path), str(path), list(Study.model_fields))
+    variants = {}
+    for name, mapping in study.variants.items():
+        source = f"{path}: variants.{name}"
+        if not isinstance(mapping, dict):
+            raise config_error(source, [f"expected set and expect, found {found(mapping)}"])
+        if "/" in name or name.startswith("."):
+            raise config_error(source, ["a variant's name becomes a folder's; take another"])
+        known = [*Variant.model_fields, *(f"expect.{key}" for key in Expect.model_fields)]
+        variants[name] = validate(Variant, mapping, source, known)
+    return study, variants
+
+
+def study_folder(cluster: Cluster, path: str | Path) -> Path:
+    """configs/studies/warmup.yaml -> FOLDER/studies/warmup"""
+    return Path(cluster.folder) / "studies" / Path(path).stem
+
+
+def study_runs(path: str | Path, cluster: Cluster, typed: Sequence[str] = ()) -> list[Wanted]:
+    """The runs of a study, seed by seed, each variant; run folders STUDY/VARIANT/SEED."""
+    study, variants = load_study(path)
+    folder = study_folder(cluster, path)
+    runs = []
+    for seed in study.seeds:
+        for name, variant in variants.items():
+            overrides = (f"seed={seed}", *variant.overrides(), *typed)
+            config = with_cluster(cluster, study.base, overrides)
+            runs.append(Wanted(f"{name}-{seed}", folder / name / f"{seed}", config, tuple(typed)))
+    return runs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A config and the overrides that it gets."""
+
+    path: str
+    overrides: tuple[str, ...]
+
+
+def stages(path: str, overrides: Sequence[str]) -> list[Stage]:
+    """The chain that ends in the config `path`: where its teacher is a config, that comes first.
+
+    Overrides of `run.*` reach every stage, `teacher.section.key=value` the teacher, all others the
+    last one.
+    """
+    own = tuple(o for o in overrides if not o.startswith("teacher."))
+    teachers = [o.removeprefix("teacher.") for o in overrides if o.startswith("teacher.")]
+    distill = load_config(path, own).distill
+    if distill is None or Path(distill.teacher).suffix not in (".yaml", ".yml"):
+        return [Stage(path, own)]
+    for_all = [o for o in own if o.startswith("run.")]
+    return [*stages(distill.teacher, [*for_all, *teachers]), Stage(path, own)]

@@ -1,0 +1,274 @@
+"""What each task of a job runs: the harness as a child, its signals, its logs, its requeue."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from harness.errors import FINISHED, STOPPED, USER_ERROR
+from launch.job import find_job, requeue
+
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, scancel --signal
+STOP_SIGNALS = (signal.SIGTERM, *USER_SIGNALS)
+REPEAT_S = 0.5  # a stop signal is repeated, as a rank that still imports does not hear it
+SPARE_S = 5.0  # beyond the ranks' own grace time, before a silent rank is killed
+MAX_RESTARTS = 3  # in place, by torchrun
+TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ?")
+BAD_LINE = re.compile(r"error:|Traceback|Fatal Python error|E\d{4} ")  # the last one: torchrun's
+
+
+@dataclass
+class Task:
+    """submitit's callable for one run; the same on every task of the job.
+
+    `arguments` are those of `harness train`; `log` is the merged log. Ends with 0 where the run
+    has finished or the job was requeued, 75 where it stopped and no requeue is left, else with the
+    code of the rank.
+    """
+
+    arguments: tuple[str, ...]
+    run: str
+    log: str
+    launcher: str
+    min_nodes: int
+    gpus_per_node: int
+    requeues: int
+    environment: dict[str, str]
+    _signal: int | None = field(default=None, init=False)
+    _signalled_at_s: float = field(default=0.0, init=False)
+
+    def __call__(self) -> None:
+        place = Place(self.launcher)
+        log = MergedLog(self.log, place)
+        if place.leader:
+            log.line(place.describe(self.requeues))
+        if place.restarts > self.requeues:
+            log.error(f"requeued more often than requeues: {self.requeues}; submit it again")
+            sys.exit(STOPPED)
+        code = self._run_child(place, log)
+        if code != FINISHED or (place.leader and self._stopped_under_torchrun()):
+            sys.exit(self._end(code, place, log))
+
+    def checkpoint(self) -> Any:
+        """submitit asks for it where a signal comes before the child has been started."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _run_child(self, place: Place, log: MergedLog) -> int:
+        """The exit code of the ranks' process; minus the signal that killed it."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+        environment = self._environment(place, log)
+        child = subprocess.Popen(
+            self._command(place),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=_ignore_stop_signals,  # no thread runs yet
+        )
+        assert child.stdout and child.stderr
+        with Pump(child.stdout, sys.stdout, log.output), Pump(child.stderr, sys.stderr, log.errors):
+            grace_s = float(environment.get("HARNESS_GRACE_S", "25")) + SPARE_S
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(REPEAT_S)
+                if self._signal is not None:
+                    stop_ranks(child, self.launcher)
+                    if time.monotonic() - self._signalled_at_s > grace_s:
+                        log.error(f"still running {grace_s:.0f} s after the signal: killed")
+                        child.kill()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        # a second one of another kind tells no more: the first is why we end
+        if self._signal is None:
+            self._signal, self._signalled_at_s = number, time.monotonic()
+
+    def _command(self, place: Place) -> list[str]:
+        train = ["-m", "harness", "train", *self.arguments]
+        if self.launcher == "srun":
+            return [sys.executable, *train]
+        ranks = ["--nnodes", f"{min(self.min_nodes, place.nodes)}:{place.nodes}"]
+        ranks += ["--nproc-per-node", str(self.gpus_per_node), "--max-restarts", str(MAX_RESTARTS)]
+        ranks += ["--rdzv-backend", "c10d", "--rdzv-id", place.raw_job_id]
+        ranks += ["--rdzv-endpoint", f"{place.first_host}:{place.port}"]
+        ranks += ["--rdzv-conf", f"is_host={place.leader:d}", "--local-addr", place.host]
+        # not the agent is told to stop, which would end as failed, but its ranks
+        ranks += ["--signals-to-handle", "SIGHUP"]
+        return [sys.executable, "-m", "torch.distributed.run", *ranks, *train]
+
+    def _environment(self, place: Place, log: MergedLog) -> dict[str, str]:
+        """This environment and what the cluster file adds; what was set stands, and is told."""
+        environment = dict(os.environ)
+        added = self.environment
+        if self.launcher == "torchrun":
+            # without it an agent that comes late waits for ever for the first round's store
+            added = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | added
+        for name, value in added.items():
+            here = environment.setdefault(name, value)
+            if here != value and place.leader:
+                log.line(f"environment: {name}={here} stands on {place.host}, not {value}")
+        return environment
+
+    def _end(self, code: int, place: Place, log: MergedLog) -> int:
+        """Decides whether a run that has not finished goes back into the queue."""
+        stopped = code in (STOPPED, FINISHED)
+        if not stopped and self._signal is not None and code != USER_ERROR:
+            # no checkpoint came of it. TERM alone also comes when another rank has failed
+            job = find_job(place.job_id)
+            stopped = self._signal in USER_SIGNALS or (job is not None and job.preempted)
+        if not stopped:
+            if not self._signal:
+                said = f": {log.complaint}" if log.complaint else ""
+                log.error(f"ended {_cause(code)}{said}")
+            return code if code > 0 else 128 - code
+        return self._requeue(place, log) if place.leader else FINISHED
+
+    def _requeue(self, place: Place, log: MergedLog) -> int:
+        """Only a running job: one that SLURM requeues or that a user cancelled is not ours."""
+        job = find_job(place.job_id)
+        if job is None or job.state != "RUNNING":
+            log.line(f"stopped; SLURM has the job as {job.state if job else 'unknown'}")
+            return STOPPED if job is None else FINISHED
+        if place.restarts >= self.requeues:
+            log.error(f"stopped, and requeues: {self.requeues} are used up; submit it again")
+            return STOPPED
+        if failure := requeue(place.job_id):
+            log.error(f"stopped, not requeued: {failure}; submit it again")
+            return STOPPED
+        log.line(f"requeued, {place.restarts + 1} of at most {self.requeues} times")
+        return FINISHED
+
+    def _stopped_under_torchrun(self) -> bool:
+        """Its ranks end with 0 then too, as torchrun would start them again."""
+        return self.launcher == "torchrun" and read_status(Path(self.run)).get("state") == "stopped"
+
+
+def _ignore_stop_signals() -> None:
+    """In the child: no signal is deadly while it imports; the harness then handles them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"with exit code {code}"
+    return f"by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """status.json of a run folder; {} where there is none (yet)."""
+    try:
+        return json.loads((run / "status.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def stop_ranks(child: subprocess.Popen[bytes], launcher: str) -> None:
+    """TERM to the rank, or to each rank of torchrun's agent."""
+    ranks = _children(child.pid) if launcher == "torchrun" else [child.pid]
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGTERM)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        threads = Path(f"/proc/{pid}/task").glob("*/children")
+        return [int(child) for thread in threads for child in thread.read_text().split()]
+    except OSError:
+        return []  # it has just ended
+
+
+class Place:
+    """Where this task is within its job, by SLURM's variables."""
+
+    def __init__(self, launcher: str) -> None:
+        from submitit.slurm.slurm import SlurmJobEnvironment
+
+        job = SlurmJobEnvironment()
+        self.raw_job_id, self.job_id = job.raw_job_id, job.job_id  # 15 and, in an array, 12_3
+        self.nodes, self.rank = job.num_nodes, job.global_rank
+        self.host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.port = 20000 + int(self.raw_job_id) % 20000
+        # torchrun sorts its agents by name: rank 0 is on the first one in that order
+        self.first_host = min(job.hostnames)
+        by_torchrun = launcher == "torchrun"
+        self.leader = self.host == self.first_host if by_torchrun else self.rank == 0
+        self.name = f"{self.host}" if by_torchrun else f"{self.host}, rank {self.rank}"
+
+    def describe(self, requeues: int) -> str:
+        start = f"start {self.restarts + 1} of at most {requeues + 1}"
+        nodes = os.environ.get("SLURM_STEP_NODELIST", self.host)
+        return f"job {self.job_id}, {start}, on {nodes}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+class MergedLog:
+    """The file that a person reads: all of rank 0, and what went wrong on any other rank."""
+
+    def __init__(self, path: str, place: Place) -> None:
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (to the end)
+        self._leader, self._place = place.leader, place.name
+        self._in_traceback = False
+        self.complaint = ""  # the last that this task's ranks said of what is wrong
+
+    def line(self, text: str) -> None:
+        self._file.write(f"--- {text}\n")
+
+    def error(self, text: str) -> None:
+        """An error of this task, told on its own standard error too."""
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        self._file.write(f"error: {self._place}: {text}\n")
+
+    def output(self, text: str) -> None:
+        if self._leader:
+            self._file.write(text)
+
+    def errors(self, text: str) -> None:
+        """Standard error: all of the leader's; of others, error lines and tracebacks."""
+        plain = TORCH_PREFIX.sub("", text)
+        wanted = self._in_traceback or BAD_LINE.match(
+            plain
+        )  # and the line that a traceback ends in
+        within = self._in_traceback and plain.startswith(" ")
+        self._in_traceback = within or plain.startswith("Traceback")
+        if wanted and not self._in_traceback:
+            self.complaint = plain.strip().removeprefix("error: ")
+        if self._leader:
+            self._file.write(text)
+        elif wanted:
+            self._file.write(f"[{self._place}] {text}")
+
+
+class Pump:
+    """Copies a child's stream, line by line, to the raw log and to the merged one."""
+
+    def __init__(self, source: IO[bytes], raw: IO[str], merged: Callable[[str], None]) -> None:
+        self._thread = threading.Thread(target=self._copy, args=(source, raw, merged), daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.join(SPARE_S)  # a grandchild may hold the stream open
+
+    def _copy(self, source: IO[bytes], raw: IO[str], merged: Callable[[str], None]) -> None:
+        for line in source:
+            text = line.decode(errors="replace").rstrip("\n") + "\n"
+            raw.write(text)
+            raw.flush()
+            merged(text)

@@ -1,0 +1,88 @@
+"""What is decided before the queue, without a SLURM; tests/cluster/ has the rest."""
+
+import pytest
+import yaml
+
+from launch.__main__ import main
+from launch.cluster import load_cluster
+from launch.slurm import with_cluster
+
+CLUSTER = {
+    "nodes": 2,
+    "gpus_per_node": 2,
+    "cpus_per_gpu": 3,
+    "mem_gb": 1.5,
+    "timeout_min": 30,
+    "partition": "low",
+}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    def write(**keys):
+        path = tmp_path / "cluster.yaml"
+        path.write_text(yaml.safe_dump({"folder": str(tmp_path / "runs")} | CLUSTER | keys))
+        return path
+
+    return write
+
+
+def script(capsys, *words):
+    assert main(["submit", *map(str, words), "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_dry_run_prints_the_script_and_writes_nothing(small, cluster, tmp_path, capsys):
+    text = script(capsys, small(), "--cluster", cluster(sbatch={"qos": "night", "exclusive": True}))
+    for option in (
+        *("nodes=2", "gpus-per-node=2", "cpus-per-task=6", "mem=1536M", "time=30"),
+        *("partition=low", "requeue", "signal=USR2@60", "qos=night", "exclusive", "job-name=small"),
+    ):
+        assert f"#SBATCH --{option}\n" in text
+    # a task a GPU, each with its cores; one rank's end is the job's
+    assert "--kill-on-bad-exit=1 --ntasks-per-node=2 --cpus-per-task=3 --cpu-bind=cores" in text
+    assert "spread-job" not in text and "--account" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_torchrun_is_one_agent_a_node_with_all_its_cores(small, cluster, capsys):
+    keys = {"launcher": "torchrun", "nodes": "1-2", "requeues": 0}
+    text = script(capsys, small(), "--cluster", cluster(**keys))
+    assert "--ntasks-per-node=1 --cpus-per-task=6" in text
+    assert "#SBATCH --nodes=1-2\n" in text and "#SBATCH --spread-job\n" in text
+    assert "#SBATCH --no-requeue\n" in text and "#SBATCH --requeue" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--nodes", "5"], "10 ranks"),  # of 8 workers
+        (["--nodes", "two"], "nodes: expected a number, or a range such as 2-4, found 'two'"),
+        (["recipe.minibach=3"], "did you mean recipe.minibatch?"),
+        (["recipe.minibatch=250"], "250 is not a multiple of worker_batch 32"),
+    ],
+)
+def test_what_would_fail_never_reaches_the_queue(small, cluster, capsys, words, part):
+    assert main(["submit", str(small()), "--cluster", str(cluster()), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and part in line
+
+
+def test_without_slurm_it_says_so(small, cluster, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["submit", str(small()), "--cluster", str(cluster())]) == 2
+    assert "sbatch is not on PATH" in capsys.readouterr().err
+
+
+def test_status_of_what_was_never_submitted(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "run")]) == 2
+    assert "nothing was submitted for it" in capsys.readouterr().err
+
+
+def test_typed_keys_beat_the_cluster_file_and_it_beats_the_config(small, cluster):
+    path = cluster(run={"micro_batch": 64, "log_every_steps": 7})
+    config = with_cluster(load_cluster(path), str(small()), ("run.micro_batch=32",))
+    assert (config.run.micro_batch, config.run.log_every_steps) == (32, 7)
+    assert config.run.loader_threads == 3  # the cores of a GPU
+    typed = ("run.loader_threads=1",)
+    assert with_cluster(load_cluster(path), str(small()), typed).run.loader_threads == 1

@@ -1,0 +1,45 @@
+"""The merged log; what the task does on a cluster is tested there."""
+
+from types import SimpleNamespace
+
+from launch.task import MergedLog
+
+
+def write_streams(tmp_path, leader, name, output, errors):
+    path = tmp_path / "run.log"
+    log = MergedLog(str(path), SimpleNamespace(leader=leader, name=name))
+    for line in output.splitlines(keepends=True):
+        log.output(line)
+    for line in errors.splitlines(keepends=True):
+        log.errors(line)
+    return path.read_text(), log.complaint
+
+
+TROUBLE = """\
+a warning
+[rank3]: Traceback (most recent call last):
+[rank3]:   File "x.py", line 1, in f
+[rank3]: RuntimeError: broken
+another warning
+error: rank 3: the disk is full
+E1124 03:26:53.5 api.py:883] failed (exitcode: 1) local_rank: 0
+"""
+
+
+def test_all_of_rank_0(tmp_path):
+    text, _ = write_streams(tmp_path, True, "n1, rank 0", "epoch 1\n", "a warning\n")
+    assert text == "epoch 1\na warning\n"
+
+
+def test_of_other_ranks_what_went_wrong_with_host_and_rank(tmp_path):
+    text, _ = write_streams(tmp_path, False, "n2, rank 3", "epoch 1\n", TROUBLE)
+    wanted = [line for line in TROUBLE.splitlines() if "warning" not in line]
+    assert text.splitlines() == [f"[n2, rank 3] {line}" for line in wanted]
+
+
+def test_the_last_complaint_is_kept(tmp_path):
+    before_torchrun = TROUBLE.partition("E1124")[0]
+    _, complaint = write_streams(tmp_path, False, "n2, rank 3", "", before_torchrun)
+    assert complaint == "rank 3: the disk is full"
+    _, complaint = write_streams(tmp_path, False, "n2, rank 3", "", TROUBLE.partition("another")[0])
+    assert complaint == "RuntimeError: broken"
