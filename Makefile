@@ -50,11 +50,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.quickstart: setup.py | $(BIN)/python
-	@echo "installing into $(VENV): about 3.1 GB of downloads the first time (5.8 GB on disk), most of it PyTorch's CUDA build"
+	@echo "installing into $(VENV): about 3.4 GB of downloads the first time (6.4 GB on disk), most of it PyTorch's CUDA build"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart]'
 	@touch $@
 
 $(VENV)/.test: setup.py | $(BIN)/python
-	@echo "installing into $(VENV): about 3.1 GB of downloads the first time (5.8 GB on disk), most of it PyTorch's CUDA build"
+	@echo "installing into $(VENV): about 3.4 GB of downloads the first time (6.4 GB on disk), most of it PyTorch's CUDA build"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@ $(VENV)/.quickstart
