@@ -40,6 +40,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "bench": ["timm>=1.0", "simplejpeg>=1.8"],  # benchmarks/loaders.py
         "dali": DALI,
         "dali-cuda12": DALI_CUDA12,
         "quickstart": QUICKSTART,
