@@ -171,10 +171,21 @@ class Distill(Section):
     teacher: Text  # a config, a run folder, or a state dict
     teacher_model: Text | None = None  # name, for a bare state dict
     temperature: Positive = 4.0
-    hard_weight: NotNegative = 0.1
+    hard_weight: Fraction = 0.1
     soft_weight: NotNegative | None = None  # None: 1 - hard_weight
     precision: Precision = "bfloat16"  # the teacher's
     cache: Text | None = None
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the hard and of the soft term."""
+        soft = 1.0 - self.hard_weight if self.soft_weight is None else self.soft_weight
+        return self.hard_weight, soft
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not any(self.weights):
+            yield "soft_weight: 0, as hard_weight is: no loss is left; raise one of them"
 
 
 class Run(Section):
@@ -254,7 +265,6 @@ def _refuse_unbuilt(mapping: dict[str, Any]) -> list[str]:
         return keys.get(key) if isinstance(keys, dict) else None
 
     unbuilt = {
-        "distill: not built yet; remove the section": mapping.get("distill") is not None,
         "data.unlabelled_images: not built yet (needs distill); set 0": bool(
             written("data", "unlabelled_images")
         ),

@@ -216,6 +216,15 @@ class Journal:
             f"({evaluation.total} of {self.config.data.val_images} images counted)"
         )
 
+    def teacher_line(self, evaluation: Evaluation, identity: str) -> None:
+        """The teacher's own validation result, before the student's first step."""
+        values = {name: getattr(evaluation, name) for name in ("error", "top5_error", "loss")}
+        self.event("teacher", 0, total=evaluation.total, sha256=identity, **values)
+        self.say(
+            f"teacher  error {evaluation.error:.2f} %  top-5 error {evaluation.top5_error:.2f} %  "
+            f"({evaluation.total} validation images)"
+        )
+
     def restart_clock(self) -> None:
         """After evaluation and checkpoints, whose time counts in no image rate."""
         self._mark_s = time.monotonic()

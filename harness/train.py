@@ -26,10 +26,12 @@ from harness.distributed import (
 from harness.errors import FAILED, STOPPED, RunFailed
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.models import build_model
+from harness.objective import build_objective
 from harness.recipe.minibatch import Minibatch
 from harness.run import Run, choose_checkpoint
 from harness.run_folder import Fenced, RunFolder, describe_environment
 from harness.step import Step, set_precision
+from harness.teacher import load_teacher
 from harness.watchdog import Doing, Watchdog
 
 
@@ -88,6 +90,7 @@ def train(
     going_on = world.rank == 0 and folder.check(config, resume, set(typed))
     cuda = world.device.type == "cuda"
     model = build_model(config, channels_last=cuda)
+    teacher = None if config.distill is None else load_teacher(config, feed.train.classes)
     loader = open_loader(config, feed, config.run.loader, int(config.run.loader_threads), cuda)
     stop = StopRequest()
     timeout_s = config.run.hang_timeout_s
@@ -99,7 +102,9 @@ def train(
     ):
         watchdog.join_ranks()
         model = on_device(model, config, world.device)
-        step = Step(config, model, world, feed.micro_batches)
+        if teacher is not None:
+            teacher.to(world.device)
+        step = Step(config, model, world, feed.micro_batches, build_objective(config, teacher))
         watchdog.reductions = step.reductions
         if world.rank == 0:
             if idle := idle_gpus(world):
@@ -107,7 +112,7 @@ def train(
             folder.open(config, describe_environment(world.device))
         barrier(control)
         checkpoint = choose_checkpoint(folder, going_on, control)
-        run = Run(config, world, folder, step, feed, loader, control, stop, watchdog)
+        run = Run(config, world, folder, step, feed, loader, control, stop, watchdog, teacher)
         if checkpoint is not None:
             run.restore(checkpoint)
         return run_to_the_end(run, resume_command)
@@ -159,6 +164,7 @@ def run_to_the_end(run: Run, resume_command: str) -> Result:
         run.open_journal()
         with closing(run):
             record("running", step=run.first_step, total_steps=total_steps)
+            run.evaluate_teacher()
             run.evaluate_if_missing()
             run_steps(run)
             error = run.final_error()
