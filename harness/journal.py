@@ -168,7 +168,9 @@ class Journal:
             if count := getattr(reading, name):
                 values[name] = count
         epoch = (step - 1) // self.config.steps_per_epoch + 1
-        self.event("train", step, epoch=epoch, **values)
+        shares = {"labelled_shares": reading.labelled_shares}  # step by step
+        shares = shares if self.config.data.unlabelled_images else {}
+        self.event("train", step, epoch=epoch, **values, **shares)
         self._curves.add({f"train/{name}": value for name, value in values.items()}, step)
         self._progress(step, epoch, values)
         self._logged_step = step

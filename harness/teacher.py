@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from harness.models import build_model, load_weights
 from harness.run_folder import RunFolder
 from harness.step import Pixels, autocast, precision_within
 from harness.trained import Trained, load_trained
-
-CONFIGS = (".yaml", ".yml")
 
 
 class AnyTeacher(Protocol):
@@ -48,7 +46,7 @@ class Teacher:
     """A network in evaluation mode and a precision of its own; nothing of it is trained or synced.
 
     It sees the very crops that the student sees, normalised as in its own training.
-    `identity` is the SHA-256 of its weights.
+    `identity` is the SHA-256 of its weights, `computes` what else its logits depend on.
     """
 
     def __init__(self, config: Config, model: nn.Module) -> None:
@@ -56,6 +54,11 @@ class Teacher:
         self._config = config
         dtype = torch.float64 if config.run.precision == "float64" else torch.float32
         self.identity = weights_checksum(model)
+        self.computes: dict[str, Any] = {
+            "precision": config.run.precision,
+            "mean": list(config.data.mean),
+            "std": list(config.data.std),
+        }
         self.network = model.to(dtype).eval().requires_grad_(False)
         self._model: nn.Module = self.network
         self._pixels = Pixels(config, torch.device("cpu"))
@@ -106,20 +109,15 @@ def load_teacher(config: Config, class_names: Sequence[str]) -> Teacher:
     return Teacher(config.model_copy(update={"data": data, "run": run}), trained.model)
 
 
-def is_config(teacher: str) -> bool:
-    """Whether `distill.teacher` names a config; else it is a run folder or a state dict."""
-    return teacher.endswith(CONFIGS)
-
-
 def _load(config: Config, distill: Distill) -> Trained:
     path = Path(distill.teacher)
-    if is_config(distill.teacher) or path.is_dir():
+    if distill.teacher_config or path.is_dir():
         if distill.teacher_model is not None:
             raise UserError(
                 f"distill.teacher_model: has no meaning with {path}, which names its model; "
                 "remove it"
             )
-        return _load_run(default_run_folder(path) if is_config(distill.teacher) else path, path)
+        return _load_run(default_run_folder(path) if distill.teacher_config else path, path)
     if not path.exists():
         raise UserError(
             f"distill.teacher: {path}: not found; give a config, a run folder or a state dict"

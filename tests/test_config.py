@@ -125,6 +125,7 @@ def test_the_sections_of_distillation_have_their_keys():
         "soft_weight": None,
         "precision": "bfloat16",
         "cache": None,
+        "crop_epochs": None,
     }
 
 

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-import yaml
 
 from harness import load_config
 from harness.checkpoint import list_checkpoints, load_checkpoint
@@ -21,40 +20,9 @@ from harness.step import Step
 from harness.teacher import load_teacher
 from harness.train import prepare, train
 from harness.trained import export_trained, load_trained
-from tests.conftest import SMALL, harness
+from tests.conftest import harness
+from tests.distilling import one_line
 from tests.test_train import assert_same, final_weights
-
-
-@pytest.fixture(scope="module")
-def teacher(digits, tmp_path_factory):
-    """A finished run of 6 epochs, wider than the student; its run folder."""
-    folder = tmp_path_factory.mktemp("teacher")
-    mapping = copy.deepcopy(SMALL)
-    mapping["run"]["data_root"] = str(digits)
-    mapping["model"]["width"] = 8
-    mapping["recipe"] |= {"epochs": 6, "milestones": [4]}
-    (folder / "teacher.yaml").write_text(yaml.safe_dump(mapping))
-    train(load_config(folder / "teacher.yaml"), folder / "run")
-    return folder / "run"
-
-
-@pytest.fixture
-def student(small, teacher):
-    """Writes a student's config; keywords change its distill section, or dotted keys."""
-
-    def write(name="student.yaml", *, changes=None, **distill):
-        path = small(name, **(changes or {}))
-        section = {"teacher": str(teacher), "precision": "float32"} | distill
-        path.write_text(path.read_text() + yaml.safe_dump({"distill": section}))
-        return path
-
-    return write
-
-
-def one_line(capsys, *words):
-    assert main([str(word) for word in words]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def class_names(config: Config):
