@@ -162,14 +162,15 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from harness.config import load_config
     from harness.plan import make_plan, render_plan
+    from harness.stages import load_stages
 
     try:
         steps = [int(step) for step in options.lr_at.split(",") if step.strip()]
     except ValueError:
         raise UserError(f"--lr-at {options.lr_at}: give whole steps, such as 0,390,780") from None
-    plan = make_plan(load_config(options.config, options.overrides), options.ranks, steps)
+    *teachers, last = load_stages(options.config, options.overrides)
+    plan = make_plan(last.config, options.ranks, steps, teachers)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return FINISHED
 

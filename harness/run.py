@@ -54,7 +54,7 @@ class Run:
     control: dist.ProcessGroup | None
     stop: StopRequest
     watchdog: Watchdog
-    teacher: AnyTeacher | None
+    teacher: AnyTeacher | None = None
     journal: Journal = field(init=False)
     writer: CheckpointWriter = field(init=False)
     first_step: int = 0

@@ -211,3 +211,8 @@ def test_a_missing_or_unfinished_teacher_is_refused(student, teacher, small, tmp
 )
 def test_impossible_values_are_refused(student, override, message, capsys):
     assert message in one_line(capsys, "train", student(), override)
+
+
+def test_verify_shows_the_plain_training_only(student, capsys):
+    line = one_line(capsys, "verify", student(), "--ranks", "1,2")
+    assert "add distill=null" in line

@@ -90,9 +90,7 @@ class Feed:
                 steps = range(first, min(first + steps_at_once, config.steps_per_epoch))
                 ids = np.concatenate([self._step_of_epoch(order, step)[places] for step in steps])
                 sizes_of = train.heights[ids], train.widths[ids]
-                windows = crops(
-                    config.seed, epoch % self._crop_epochs, ids, *sizes_of, config.data
-                )
+                windows = crops(config.seed, epoch % self._crop_epochs, ids, *sizes_of, config.data)
                 ends = np.cumsum(sizes * len(steps)).tolist()
                 for start, end in zip([0, *ends], ends, strict=False):
                     yield windows.part(start, end)
