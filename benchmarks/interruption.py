@@ -3,7 +3,9 @@
     python -m benchmarks.interruption [--ranks 1,2] [--repetitions 20] [--write]
 
 - Agreement, counters, watchdog and log lines against the same loop without them: blocks of steps
-  that alternate in one process a rank. The figure is with / without, of neighbouring blocks.
+  that alternate in one process a rank. The figure is with / without, of neighbouring blocks. As
+  two ranks that share cores vary by more than is looked for, these calls are also timed by
+  themselves: their time a step as a share of the step.
 - A checkpoint of ResNet-50: bytes, how long the step stands for the copy, how long the thread
   writes, how long it takes to read.
 - From the start of `harness train --resume` to its first new step, beside a start from nothing.
@@ -78,7 +80,7 @@ class NoMetrics(Metrics):
 def cost_blocks(
     case: tuple[str, int, int, int, int], world: World, group: Any, folder: Path
 ) -> list[Callable[[int], None]]:
-    """The loop with everything, and without."""
+    """The loop with everything, without, and everything without the loop."""
     config = case_config(*case)
     minibatch = Minibatch(config.workers, config.recipe.worker_batch)
     micro_batches = minibatch.micro_batches(
@@ -116,7 +118,26 @@ def cost_blocks(
             step(done % config.total_steps, batches)
             done += 1
 
-    return [with_all, without]
+    logits, labels = torch.zeros(size, 10), torch.zeros(size, dtype=torch.int64)
+
+    def bookkeeping(steps: int) -> None:
+        """All that `with_all` does, but for the step itself."""
+        nonlocal done
+        agreement = Agreement(group)
+        with Watchdog(world, 300.0, stop) as watchdog:
+            for _ in range(steps):
+                watchdog.at(done, Doing.LOADING)
+                watchdog.at(done, Doing.COMPUTING)
+                counted.add_micro_batch(logits[0, 0], logits, labels)
+                counted.end_step(done)
+                done += 1
+                agreement.after_step(stop.signal is not None, False)
+                if done % LOG_EVERY_STEPS == 0:
+                    lr = lr_at(config, done % config.total_steps)
+                    journal.train_line(done, counted.read(), lr, step.data_wait_s)
+            agreement.close()
+
+    return [with_all, without, bookkeeping]
 
 
 def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Path) -> None:
@@ -136,14 +157,14 @@ def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Pat
             if rank == 0:
                 place.mkdir()
             barrier(group)
-            blocks = cost_blocks(case, world, group, place)
+            *blocks, bookkeeping = cost_blocks(case, world, group, place)
             begun_s = time.perf_counter()
             for block in (*blocks, *blocks):
                 block(2)
             steps = torch.tensor(max(round(BLOCK_S / (time.perf_counter() - begun_s) * 8), 2))
             if group is not None:
                 dist.broadcast(steps, 0)
-            ratios = []
+            ratios, alone_s = [], []
             for repetition in range(repetitions):
                 seconds = {}
                 for block in blocks if repetition % 2 else reversed(blocks):
@@ -152,9 +173,14 @@ def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Pat
                     block(int(steps))
                     seconds[block] = time.perf_counter() - begun_s
                 ratios.append(seconds[blocks[0]] / seconds[blocks[1]])
+                barrier(group)
+                begun_s = time.perf_counter()
+                bookkeeping(10 * LOG_EVERY_STEPS)
+                alone_s.append((time.perf_counter() - begun_s) / (10 * LOG_EVERY_STEPS))
             rows.append({"model": case[0], "ranks": ranks, "steps_a_block": int(steps)})
             rows[-1]["with_to_without"] = spread(ratios)
             rows[-1]["step_ms"] = 1000 * seconds[blocks[1]] / int(steps)
+            rows[-1]["alone_ms_a_step"] = spread([1000 * value for value in alone_s])
     if rank == 0:
         torch.save(rows, folder / "rows.pt")
 
@@ -174,7 +200,9 @@ def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, An
         ratio = row["with_to_without"]
         print(
             f"{row['model']:9} {row['ranks']} ranks, step {row['step_ms']:6.1f} ms   with/without "
-            f"{ratio['median']:.4f} ({ratio['quartile_1']:.4f}, {ratio['quartile_3']:.4f})"
+            f"{ratio['median']:.4f} ({ratio['quartile_1']:.4f}, {ratio['quartile_3']:.4f})   "
+            f"by itself {row['alone_ms_a_step']['median']:.3f} ms, "
+            f"{100 * row['alone_ms_a_step']['median'] / row['step_ms']:.2f} % of it"
         )
     return rows
 
