@@ -29,7 +29,7 @@ from harness.data.index import Index
 from harness.data.loader import Batch, Feed, open_loader
 from harness.data.sampling import Crops, crops
 from harness.distributed import World, barrier, process_group
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
 from harness.evaluate import Evaluation
 from harness.teacher import AnyTeacher, Teacher, load_teacher
 
@@ -214,13 +214,8 @@ def _write_shard(
     file = io.BytesIO()
     np.save(file, np.concatenate(parts))
     content = file.getvalue()
-    try:
-        write_atomically(folder / shard.name, content)
-        write_atomically(_sum_file(folder, shard), hashlib.sha256(content).hexdigest().encode())
-    except OSError as error:
-        raise RunFailed(
-            f"{folder / shard.name}: {error.strerror}; make room and give the same command again"
-        ) from error
+    write_atomically(folder / shard.name, content)
+    write_atomically(_sum_file(folder, shard), hashlib.sha256(content).hexdigest().encode())
 
 
 class CachedTeacher:

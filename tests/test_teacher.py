@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.checkpoint import list_checkpoints
+from harness.checkpoint import list_checkpoints, load_checkpoint
 from harness.cli import main
 from harness.config import Config
 from harness.data.index import load_index
@@ -20,6 +20,7 @@ from harness.step import Step
 from harness.teacher import load_teacher
 from harness.train import prepare, train
 from harness.trained import export_trained, load_trained
+from tests.conftest import harness
 from tests.distilling import one_line
 from tests.test_train import assert_same, final_weights
 
@@ -104,6 +105,17 @@ def test_its_precision_is_its_own(student, precision, tmp_path):
     assert low < difference < high
     parameters = {p.dtype for p in network.network.parameters()}
     assert parameters == {torch.float64 if precision == "float64" else torch.float32}
+
+
+def test_a_student_on_two_ranks_is_that_on_one(student, tmp_path):
+    config = student(precision="float64", changes={"run__precision": "float64"})
+    train(load_config(config), tmp_path / "one")
+    out = harness("train", config, "--out", tmp_path / "two", ranks=2)
+    assert out.returncode == 0, out.stderr
+    assert_same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"), 1e-10)
+    # the checkpoint holds the student alone
+    payload = load_checkpoint(list_checkpoints(tmp_path / "two" / "checkpoints")[0])
+    assert payload["model"]["fc.weight"].shape == (10, 16)
 
 
 def test_resumed_it_is_the_straight_run_and_another_teacher_is_refused(

@@ -115,7 +115,7 @@ def test_without_a_soft_term_they_are_refused_and_the_hard_term_is_divided_by_kn
     assert first["loss"] == pytest.approx(first["labelled_shares"][0] * np.log(10), rel=0.1)
 
 
-def test_a_student_on_two_ranks_is_that_on_one(student, tenth, tmp_path):
+def test_two_ranks_are_one(config, student, tenth, tmp_path):
     changes = COUNTS | {"run__data_root": str(tenth), "run__precision": "float64"}
     path = student(changes=changes, precision="float64")
     train(load_config(path), tmp_path / "one")
