@@ -125,28 +125,9 @@ def generation(world: World) -> str:
 
     torchrun's agent may keep its store when it starts the ranks again: without a name of their
     own they would find the addresses of the dead. A restart raises the count, a node that joins
-    or leaves changes the world size, and a process may form one group after the other.
+    or leaves changes the world size.
     """
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"generation-{restarts}-{world.world_size}-{_groups_formed}"
-
-
-_groups_formed = 0
-_stores: dict[tuple[str | None, ...], dist.Store] = {}  # by address and rank
-
-
-def rendezvous(world: World, timeout: timedelta) -> dist.Store:
-    """The store at which the ranks meet: one for all groups that a process forms.
-
-    It may live in rank 0: if it went with the first group, a rank that is quick to form the second
-    one would meet it while it goes.
-    """
-    key = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"), str(world)
-    if key not in _stores:
-        meeting = dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout)
-        _stores[key] = next(meeting)[0]
-    _stores[key].set_timeout(timeout)
-    return _stores[key]
+    return f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{world.world_size}"
 
 
 @contextmanager
@@ -164,12 +145,10 @@ def process_group(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessG
         return
     if world.launcher == "slurm":
         use_slurm_rendezvous()
-    global _groups_formed
-    _groups_formed += 1
     # the watchdog is to be first: it tells a rank that hangs from one that is slow, and names it
     timeout = timedelta(seconds=2 * hang_timeout_s + 60)
     try:
-        store = rendezvous(world, timeout)
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(generation(world), store),

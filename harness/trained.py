@@ -30,15 +30,11 @@ from harness.step import Pixels, set_precision
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as a checkpoint holds it, with the config it was trained by.
-
-    `class_names` are in the order of the logits; none where they were not recorded.
-    """
+    """A network as a checkpoint holds it, with the config it was trained by."""
 
     config: Config
     model: nn.Module
     checkpoint: Path
-    class_names: Sequence[str] = ()
 
 
 def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
@@ -68,7 +64,7 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
     config = config_from_mapping(payload["config"], str(checkpoint), overrides)
     model = build_model(config)
     model.load_state_dict(payload["model"], strict=True)
-    return Trained(config, model, checkpoint, payload.get("class_names", ()))
+    return Trained(config, model, checkpoint)
 
 
 def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evaluation:
