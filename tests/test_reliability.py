@@ -9,7 +9,8 @@ TEXT = (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_each_promise_names_tests_that_exist_and_run():
-    rows = [row for row in TEXT.splitlines() if row.startswith("| ") and " --- " not in row]
+    promised = TEXT.partition("## What it costs")[0]
+    rows = [row for row in promised.splitlines() if row.startswith("| ") and " --- " not in row]
     promises = [row for row in rows if not row.startswith("| promise ")]
     assert len(promises) >= 25
     for row in promises:
