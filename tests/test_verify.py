@@ -1,11 +1,13 @@
 """harness verify: passes where all is well, names each planted fault, leaves nothing behind."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,14 @@ from harness import load_config
 from harness.cli import main
 from harness.errors import UserError
 from harness.verify import verify
-from harness.verify.compare import Line, compare
+from harness.verify.compare import Line, compare, compare_curves, own_steps
 from harness.verify.launch import RANK_PROGRAM, Crashed, launch
 from harness.verify.setting import Setting, check_setting
 from harness.verify.table import render_verdict
 from tests.conftest import SMALL, harness
 
 STEPS = 11  # of 5 an epoch; single steps from 0 and 10
-TASKS = ["known_sum", "curve", "own_steps"]
+TASKS = ["known_sum", "curve", "own_steps", "float64_steps"]
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +60,15 @@ def one(config_file, tmp_path_factory):
     """What one sound rank does, and the folder of its states."""
     folder = tmp_path_factory.mktemp("one")
     setting = setting_with(config_file, folder)
-    return launch(setting, "1 rank", 1, ["states", *TASKS, "float64_steps"]), folder
+    return launch(setting, "1 rank", 1, ["states", *TASKS]), folder
 
 
 def lines_with(config_file: Path, one, fault: str) -> list[Line]:
     """Two ranks, with the fault, against one without."""
     reference, folder = one
     setting = setting_with(config_file, folder, fault)
-    return list(compare(setting, "2 ranks", reference, launch(setting, "2 ranks", 2, TASKS)))
+    found = launch(setting, "2 ranks", 2, TASKS)
+    return list(compare(setting, "2 ranks", reference, found, twin=lambda: reference))
 
 
 SEED_OF_ONE_RANK = """
@@ -135,6 +138,53 @@ def test_a_planted_fault_is_named_by_the_first_line_that_fails(
         assert also_failed <= {"evaluation counts"}
 
 
+def trajectory(weight: float) -> dict:
+    """Losses and last state of two steps with one tensor of weights."""
+    weights = {"w": torch.tensor([weight, 1.0], dtype=torch.float64)}
+    return {"losses": [1.0, 2.0], "state": {"weights": weights}}
+
+
+def gradients(*values: float) -> dict:
+    """Single steps whose gradient is one number."""
+    return {
+        "own_steps": [
+            {"gradient": torch.tensor([value]), "loss": 1.0, "statistics": torch.ones(1)}
+            for value in values
+        ]
+    }
+
+
+def test_a_float16_overflow_must_be_that_of_all(config_file, tmp_path):
+    """The first step overflows; the second, 1.002 for 1, may be off by 4 times the 0.001 that one
+    rank is off float64."""
+    setting = setting_with(config_file, tmp_path)
+    config = load_config(config_file, ["run.precision=float16"])
+    setting = replace(setting, config=config)
+    exact = {"float64_steps": gradients(7.0, 1.001)["own_steps"]}
+    one, inf = gradients(math.inf, 1.0) | exact, math.inf
+    overflows, gradient, *_ = own_steps(setting, "2 ranks", one, gradients(inf, 1.002))
+    assert overflows.passed and overflows.difference == 0
+    assert gradient.passed and gradient.over == "1 steps"
+    assert gradient.difference == pytest.approx(0.002, rel=1e-3)
+    overflows, *_ = own_steps(setting, "2 ranks", one, gradients(7.0, 1.002))
+    assert not overflows.passed and overflows.difference == 1
+    *_, gradient, _, _ = own_steps(setting, "2 ranks", one, gradients(inf, 1.005))
+    assert not gradient.passed and "at step 10" in gradient.detail
+
+
+def test_a_recipe_that_makes_roundings_grow_is_held_to_its_twin(config_file, tmp_path):
+    """w is 4e-8 of 4 apart, 1e-8; the twin's 4e-9 of 4 allow 100 * 1e-9, an equal twin 1e-10."""
+    setting = setting_with(config_file, tmp_path)
+    one, found, twin = trajectory(4.0), trajectory(4.0 + 4e-8), trajectory(4.0 + 4e-9)
+    loss, weights = compare_curves(setting, "2 ranks", one, found, lambda: twin)
+    assert loss.passed and loss.bound == 1e-10 and not loss.detail
+    assert weights.passed and weights.bound == pytest.approx(1e-7)
+    assert weights.difference == pytest.approx(1e-8)
+    assert "a rounding of the first weights alone grows to 1.0e-09" in weights.detail
+    _, weights = compare_curves(setting, "2 ranks", one, found, lambda: one)
+    assert not weights.passed and weights.bound == 1e-10 and weights.detail == "most in w"
+
+
 def test_all_passes_on_uneven_ranks_and_through_an_interruption(config_file):
     """The command line, 3 and 2, 3, 3 workers a rank; SIGTERM at one rank in mid-epoch."""
     loader = ("run.loader=reference", "run.loader_threads=0")
@@ -156,14 +206,20 @@ def test_all_passes_on_uneven_ranks_and_through_an_interruption(config_file):
     assert "work: " in finished.stderr
 
 
-def test_a_rank_that_fails_is_a_line_with_its_last_words(config_file, tmp_path):
+def test_a_rank_that_fails_is_a_line_with_its_last_words(config_file, tmp_path, monkeypatch):
     raising = [sys.executable, "-c", "raise RuntimeError('no room')"]
     lines = list(verify(load_config(config_file), [2], STEPS, raising))
     assert [(line.where, line.what, line.passed) for line in lines] == [
         ("1 rank", "ran to its end", False)
     ]
     assert lines[0].detail == "rank 0: RuntimeError: no room"
-    setting = setting_with(config_file, tmp_path, "if me == 1: os.kill(os.getpid(), 9)")
+    monkeypatch.setattr("harness.verify.launch.LAST_WORDS_S", 0.5)
+    killed = (
+        "import os, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); time.sleep(99)"
+    )
+    setting = replace(
+        setting_with(config_file, tmp_path), rank_program=[sys.executable, "-c", killed]
+    )
     with pytest.raises(Crashed, match="rank 1: ended by SIGKILL"):
         launch(setting, "2 ranks", 2, ["curve"])
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +30,39 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="harness-verify-") as folder:
         setting = check_setting(config, ranks, steps, Path(folder), rank_program)
         print(setting.work(), file=sys.stderr, flush=True)
-        own = ["own_steps"] if setting.own_precision else []
-        references = ["states", *own, "float64_steps"] if own else []
         try:
-            one = launch(setting, "1 rank", 1, ["known_sum", "curve", *references])
-        except Crashed as crash:
+            yield from _lines(setting)
+        except Crashed as crash:  # of what everything is compared with
             yield run_ended("1 rank", crash)
-            return
-        yield from compare_alone(setting, "1 rank", one)
-        tasks = ["known_sum", "curve", *own]
-        images = setting.other_micro_batch
-        yield from _compared(setting, f"1 rank, micro-batches of {images}", one, 1, tasks, images)
-        for world_size in setting.ranks[1:]:
-            where = plural(world_size) + setting.sharing(world_size)
-            yield from _compared(setting, where, one, world_size, tasks, None)
-        if setting.stop_at is not None:
-            yield from _interrupted(setting, one)
 
 
-def _compared(
-    setting: Setting,
-    where: str,
-    one: dict[str, Any],
-    world_size: int,
-    tasks: list[str],
-    micro_batch: int | None,
+def _lines(setting: Setting) -> Iterator[Line]:
+    own = ["own_steps"] if setting.own_precision else []
+    tasks = ["known_sum", "curve", *own, "float64_steps"]
+    one = launch(setting, "1 rank", 1, ["states", *tasks])
+    yield from compare_alone(setting, "1 rank", one)
+    # only where a trajectory differs by more than the promise
+    twin = cache(partial(launch, setting, "1 rank, first weights a rounding off", 1, ["twin"]))
+    images = setting.other_micro_batch
+    launches: list[tuple[str, int, int | None]] = [
+        (f"1 rank, micro-batches of {images}", 1, images)
+    ]
+    for world_size in setting.ranks[1:]:
+        launches.append((plural(world_size) + setting.sharing(world_size), world_size, None))
+    for where, world_size, micro_batch in launches:
+        try:
+            found = launch(setting, where, world_size, tasks, micro_batch)
+        except Crashed as crash:
+            yield run_ended(where, crash)
+        else:
+            yield from compare(setting, where, one, found, twin)
+    if setting.stop_at is not None:
+        yield from _interrupted(setting, one, twin)
+
+
+def _interrupted(
+    setting: Setting, one: dict[str, Any], twin: Callable[[], dict[str, Any]]
 ) -> Iterator[Line]:
-    try:
-        found = launch(setting, where, world_size, tasks, micro_batch)
-    except Crashed as crash:
-        yield run_ended(where, crash)
-    else:
-        yield from compare(setting, where, one, found)
-
-
-def _interrupted(setting: Setting, one: dict[str, Any]) -> Iterator[Line]:
     """Stopped on the most ranks, resumed on the next fewer, against straight on one."""
     before, after = setting.ranks[-1], setting.ranks[-2]
     where = f"stopped in mid-epoch on {plural(before)}, resumed on {after}"
@@ -73,4 +72,4 @@ def _interrupted(setting: Setting, one: dict[str, Any]) -> Iterator[Line]:
     except Crashed as crash:
         yield run_ended(where, crash)
     else:
-        yield from compare_curves(setting, where, one, found)
+        yield from compare_curves(setting, where, one, found, twin)

@@ -2,8 +2,12 @@
 
 What was fed, and counts, are equal without any tolerance. The rest is relative, within a bound:
 
-- FLOAT64_BOUND for trajectories in float64: two orders of summation differ by some 1e-15 a step
-  there, so it leaves room for that to grow, and none for an error of the mathematics.
+- FLOAT64_BOUND in float64, for single steps from equal weights and for trajectories. Two orders of
+  summation differ by some 1e-15 a step there, so it leaves room for that to grow, and none for an
+  error of the mathematics. Some recipes make it grow further: batch norm over a few values, or a
+  learning rate at the brink of divergence. Where a trajectory differs by more, one rank makes it
+  once more as a twin, from first weights that are a rounding off, and GROWN times the distance of
+  the twin is the bound, which the line then says. Single steps have no such excuse.
 - In the run's own precision, steps from equal weights, since trajectories of low precision part
   sooner or later: where an activation lies within rounding of 0, ReLU takes one side or the other.
   What rounding does is measured on one rank first: how far it moves a step's gradient (and the
@@ -11,12 +15,13 @@ What was fed, and counts, are equal without any tolerance. The rest is relative,
   far from float64 as another, so two may differ from each other by ROUNDINGS times that. For the
   gradient, which jumps where a ReLU turns, the middle one of the steps counts; for loss and
   statistics the largest. The loss is held to the gradient's bound: it is a mean over the same
-  images, with fewer roundings.
+  images, with fewer roundings. Steps that overflow in float16 must overflow for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -30,8 +35,10 @@ from harness.verify.setting import Setting, plural
 
 FLOAT64_BOUND = 1e-10  # the promise
 ROUNDINGS = 4.0
+GROWN = 100.0  # a step has many roundings, the twin's first weights one
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "tf32": 2.0**-11, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 TINY = 1e-300  # instead of 0 in a denominator
+KEYS = "gradient", "loss", "statistics"  # of a single step
 
 
 @dataclass(frozen=True)
@@ -72,15 +79,23 @@ def compare_alone(setting: Setting, where: str, found: dict[str, Any]) -> Iterat
 
 
 def compare(
-    setting: Setting, where: str, one: dict[str, Any], found: dict[str, Any]
+    setting: Setting,
+    where: str,
+    one: dict[str, Any],
+    found: dict[str, Any],
+    twin: Callable[[], dict[str, Any]],
 ) -> Iterator[Line]:
-    """All lines of a launch against those of one rank, causes before effects."""
+    """All lines of a launch against those of one rank, causes before effects.
+
+    `twin` gives the trajectory of one rank from first weights that are a rounding off.
+    """
     yield _recipes(where, one, found)
     yield from _fed(setting.config, where, one["fed"], found["fed"])
     yield _known_sum(setting, where, found)
+    yield _float64_steps(setting, where, one, found)
     if setting.own_precision:
-        yield from _own_steps(setting, where, one, found)
-    yield from compare_curves(setting, where, one, found)
+        yield from own_steps(setting, where, one, found)
+    yield from compare_curves(setting, where, one, found, twin)
     yield _counted(where, found)
     differ = sum(a != b for a, b in zip(one["evaluation"], found["evaluation"], strict=True))
     detail = f"correct, top-5 correct, total: {found['evaluation']} instead of {one['evaluation']}"
@@ -164,22 +179,54 @@ def _known_sum(setting: Setting, where: str, found: dict[str, Any]) -> Line:
     return _nearness(where, "gradient of a known sum", over, difference, FLOAT64_BOUND, detail)
 
 
-def _own_steps(
+def _float64_steps(
+    setting: Setting, where: str, one: dict[str, Any], found: dict[str, Any]
+) -> Line:
+    """Steps from equal weights in float64: gradient, loss and running statistics."""
+    apart = _relative_by_step(one["float64_steps"], found["float64_steps"])
+    largest = {key: max(apart[key], key=_nan_first) for key in KEYS}
+    worst = max(KEYS, key=lambda key: _nan_first(largest[key]))
+    step = setting.starts[apart[worst].index(largest[worst])]
+    what, over = "float64: steps from equal weights", f"{len(setting.starts)} steps"
+    detail = f"{worst} at step {step}"
+    return _nearness(where, what, over, largest[worst], FLOAT64_BOUND, detail)
+
+
+def own_steps(
     setting: Setting, where: str, one: dict[str, Any], found: dict[str, Any]
 ) -> Iterator[Line]:
     """Steps from equal weights, against what rounding does on one rank."""
-    precision, starts = str(setting.own_precision), setting.starts
-    rounding = _relative_by_step(one["float64_steps"], one["own_steps"])
-    apart = _relative_by_step(one["own_steps"], found["own_steps"])
+    precision = str(setting.own_precision)
+    finite, also = (
+        [bool(step["gradient"].isfinite().all()) for step in launched["own_steps"]]
+        for launched in (one, found)
+    )
+    starts = [start for start, usable in zip(setting.starts, finite, strict=True) if usable]
+    if precision == "float16":
+        differ = sum(a != b for a, b in zip(finite, also, strict=True))
+        over = f"{len(setting.starts)} steps"
+        yield _equality(where, "float16: steps that overflow", over, differ, "")
+    if not starts:
+        return
+    reference, own, others = (
+        [step for step, usable in zip(steps, finite, strict=True) if usable]
+        for steps in (one["float64_steps"], one["own_steps"], found["own_steps"])
+    )
+    rounding, apart = _relative_by_step(reference, own), _relative_by_step(own, others)
     least = UNIT_ROUNDOFF[precision]
     gradient_bound = ROUNDINGS * max(median(rounding["gradient"]), least)
     statistics_bound = ROUNDINGS * max(least, *rounding["statistics"])
     for what, key, difference, bound in (
         ("gradient (middle step)", "gradient", median(apart["gradient"]), gradient_bound),
-        ("loss", "loss", max(apart["loss"]), gradient_bound),
-        ("running statistics", "statistics", max(apart["statistics"]), statistics_bound),
+        ("loss", "loss", max(apart["loss"], key=_nan_first), gradient_bound),
+        (
+            "running statistics",
+            "statistics",
+            max(apart["statistics"], key=_nan_first),
+            statistics_bound,
+        ),
     ):
-        largest = max(apart[key])
+        largest = max(apart[key], key=_nan_first)
         detail = f"at most {largest:.1e}, at step {starts[apart[key].index(largest)]}"
         over = f"{len(starts)} steps"
         yield _nearness(where, f"{precision}: {what}", over, difference, bound, detail)
@@ -188,42 +235,73 @@ def _own_steps(
 def _relative_by_step(
     expected: list[dict[str, Any]], found: list[dict[str, Any]]
 ) -> dict[str, list[float]]:
-    """‖found - expected‖ / ‖expected‖, step by step, of gradient, loss and running statistics."""
+    """‖found - expected‖ / ‖expected‖ of gradient, loss and running statistics, step by step."""
+
+    def relative(a: Tensor, b: Tensor) -> float:
+        return float((b - a).norm() / a.norm().clamp(min=TINY))
+
     return {
         key: [
-            _relative_norm(torch.as_tensor(a[key]).double(), torch.as_tensor(b[key]).double())
+            relative(torch.as_tensor(a[key]).double(), torch.as_tensor(b[key]).double())
             for a, b in zip(expected, found, strict=True)
         ]
-        for key in ("gradient", "loss", "statistics")
+        for key in KEYS
     }
 
 
-def _relative_norm(expected: Tensor, found: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp(min=TINY))
+def _nan_first(value: float) -> tuple[bool, float]:
+    """A key by which NaN is the largest."""
+    return math.isnan(value), value
 
 
 def compare_curves(
-    setting: Setting, where: str, one: dict[str, Any], found: dict[str, Any]
+    setting: Setting,
+    where: str,
+    one: dict[str, Any],
+    found: dict[str, Any],
+    twin: Callable[[], dict[str, Any]],
 ) -> Iterator[Line]:
-    """Losses, and the state after the last step, each tensor relative to its largest value."""
-    first = setting.steps - len(found["losses"])  # where it was resumed
+    """Losses, and the state after the last step."""
+    apart, last = _apart(one, found), setting.steps - 1
+    grown = {}
+    if not all(difference <= FLOAT64_BOUND for difference, _ in apart.values()):
+        grown = {what: difference for what, (difference, _) in _apart(one, twin()).items()}
+    for what, (difference, most) in apart.items():
+        bound = max(FLOAT64_BOUND, GROWN * grown.get(what, 0.0))
+        passed = difference <= bound  # False for NaN
+        detail = "" if passed else most
+        if bound > FLOAT64_BOUND:
+            detail += "; " if detail else ""
+            detail += f"a rounding of the first weights alone grows to {grown[what]:.1e}"
+        name, over = (
+            f"float64: {what} after step {last}",
+            f"{len(one['state'].get(what, ()))} tensors",
+        )
+        if what == "loss":
+            name, over = "float64: loss", f"steps {setting.steps - len(found['losses'])} to {last}"
+        yield Line(where, name, over, difference, bound, passed, detail)
+
+
+def _apart(one: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """Of loss, weights, momentum and running statistics the largest difference, and where it is.
+
+    Losses relative to each, tensors to their largest value.
+    """
+    first = len(one["losses"]) - len(found["losses"])  # where it was resumed
     pairs = zip(one["losses"][first:], found["losses"], strict=True)
-    apart = [abs(a - b) / max(abs(a), TINY) for a, b in pairs]
-    begins = next((first + i for i, value in enumerate(apart) if not value <= FLOAT64_BOUND), None)
-    over = f"steps {first} to {setting.steps - 1}"
-    detail = f"from step {begins} on"
-    yield _nearness(where, "float64: loss", over, max(apart), FLOAT64_BOUND, detail)
-    for kind, expected in one["state"].items():
-        if not expected:
-            continue  # recipe.momentum is 0
-        tensors = {
+    losses = [abs(a - b) / max(abs(a), TINY) for a, b in pairs]
+    beyond = [first + i for i, value in enumerate(losses) if not value <= FLOAT64_BOUND]
+    apart = {"loss": (max(losses, key=_nan_first), f"from step {min(beyond, default=first)} on")}
+    for kind, tensors in one["state"].items():
+        by_name = {
             name: float((value - found["state"][kind][name]).abs().max())
             / max(float(value.abs().max()), TINY)
-            for name, value in expected.items()
+            for name, value in tensors.items()
         }
-        worst = max(tensors, key=lambda name: (tensors[name] != tensors[name], tensors[name]))
-        what, over = f"float64: {kind} after step {setting.steps - 1}", f"{len(expected)} tensors"
-        yield _nearness(where, what, over, tensors[worst], FLOAT64_BOUND, f"most in {worst}")
+        if by_name:  # no momentum where recipe.momentum is 0
+            worst = max(by_name, key=lambda name: _nan_first(by_name[name]))
+            apart[kind] = by_name[worst], f"most in {worst}"
+    return apart
 
 
 def _counted(where: str, found: dict[str, Any]) -> Line:

@@ -93,6 +93,15 @@ class Rank:
         self.results["evaluation"] = [found.correct, found.top5_correct, found.total]
         self.results["counted"] = summed(counted, self.control)
 
+    def twin(self) -> None:
+        """The float64 trajectory again, from first weights of which every other is moved by one
+        rounding: how far this recipe makes a rounding grow by itself."""
+        step = self._step("float64")
+        with torch.no_grad():
+            for weights in step.network.parameters():
+                weights.view(-1)[::2] *= 1 + 2.0**-52
+        self._run(step, 0, self.loader.train(0), "twin in float64:")
+
     def states(self) -> None:
         """Leaves the states before the `starts` of a trajectory in the run's own precision."""
         precision, last = self.config.run.precision, self.request.starts[-1]

@@ -73,9 +73,8 @@ class Setting:
         """One line on how much will be computed."""
         minibatch, starts = self.config.recipe.minibatch, self.starts
         trajectories = len(self.ranks) + 1 + (self.stop_at is not None)
-        steps = trajectories * self.steps + len(self.ranks) + 1
-        if self.own_precision:
-            steps += starts[-1] + (len(self.ranks) + 2) * len(starts)
+        single_steps = (len(self.ranks) + 1) * (1 + len(starts) * (2 if self.own_precision else 1))
+        steps = trajectories * self.steps + single_steps + starts[-1]
         return (
             f"work: {steps} steps of {minibatch} images forward and backward, most in float64, "
             f"and {(len(self.ranks) + 1) * self.val_images:,} images evaluated"
