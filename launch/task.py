@@ -56,7 +56,8 @@ class Task:
         if place.leader:
             log.line(place.describe(self.requeues))
         if place.restarts > self.requeues:
-            log.error(f"requeued more often than requeues: {self.requeues}; submit it again")
+            if place.leader:
+                log.error(f"requeued more often than requeues: {self.requeues}; submit it again")
             sys.exit(STOPPED)
         code = self._run_child(place, log)
         if code != FINISHED or (place.leader and self._stopped_under_torchrun()):
