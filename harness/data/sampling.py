@@ -104,27 +104,37 @@ def crops(seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: D
     torchvision's RandomResizedCrop.get_params: area uniform, ratio log-uniform, up to 10 tries
     to fit, then the central window of the nearest ratio. An unknown size (0) counts as 1 x 1.
     """
-    heights, widths = np.maximum(heights, 1)[:, None], np.maximum(widths, 1)[:, None]
-    bits = hash64(Purpose.CROP, seed, epoch, ids[:, None], np.arange(TRIES * DRAWS))
-    area, ratio, down, across = uniform(bits).reshape(len(ids), TRIES, DRAWS).transpose(2, 0, 1)
+    heights = np.maximum(heights, 1).astype(np.int64)
+    widths = np.maximum(widths, 1).astype(np.int64)
+    windows = np.stack(_central_windows(heights, widths, data.crop_ratio))
+    open_places = np.arange(len(ids))  # those that no window fits yet
+    for attempt in range(TRIES):
+        draws = np.arange(attempt * DRAWS, (attempt + 1) * DRAWS)[:, None]
+        bits = hash64(Purpose.CROP, seed, epoch, ids[open_places], draws)
+        sizes = heights[open_places], widths[open_places]
+        tried, fits = _tried_windows(uniform(bits), *sizes, data)
+        windows[:, open_places[fits]] = tried[:, fits]
+        open_places = open_places[~fits]
+        if not len(open_places):
+            break
+    flip = hash64(Purpose.FLIP, seed, epoch, ids) >> np.uint64(63) == 1
+    top, left, height, width = windows.astype(np.int32)
+    return Crops(ids, top, left, height, width, flip & data.flip, epoch)
 
+
+def _tried_windows(
+    draws: NDArray[np.float64], heights: Ints, widths: Ints, data: Data
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """A window of each image, (4, B): top, left, height, width; and whether it fits, (B,)."""
+    area, ratio, down, across = draws
     low, high = data.crop_area
-    area = (low + (high - low) * area) * (heights.astype(np.int64) * widths)
+    area = (low + (high - low) * area) * (heights * widths)
     low, high = np.log(data.crop_ratio)
     ratio = np.exp(low + (high - low) * ratio)
     width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (width >= 1) & (width <= widths) & (height >= 1) & (height <= heights)
     top, left = np.floor(down * (heights - height + 1)), np.floor(across * (widths - width + 1))
-
-    first = fits.argmax(axis=1)[:, None]
-    tried = [np.take_along_axis(x, first, axis=1)[:, 0] for x in (top, left, height, width)]
-    central = _central_windows(heights[:, 0], widths[:, 0], data.crop_ratio)
-    found = fits.any(axis=1)
-    top, left, height, width = (
-        np.where(found, a, b).astype(np.int32) for a, b in zip(tried, central, strict=True)
-    )
-    flip = hash64(Purpose.FLIP, seed, epoch, ids) >> np.uint64(63) == 1
-    return Crops(ids, top, left, height, width, flip & data.flip, epoch)
+    return np.stack([top, left, height, width]), fits
 
 
 def _central_windows(
