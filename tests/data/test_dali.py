@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 import threading
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -45,9 +46,9 @@ def differences(some: list[Batch], others: list[Batch]) -> torch.Tensor:
     return torch.cat([(a.images.float() - b.images.float()).abs() / STD for a, b in pairs])
 
 
-def expect_one_level(difference: torch.Tensor) -> None:
-    """DALI and PIL differ by their rounding; at the edges of what they resize by more."""
-    assert float((difference * STD).max()) <= 1.001
+def expect_levels(difference: torch.Tensor, levels: int) -> None:
+    """DALI, PyTorch and PIL differ by their rounding: levels of 255."""
+    assert float((difference * STD).max()) <= levels + 0.001
 
 
 @pytest.fixture(scope="session")
@@ -107,8 +108,8 @@ def test_pixels_are_those_of_the_reference_loader(
     for difference in (training, evaluation):
         assert float(difference.mean()) <= 0.004
         assert float(np.quantile(difference.numpy(), 0.999)) <= 0.02
-    expect_one_level(training[..., 1:-1, 1:-1])
-    expect_one_level(evaluation)  # whose edges are not the image's
+    expect_levels(training, 2)
+    expect_levels(evaluation, 1)
 
 
 @pytest.mark.parametrize(("world_size", "threads"), [(1, 1), (1, 4), (2, 1), (4, 2)])
@@ -195,8 +196,8 @@ def test_odd_files_match_the_reference_loader(
     dali, evaluated = all_batches(root, config, "dali")
     reference, expected = all_batches(root, config, "reference")
     difference = differences(dali, reference)
-    expect_one_level(difference[..., 1:-1, 1:-1])
-    expect_one_level(differences(evaluated, expected))
+    expect_levels(difference, 2)
+    expect_levels(differences(evaluated, expected), 1)
     train = load_index(root, "train")
     ids = torch.cat([batch.ids for batch in dali]).tolist()
     seen = {train.relative_path(i) for i in ids}
@@ -252,7 +253,7 @@ def test_bad_images_are_replaced_as_by_the_reference_loader(
     dali = whole_run(root, config, "dali", 2, 1)
     assert sum(len(batch.replaced) for batch in dali) > 20
     difference = differences(dali, reference)
-    expect_one_level(difference[..., 1:-1, 1:-1])
+    expect_levels(difference, 2)
     for world_size in (2, 4):
         for a, b in zip(dali, whole_run(root, config, "dali", 1, world_size), strict=True):
             assert_equal(a, b)
@@ -315,6 +316,9 @@ def test_an_early_end_leaves_no_thread(root: Path, make_config: Make) -> None:
         next(loader.evaluate())
         assert native_threads() >= before + 8
         loader.close()
+        deadline_s = time.monotonic() + 5  # a joined thread is there for an instant more
+        while native_threads() > before and time.monotonic() < deadline_s:
+            time.sleep(0.01)
         assert native_threads() == before
         assert list(batches) == []  # instead of waiting for ever
         loader.close()
