@@ -69,7 +69,8 @@ class Agreement:
             agreed = self._wishes[1 - self._turn].tolist()
             answer = bool(agreed[0]), bool(agreed[1])
         wishes = self._wishes[self._turn]
-        wishes[0], wishes[1] = int(stop), int(checkpoint)
+        # what was just agreed is done now, and not asked for again
+        wishes[0], wishes[1] = int(stop and not answer[0]), int(checkpoint and not answer[1])
         self._sent = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._turn = 1 - self._turn
         return answer
