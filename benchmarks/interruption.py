@@ -1,11 +1,12 @@
 """What being interruptible costs, and what an interruption costs.
 
-    python -m benchmarks.interruption [--ranks 1,2] [--repetitions 20] [--write]
+    python -m benchmarks.interruption [--ranks 1,2] [--repetitions 100] [--write]
 
 - Agreement, counters, watchdog and log lines against the same loop without them: blocks of steps
-  that alternate in one process a rank. The figure is with / without, of neighbouring blocks. As
-  two ranks that share cores vary by more than is looked for, these calls are also timed by
-  themselves: their time a step as a share of the step.
+  that alternate in one process a rank. The figures are with / without of neighbouring blocks, once
+  of the time on the clock, which on shared cores varies by more than is looked for, and once of
+  the processor time of all threads of rank 0, which does not count what others do to the machine.
+  The calls are also made by themselves: their processor time as a share of a step's.
 - A checkpoint of ResNet-50: bytes, how long the step stands for the copy, how long the thread
   writes, how long it takes to read.
 - From the start of `harness train --resume` to its first new step, beside a start from nothing.
@@ -53,8 +54,10 @@ from harness.step import Step, set_precision
 from harness.watchdog import Doing, Watchdog
 
 CASES = [("resnet8", 16, 32, 8, 8), ("resnet20", 32, 32, 4, 4)]  # as in benchmarks/step.py
-BLOCK_S = 1.0
+BLOCK_S = 0.25  # short, so that what else the machine does is the same for both of a pair
+FEW = 6  # repetitions of what is not compared
 LOG_EVERY_STEPS = 20
+KINDS = "", "_processor_time"  # of the figure
 INTERVALS_S = (0.5, 2.0, 8.0)
 CONFIG = """
 expect: {{error: 100, source: "a benchmark"}}
@@ -164,25 +167,46 @@ def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Pat
             steps = torch.tensor(max(round(BLOCK_S / (time.perf_counter() - begun_s) * 8), 2))
             if group is not None:
                 dist.broadcast(steps, 0)
-            ratios, alone_s = [], []
-            for repetition in range(repetitions):
-                seconds = {}
-                for block in blocks if repetition % 2 else reversed(blocks):
-                    barrier(group)
-                    begun_s = time.perf_counter()
-                    block(int(steps))
-                    seconds[block] = time.perf_counter() - begun_s
-                ratios.append(seconds[blocks[0]] / seconds[blocks[1]])
-                barrier(group)
-                begun_s = time.perf_counter()
-                bookkeeping(10 * LOG_EVERY_STEPS)
-                alone_s.append((time.perf_counter() - begun_s) / (10 * LOG_EVERY_STEPS))
             rows.append({"model": case[0], "ranks": ranks, "steps_a_block": int(steps)})
-            rows[-1]["with_to_without"] = spread(ratios)
-            rows[-1]["step_ms"] = 1000 * seconds[blocks[1]] / int(steps)
-            rows[-1]["alone_ms_a_step"] = spread([1000 * value for value in alone_s])
+            rows[-1] |= compared(group, blocks, bookkeeping, int(steps), repetitions)
     if rank == 0:
         torch.save(rows, folder / "rows.pt")
+
+
+def compared(
+    group: Any,
+    blocks: list[Callable[[int], None]],
+    bookkeeping: Callable[[int], None],
+    steps: int,
+    repetitions: int,
+) -> dict[str, Any]:
+    """The blocks in turn, each first as often as second, and the bookkeeping after them."""
+    clock, processor, alone_ms, step_ms, alone_steps = [], [], [], [], 10 * LOG_EVERY_STEPS
+    for repetition in range(repetitions):
+        times = {}
+        for block in blocks if repetition % 2 else reversed(blocks):
+            barrier(group)
+            times[block] = timed(block, steps)
+        (with_s, with_cpu_s), (without_s, without_cpu_s) = (times[block] for block in blocks)
+        clock.append(with_s / without_s)
+        processor.append(with_cpu_s / without_cpu_s)
+        step_ms.append((1000 * without_s / steps, 1000 * without_cpu_s / steps))
+        barrier(group)
+        alone_ms.append(1000 * timed(bookkeeping, alone_steps)[1] / alone_steps)
+    return {
+        "with_to_without": spread(clock),
+        "with_to_without_processor_time": spread(processor),
+        "step_ms": spread([on_clock for on_clock, _ in step_ms]),
+        "step_processor_ms": spread([busy for _, busy in step_ms]),
+        "alone_processor_ms_a_step": spread(alone_ms),
+    }
+
+
+def timed(block: Callable[[int], None], steps: int) -> tuple[float, float]:
+    """Seconds on the clock, and of processor time in all threads of this process."""
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    block(steps)
+    return time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
 
 
 def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, Any]]:
@@ -197,14 +221,21 @@ def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, An
         )
         rows += torch.load(place / "rows.pt", weights_only=False)  # written above
     for row in rows:
-        ratio = row["with_to_without"]
+        clock, processor = (quartiles(row[f"with_to_without{kind}"]) for kind in KINDS)
+        alone_ms, step_ms = (
+            row[key]["median"] for key in ("alone_processor_ms_a_step", "step_processor_ms")
+        )
         print(
-            f"{row['model']:9} {row['ranks']} ranks, step {row['step_ms']:6.1f} ms   with/without "
-            f"{ratio['median']:.4f} ({ratio['quartile_1']:.4f}, {ratio['quartile_3']:.4f})   "
-            f"by itself {row['alone_ms_a_step']['median']:.3f} ms, "
-            f"{100 * row['alone_ms_a_step']['median'] / row['step_ms']:.2f} % of it"
+            f"{row['model']:9} {row['ranks']} ranks, step {row['step_ms']['median']:6.1f} ms   "
+            f"with/without {clock}, processor time {processor}   "
+            f"by itself {alone_ms:.3f} ms, {100 * alone_ms / step_ms:.2f} % of it"
         )
     return rows
+
+
+def quartiles(value: dict[str, float]) -> str:
+    """The median, and the quartiles on both sides of it."""
+    return f"{value['median']:.4f} ({value['quartile_1']:.4f}, {value['quartile_3']:.4f})"
 
 
 def checkpoint_of_resnet50(repetitions: int, folder: Path) -> dict[str, Any]:
@@ -323,17 +354,16 @@ def main() -> None:
     """Prints the figures; --write keeps them in benchmarks/results/interruption.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--ranks", default="1,2")
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--repetitions", type=int, default=100, help="pairs of blocks")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        few = max(options.repetitions // 3, 2)
         content = {
             "cost": costs([int(n) for n in options.ranks.split(",")], options.repetitions, folder),
-            "checkpoint_resnet50": checkpoint_of_resnet50(few, folder),
-            "first_step_s": time_to_first_step(few, folder),
-            "lost_work": lost_work(few, folder),
+            "checkpoint_resnet50": checkpoint_of_resnet50(FEW, folder),
+            "first_step_s": time_to_first_step(FEW, folder),
+            "lost_work": lost_work(FEW, folder),
         }
     if options.write:
         print(write_results("interruption", content))
