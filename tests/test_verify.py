@@ -19,7 +19,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.verify import verify
 from harness.verify.compare import Line, compare, compare_curves, own_steps
-from harness.verify.launch import RANK_PROGRAM, Crashed, launch
+from harness.verify.launch import RANK_PROGRAM, Crashed, launch_ranks
 from harness.verify.setting import Setting, check_setting
 from harness.verify.table import render_verdict
 from tests.conftest import SMALL, harness
@@ -60,14 +60,14 @@ def one(config_file, tmp_path_factory):
     """What one sound rank does, and the folder of its states."""
     folder = tmp_path_factory.mktemp("one")
     setting = setting_with(config_file, folder)
-    return launch(setting, "1 rank", 1, ["states", *TASKS]), folder
+    return launch_ranks(setting, "1 rank", 1, ["states", *TASKS]), folder
 
 
 def lines_with(config_file: Path, one, fault: str) -> list[Line]:
     """Two ranks, with the fault, against one without."""
     reference, folder = one
     setting = setting_with(config_file, folder, fault)
-    found = launch(setting, "2 ranks", 2, TASKS)
+    found = launch_ranks(setting, "2 ranks", 2, TASKS)
     return list(compare(setting, "2 ranks", reference, found, twin=lambda: reference))
 
 
@@ -221,7 +221,7 @@ def test_a_rank_that_fails_is_a_line_with_its_last_words(config_file, tmp_path, 
         setting_with(config_file, tmp_path), rank_program=[sys.executable, "-c", killed]
     )
     with pytest.raises(Crashed, match="rank 1: ended by SIGKILL"):
-        launch(setting, "2 ranks", 2, ["curve"])
+        launch_ranks(setting, "2 ranks", 2, ["curve"])
 
 
 @pytest.mark.parametrize(

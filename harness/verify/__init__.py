@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.config import Config
 from harness.verify.compare import Line, compare, compare_alone, compare_curves, run_ended
-from harness.verify.launch import RANK_PROGRAM, Crashed, launch
+from harness.verify.launch import RANK_PROGRAM, Crashed, launch_ranks
 from harness.verify.setting import Setting, check_setting, plural
 
 
@@ -39,10 +39,12 @@ def verify(
 def _lines(setting: Setting) -> Iterator[Line]:
     own = ["own_steps"] if setting.own_precision else []
     tasks = ["known_sum", "curve", *own, "float64_steps"]
-    one = launch(setting, "1 rank", 1, ["states", *tasks])
+    one = launch_ranks(setting, "1 rank", 1, ["states", *tasks])
     yield from compare_alone(setting, "1 rank", one)
     # only where a trajectory differs by more than the promise
-    twin = cache(partial(launch, setting, "1 rank, first weights a rounding off", 1, ["twin"]))
+    twin = cache(
+        partial(launch_ranks, setting, "1 rank, first weights a rounding off", 1, ["twin"])
+    )
     images = setting.other_micro_batch
     launches: list[tuple[str, int, int | None]] = [
         (f"1 rank, micro-batches of {images}", 1, images)
@@ -51,7 +53,7 @@ def _lines(setting: Setting) -> Iterator[Line]:
         launches.append((plural(world_size) + setting.sharing(world_size), world_size, None))
     for where, world_size, micro_batch in launches:
         try:
-            found = launch(setting, where, world_size, tasks, micro_batch)
+            found = launch_ranks(setting, where, world_size, tasks, micro_batch)
         except Crashed as crash:
             yield run_ended(where, crash)
         else:
@@ -67,8 +69,8 @@ def _interrupted(
     before, after = setting.ranks[-1], setting.ranks[-2]
     where = f"stopped in mid-epoch on {plural(before)}, resumed on {after}"
     try:
-        launch(setting, f"{where}: stopping", before, ["stop"])
-        found = launch(setting, f"{where}: resuming", after, ["resume"])
+        launch_ranks(setting, f"{where}: stopping", before, ["stop"])
+        found = launch_ranks(setting, f"{where}: resuming", after, ["resume"])
     except Crashed as crash:
         yield run_ended(where, crash)
     else:

@@ -33,7 +33,7 @@ class Crashed(Exception):
     """The ranks did not come to their end; the message is one line, of the rank to blame."""
 
 
-def launch(
+def launch_ranks(
     setting: Setting, where: str, world_size: int, tasks: list[str], micro_batch: int | None = None
 ) -> dict[str, Any]:
     """Has `world_size` ranks do `tasks`, methods of `rank.Rank`; returns what rank 0 kept.
