@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("no longer followed; what was submitted goes on (scancel ends it)", file=sys.stderr)
+        what = "no longer followed; what was submitted goes on (scancel ends it)"
+        print(what if options.cluster else "interrupted", file=sys.stderr)
         return 130
 
 
@@ -38,29 +39,30 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Training under SLURM.")
+    parser = argparse.ArgumentParser(prog="python -m launch", description="Runs, by SLURM or here.")
     commands = parser.add_subparsers(required=True, metavar="submit|study|status")
     submit = commands.add_parser("submit", help="one run, or a teacher and its student")
     submit.add_argument("config", metavar="CONFIG")
-    _add_cluster(submit)
+    _add_cluster(submit, required=True)
     submit.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: FOLDER/…)")
     submit.set_defaults(command=_submit)
 
-    study = commands.add_parser("study", help="variants and seeds of a config, as one array")
+    study = commands.add_parser("study", help="variants and seeds of a config")
     study.add_argument("study", metavar="FILE")
-    _add_cluster(study)
+    _add_cluster(study, required=False)
     study.add_argument("--at-once", type=int, metavar="N", help="so many runs at a time")
+    study.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/studies/…)")
     study.set_defaults(command=_study)
 
-    status = commands.add_parser("status", help="the state of what was submitted, in a table")
+    status = commands.add_parser("status", help="the state of what was started, in a table")
     status.add_argument("target", type=Path, metavar="RUN|STUDY")
-    status.set_defaults(command=_status)
+    status.set_defaults(command=_status, cluster=None)
     return parser
 
 
-def _add_cluster(parser: argparse.ArgumentParser) -> None:
+def _add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--cluster", required=True, metavar="FILE", help="the cluster file")
+    parser.add_argument("--cluster", required=required, metavar="FILE", help="the cluster file")
     parser.add_argument("--nodes", metavar="N|MIN-MAX", help="instead of the file's")
     parser.add_argument("--wait", action="store_true", help="follow it to the end")
     parser.add_argument("--dry-run", action="store_true", help="print the sbatch script only")
@@ -68,9 +70,9 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def _submit(options: argparse.Namespace) -> int:
     from harness.config import default_run_folder
-    from launch.cluster import check_environment, load_cluster
-    from launch.slurm import Wanted, with_cluster
+    from launch.cluster import check_environment, load_cluster, with_cluster
     from launch.study import stages
+    from launch.wanted import Wanted
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
@@ -90,11 +92,14 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _submit_chain(cluster: Any, runs: list[Any], options: argparse.Namespace) -> int:
     """Each run after the one before it has succeeded; what has finished or has a job stays."""
+    from harness.plan import make_plan, render_plan
     from launch.slurm import active_job, executor, submit
     from launch.status import follow
 
     for run in runs:
-        _show_plan(run.config, cluster, brief=False, quiet=options.dry_run)
+        plan = make_plan(run.config, cluster.ranks)  # a wrong config never reaches the queue
+        if not options.dry_run:
+            print(render_plan(plan), end="\n\n")
     after, records = None, []
     for run in runs:
         if run.is_finished():
@@ -114,6 +119,30 @@ def _submit_chain(cluster: Any, runs: list[Any], options: argparse.Namespace) ->
 
 
 def _study(options: argparse.Namespace) -> int:
+    if options.at_once is not None and options.at_once < 1:
+        raise UserError(f"--at-once {options.at_once}: at least 1 is needed")
+    return _study_here(options) if options.cluster is None else _study_on_cluster(options)
+
+
+def _study_here(options: argparse.Namespace) -> int:
+    from launch.local import LocalStudy, devices_here
+    from launch.study import study_folder, study_runs
+
+    for flag in ("nodes", "wait"):
+        if getattr(options, flag):
+            raise UserError(f"--{flag} has no meaning without --cluster; remove it")
+    folder = options.out or study_folder(options.study)
+    runs = study_runs(options.study, folder, options.overrides)
+    _show_plans(runs, ranks=1)
+    study = LocalStudy(folder, runs, devices_here(runs, options.at_once))
+    print(f"{len(study.waiting)} of {len(runs)} runs to do, in {folder}")
+    if options.dry_run or not study.waiting:
+        return FINISHED
+    print(f"states: {_status_of(folder)}", flush=True)
+    return study.run()
+
+
+def _study_on_cluster(options: argparse.Namespace) -> int:
     from launch.cluster import check_environment, load_cluster
     from launch.slurm import active_job, executor, submit
     from launch.status import follow
@@ -121,13 +150,9 @@ def _study(options: argparse.Namespace) -> int:
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
-    folder = study_folder(cluster, options.study)
-    if options.at_once is not None and options.at_once < 1:
-        raise UserError(f"--at-once {options.at_once}: at least 1 is needed")
-    runs = study_runs(options.study, cluster, options.overrides)
-    one_of_each = {run.name.rpartition("-")[0]: run for run in runs}  # seeds change no plan
-    for name, run in one_of_each.items():
-        _show_plan(run.config, cluster, brief=True, quiet=options.dry_run, name=name)
+    folder = options.out or study_folder(options.study, cluster.folder)
+    runs = study_runs(options.study, folder, options.overrides, cluster)
+    _show_plans(runs, cluster.ranks, quiet=options.dry_run)
     runs = [r for r in runs if not r.is_finished() and active_job(folder, r.name) is None]
     if options.dry_run:
         print(executor(cluster, folder, at_once=options.at_once).script(len(runs)))
@@ -149,17 +174,15 @@ def _status(options: argparse.Namespace) -> int:
     return FINISHED
 
 
-def _show_plan(config: Any, cluster: Any, brief: bool, quiet: bool, name: str = "") -> None:
-    """The dry run for the most ranks: a wrong config never reaches the queue."""
-    from harness.plan import make_plan, render_plan
+def _show_plans(runs: list[Any], ranks: int, quiet: bool = False) -> None:
+    """A line for each variant of a study: a wrong one is told before anything starts."""
+    from harness.plan import make_plan
 
-    plan = make_plan(config, cluster.ranks)
-    if quiet:
-        return
-    if brief:
-        print(f"{name}: {plan['total_steps']:,} steps, peak lr {plan['peak_lr_arithmetic']}")
-    else:
-        print(render_plan(plan), end="\n\n")
+    one_of_each = {run.name.rpartition("-")[0]: run for run in runs}  # seeds change no plan
+    for name, run in one_of_each.items():
+        plan = make_plan(run.config, ranks)
+        if not quiet:
+            print(f"{name}: {plan['total_steps']:,} steps, peak lr {plan['peak_lr_arithmetic']}")
 
 
 def _describe(record: Any) -> str:

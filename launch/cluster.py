@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, ValidationError, model_validator
 
-from harness.config import Count, Positive, Run, Section, Text
+from harness.config import Config, Count, Positive, Run, Section, Text, load_config
 from harness.config_errors import config_error, explain, found
 from harness.errors import UserError
 from harness.strict_yaml import read_yaml
@@ -109,6 +110,17 @@ def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:
     run_keys = [f"run.{key}" for key in Run.model_fields]
     source = str(path) if nodes is None else f"{path} + --nodes"
     return validate(Cluster, mapping, source, [*Cluster.model_fields, *run_keys])
+
+
+def with_cluster(cluster: Cluster, path: str, typed: Sequence[str]) -> Config:
+    """The config at `path` under the cluster file's `run:` keys, and over them the typed ones."""
+    keys = {override.partition("=")[0] for override in typed}
+    run = cluster.run.model_dump(mode="json", exclude_unset=True)
+    added = {f"run.{key}": value for key, value in run.items()}
+    if load_config(path).run.loader_threads == "auto":  # srun's tasks see their own cores only
+        added.setdefault("run.loader_threads", cluster.cpus_per_gpu)
+    overrides = [f"{key}={json.dumps(value)}" for key, value in added.items() if key not in keys]
+    return load_config(path, [*overrides, *typed])
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""What was submitted for a run or a study: a folder NAME.slurm beside it.
+"""What was started for a run or a study: a folder beside it, NAME.slurm or NAME.local.
 
-job.json · for each run its config, frozen, and its merged log · submitit's scripts and raw logs
+job.json · for each run its config, frozen, and its log · submitit's scripts and raw logs
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from harness.errors import UserError
 
 @dataclass(frozen=True)
 class Record:
-    """One submitted run. `after`: the job that it waits for."""
+    """One run. `after`: the job that it waits for.
+
+    `host`: the machine that it was started on without SLURM; its job is then a process of that
+    machine, or "" before it is started.
+    """
 
     name: str
     run: str
@@ -23,16 +28,17 @@ class Record:
     job_id: str
     requeues: int
     after: str | None = None
+    host: str | None = None
 
 
-def records_folder(target: Path) -> Path:
-    """That of a run folder or a study's folder."""
-    return target.with_name(f"{target.name}.slurm")
+def records_folder(target: Path, kind: str = "slurm") -> Path:
+    """That of a run folder or a study's folder; `kind`: slurm or local."""
+    return target.with_name(f"{target.name}.{kind}")
 
 
-def read_records(target: Path) -> dict[str, Record]:
-    """By the runs' names; {} where nothing was submitted. Raises UserError where it is damaged."""
-    path = records_folder(target) / "job.json"
+def read_records(target: Path, kind: str = "slurm") -> dict[str, Record]:
+    """By the runs' names; {} where nothing was started. Raises UserError where it is damaged."""
+    path = records_folder(target, kind) / "job.json"
     try:
         return {name: Record(**values) for name, values in json.loads(path.read_text()).items()}
     except (FileNotFoundError, NotADirectoryError):
@@ -41,8 +47,10 @@ def read_records(target: Path) -> dict[str, Record]:
         raise UserError(f"{path}: damaged ({error}); remove it to submit anew") from None
 
 
-def write_records(target: Path, records: list[Record]) -> None:
-    """Adds to what was submitted before; a run's newest record stands."""
-    every = read_records(target) | {record.name: record for record in records}
+def write_records(target: Path, records: list[Record], kind: str = "slurm") -> None:
+    """Adds to what was started before; a run's newest record stands."""
+    every = read_records(target, kind) | {record.name: record for record in records}
     text = json.dumps({name: asdict(record) for name, record in every.items()}, indent=2)
-    (records_folder(target) / "job.json").write_text(text + "\n")
+    path = records_folder(target, kind) / "job.json"
+    path.with_suffix(".tmp").write_text(text + "\n")
+    os.replace(path.with_suffix(".tmp"), path)  # `status` never reads half a file

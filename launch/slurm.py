@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,37 +15,17 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
-from harness.config import Config, curve_differences, dump_config, load_config
+from harness.config import dump_config
 from harness.errors import UserError
 from launch.cluster import Cluster
 from launch.job import find_job
 from launch.records import Record, read_records, records_folder, write_records
-from launch.task import Task, read_status
+from launch.task import Task
+from launch.wanted import Wanted
 
 SIGNAL_DELAY_S = 60  # USR2 comes so long before the time limit; SLURM may be some seconds late
 SAID = re.compile(r"^sbatch: (error: )?(Batch job submission failed: )?")
 SBATCH_PATIENCE_S = 30  # sbatch itself tries for two minutes where the queue is full
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A run to be submitted. `name`: within its records; `typed`: the command line's overrides."""
-
-    name: str
-    run: Path
-    config: Config
-    typed: tuple[str, ...] = ()
-
-    def is_finished(self) -> bool:
-        """Raises UserError where the run folder holds another config's run."""
-        if not (self.run / "config.yaml").exists():
-            return False
-        if differences := curve_differences(load_config(self.run / "config.yaml"), self.config):
-            raise UserError(
-                f"{self.run}: was run with another config ({'; '.join(differences)}); "
-                "give the same values or choose another --out"
-            )
-        return read_status(self.run).get("state") == "finished"
 
 
 class Executor(submitit.SlurmExecutor):
@@ -62,17 +40,6 @@ class Executor(submitit.SlurmExecutor):
         if runs > 1:
             self.parameters["map_count"] = runs
         return self._make_submission_file_text(self._submitit_command_str, "")
-
-
-def with_cluster(cluster: Cluster, path: str, typed: Sequence[str]) -> Config:
-    """The config at `path` under the cluster file's `run:` keys, and over them the typed ones."""
-    keys = {override.partition("=")[0] for override in typed}
-    run = cluster.run.model_dump(mode="json", exclude_unset=True)
-    added = {f"run.{key}": value for key, value in run.items()}
-    if load_config(path).run.loader_threads == "auto":  # srun's tasks see their own cores only
-        added.setdefault("run.loader_threads", cluster.cpus_per_gpu)
-    overrides = [f"{key}={json.dumps(value)}" for key, value in added.items() if key not in keys]
-    return load_config(path, [*overrides, *typed])
 
 
 def active_job(target: Path, name: str) -> str | None:

@@ -1,8 +1,10 @@
-"""The state of what was submitted, in one table, and the log of a job as it grows."""
+"""The state of what was started, in one table, and the log of a job as it grows."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +30,15 @@ class State:
 
 def state_of(record: Record) -> tuple[State, Job | None, dict[str, Any]]:
     """What became of a run: SLURM knows whether it has a job, status.json how far it has come."""
-    job, status = find_job(record.job_id), read_status(Path(record.run))
+    status = read_status(Path(record.run))
+    job = find_job(record.job_id) if record.host is None else None
     if status.get("state") == "finished":
         expected = f" (expected {status['expected']})" if "expected" in status else ""
         return State("finished", f"error {status['error']:.2f} %{expected}"), job, status
     if job is not None and job.active:
         return _under_way(record, job, status), job, status
+    if record.host is not None and (here := _state_here(record, status)):
+        return here, None, status
     if job is not None and job.state == "CANCELLED":
         return State("cancelled", _why_cancelled(record, job)), job, status
     if status.get("state") == "stopped":
@@ -47,6 +52,16 @@ def _under_way(record: Record, job: Job, status: dict[str, Any]) -> State:
     if status.get("state") == "running" and status["heartbeat"] > job.started_s:
         return State("running", f"on {job.nodes}")
     return State("starting" if job.state != "COMPLETING" else "ending", f"on {job.nodes}")
+
+
+def _state_here(record: Record, status: dict[str, Any]) -> State | None:
+    """Of a run without SLURM: whether it is yet to come, or its process lives."""
+    if not record.job_id:
+        return State("queued")
+    if record.host != socket.gethostname() or not os.path.exists(f"/proc/{record.job_id}"):
+        return None
+    began = status.get("state") == "running" and status["pid"] == int(record.job_id)
+    return State("running" if began else "starting", f"on {record.host}")
 
 
 def _why_cancelled(record: Record, job: Job) -> str:
@@ -87,7 +102,7 @@ def images_per_s(run: Path) -> float | None:
 
 def table(target: Path) -> str:
     """One line a run of RUN or STUDY. Raises UserError where nothing was submitted."""
-    records = read_records(target)
+    records = read_records(target) | read_records(target, "local")
     if not records:
         raise UserError(f"{target}: nothing was submitted for it ({records_folder(target)})")
     rows = [HEAD, *(_row(record) for record in records.values())]

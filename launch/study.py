@@ -12,8 +12,8 @@ from pydantic import Field, Strict
 
 from harness.config import Expect, Section, Text, load_config
 from harness.config_errors import config_error, found
-from launch.cluster import Cluster, Whole, read_mapping, validate
-from launch.slurm import Wanted, with_cluster
+from launch.cluster import Cluster, Whole, read_mapping, validate, with_cluster
+from launch.wanted import Wanted
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], Strict(False)]
@@ -62,20 +62,27 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
     return study, variants
 
 
-def study_folder(cluster: Cluster, path: str | Path) -> Path:
-    """configs/studies/warmup.yaml -> FOLDER/studies/warmup"""
-    return Path(cluster.folder) / "studies" / Path(path).stem
+def study_folder(path: str | Path, root: str | Path = "runs") -> Path:
+    """configs/studies/warmup.yaml -> ROOT/studies/warmup"""
+    return Path(root) / "studies" / Path(path).stem
 
 
-def study_runs(path: str | Path, cluster: Cluster, typed: Sequence[str] = ()) -> list[Wanted]:
-    """The runs of a study, seed by seed, each variant; run folders STUDY/VARIANT/SEED."""
+def study_runs(
+    path: str | Path, folder: Path, typed: Sequence[str] = (), cluster: Cluster | None = None
+) -> list[Wanted]:
+    """The runs of a study, seed by seed, each variant; run folders FOLDER/VARIANT/SEED.
+
+    `cluster`: whose `run:` keys they get. Raises ConfigError.
+    """
     study, variants = load_study(path)
-    folder = study_folder(cluster, path)
     runs = []
     for seed in study.seeds:
         for name, variant in variants.items():
             overrides = (f"seed={seed}", *variant.overrides(), *typed)
-            config = with_cluster(cluster, study.base, overrides)
+            if cluster is None:
+                config = load_config(study.base, overrides)
+            else:
+                config = with_cluster(cluster, study.base, overrides)
             runs.append(Wanted(f"{name}-{seed}", folder / name / f"{seed}", config, tuple(typed)))
     return runs
 

@@ -34,8 +34,8 @@ LAUNCH = HARNESS.parent / "launch"
 LAUNCH_FLOORS = [
     ["cluster", "job", "records"],
     ["task"],
-    ["slurm", "status"],
-    ["study"],
+    ["wanted", "status"],
+    ["slurm", "study", "local"],
     ["__main__"],
 ]
 LAUNCH_LEVEL = {name: level for level, floor in enumerate(LAUNCH_FLOORS) for name in floor}

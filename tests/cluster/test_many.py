@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 
-from launch.cluster import load_cluster
-from launch.slurm import Wanted, submit, with_cluster
+from launch.cluster import load_cluster, with_cluster
+from launch.slurm import submit
+from launch.wanted import Wanted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120, func_only=True)]
 QUICK = ("recipe.epochs=2", "recipe.milestones=[]")

@@ -2,14 +2,17 @@ import pytest
 
 from harness.config_errors import ConfigError
 from launch.cluster import load_cluster
-from launch.study import Stage, load_study, stages, study_runs
+from launch.study import Stage, load_study, stages, study_folder, study_runs
 
 EXAMPLE = "configs/clusters/example.yaml"
 
 
 def test_the_papers_warmups_are_fifteen_runs():
     cluster = load_cluster(EXAMPLE)
-    runs = study_runs("configs/studies/warmup.yaml", cluster, ("recipe.label_smoothing=0.1",))
+    folder = study_folder("configs/studies/warmup.yaml", cluster.folder)
+    runs = study_runs(
+        "configs/studies/warmup.yaml", folder, ("recipe.label_smoothing=0.1",), cluster
+    )
     assert len({run.run for run in runs}) == len({run.name for run in runs}) == 15
     first = runs[0]
     assert (first.name, str(first.run)) == ("none-1", "/shared/runs/studies/warmup/none/1")
@@ -49,7 +52,7 @@ def test_a_wrong_key_in_a_variant_is_refused(tmp_path, small):
     with pytest.raises(
         ConfigError, match=r"recipe\.epoch: unknown key, did you mean recipe\.epochs"
     ):
-        study_runs(path, load_cluster(EXAMPLE))
+        study_runs(path, tmp_path)
 
 
 def test_a_config_without_a_teacher_is_one_stage(small):

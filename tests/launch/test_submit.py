@@ -4,8 +4,7 @@ import pytest
 import yaml
 
 from launch.__main__ import main
-from launch.cluster import load_cluster
-from launch.slurm import with_cluster
+from launch.cluster import load_cluster, with_cluster
 
 CLUSTER = {
     "nodes": 2,

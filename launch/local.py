@@ -1,0 +1,260 @@
+"""Runs a study on this machine: each run a process, side by side on free devices."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from harness.config import dump_config
+from harness.data.child_process import PR_SET_PDEATHSIG
+from harness.errors import FAILED, FINISHED, STOPPED, UserError
+from launch.cluster import RANK_VARIABLES
+from launch.records import Record, read_records, records_folder, write_records
+from launch.status import tail
+from launch.task import BAD_LINE, REPEAT_S, read_status
+from launch.wanted import Wanted
+
+POLL_S = 0.2
+PROGRESS_S = 30.0
+STOP_SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one run at a time gets. `gpu`: as CUDA_VISIBLE_DEVICES names it; None: the CPU."""
+
+    gpu: str | None
+    threads: int
+
+
+def devices_here(runs: Sequence[Wanted], at_once: int | None) -> list[Device]:
+    """A GPU a run, or `at_once` runs dealt out to the GPUs; without GPUs one run, or `at_once`.
+
+    They share the cores that this process may use.
+    """
+    gpus: list[str | None] = []
+    if any(run.config.run.device != "cpu" for run in runs):
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(64)]
+        gpus = [*names[: torch.cuda.device_count()]]
+    count = at_once or len(gpus) or 1
+    threads = max(len(os.sched_getaffinity(0)) // count, 1)
+    return [Device(gpus[i % len(gpus)] if gpus else None, threads) for i in range(count)]
+
+
+@dataclass
+class StopRequest:
+    """Ctrl-C, or a signal: the runs are to stop with checkpoints. A second Ctrl-C kills them."""
+
+    asked: bool = False
+    killed: bool = False
+
+    @contextmanager
+    def listen(self) -> Iterator[StopRequest]:
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number, handler in previous.items():
+            if handler != signal.SIG_IGN:  # by nohup
+                signal.signal(number, self._handle)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.killed = self.asked and number == signal.SIGINT
+        self.asked = True
+
+
+@dataclass
+class Child:
+    """A run under way."""
+
+    wanted: Wanted
+    device: Device
+    process: subprocess.Popen[bytes]
+    log: Path
+    begun_s: float = field(default_factory=time.monotonic)
+
+    def outcome(self) -> tuple[str, str]:
+        """finished, stopped or failed; and what a person is told of it."""
+        code, status = self.process.returncode, read_status(self.wanted.run)
+        if code == FINISHED:
+            took = timedelta(seconds=round(time.monotonic() - self.begun_s))
+            return "finished", f"error {status['error']:.2f} %, in {took}"
+        if code == STOPPED:
+            return "stopped", status.get("reason", "")
+        lines = [line.strip() for line in tail(self.log) if line.strip()]
+        said = [line for line in lines if BAD_LINE.match(line)] or lines
+        how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
+        why = f"ended {how}: {said[-1].removeprefix('error: ') if said else 'it said nothing'}"
+        with self.log.open("a") as log:
+            log.write(f"error: {why}\n")  # the last line is what `status` shows
+        return "failed", why
+
+
+class LocalStudy:
+    """The runs of the study in `folder`, of which those that have not finished are run."""
+
+    def __init__(self, folder: Path, wanted: Sequence[Wanted], devices: Sequence[Device]) -> None:
+        self.folder, self.wanted, self.free = folder, wanted, [*devices]
+        self.waiting = [run for run in wanted if not run.is_finished()]
+        self.children: list[Child] = []
+        self.ended = {"finished": len(wanted) - len(self.waiting), "stopped": 0, "failed": 0}
+        self._begun_s = self._told_s = time.monotonic()
+        self._images_before = sum(map(_images_done, wanted))
+
+    def run(self) -> int:
+        """To the end, or until a signal; returns the exit code. Raises UserError."""
+        with only_command(self.folder), StopRequest().listen() as stop:
+            self._record()
+            while self.children or (self.waiting and not stop.asked):
+                while self.waiting and self.free and not stop.asked:
+                    self._start(self.waiting.pop(0), self.free.pop(0))
+                time.sleep(REPEAT_S if stop.asked else POLL_S)
+                self._collect()
+                if stop.asked:
+                    self._stop(signal.SIGKILL if stop.killed else signal.SIGTERM)
+                elif time.monotonic() - self._told_s > PROGRESS_S:
+                    self._progress()
+        return self._end()
+
+    def _record(self) -> None:
+        """All runs are told of from the start."""
+        known, host = read_records(self.folder, "local"), socket.gethostname()
+        self._records = {
+            run.name: known.get(run.name)
+            or Record(run.name, str(run.run), str(config), str(log), "", 0, host=host)
+            for run in self.wanted
+            for config, log in [_files(self.folder, run)]
+        }
+        write_records(self.folder, [*self._records.values()], "local")
+
+    def _start(self, wanted: Wanted, device: Device) -> None:
+        config, log_path = _files(self.folder, wanted)
+        run = wanted.config.run
+        if run.loader_threads == "auto":  # which would be all cores
+            run = run.model_copy(update={"loader_threads": device.threads})
+        config.write_text(dump_config(wanted.config.model_copy(update={"run": run})))
+        words = [sys.executable, "-m", "harness", "train", str(config), *wanted.typed]
+        with log_path.open("ab") as log:
+            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            log.flush()
+            process = _start_process([*words, "--out", str(wanted.run), "--resume"], device, log)
+        self.children.append(Child(wanted, device, process, log_path))
+        record = replace(self._records[wanted.name], job_id=str(process.pid))
+        write_records(self.folder, [record], "local")
+        where = "" if device.gpu is None else f" on GPU {device.gpu}"
+        print(f"{wanted.name} started{where}", flush=True)
+
+    def _collect(self) -> None:
+        """Takes in the children that have ended, and tells of them."""
+        for child in [child for child in self.children if child.process.poll() is not None]:
+            self.children.remove(child)
+            self.free.append(child.device)
+            state, what = child.outcome()
+            self.ended[state] += 1
+            print(f"{child.wanted.name} {state}: {what}{self._count()}", flush=True)
+
+    def _stop(self, number: signal.Signals) -> None:
+        # again and again, as a process that still imports does not hear it
+        for child in self.children:
+            child.process.send_signal(number)
+
+    def _count(self) -> str:
+        return f" ({self.ended['finished']} of {len(self.wanted)} finished)"
+
+    def _progress(self) -> None:
+        """A line: each run's step, and the time left as the images go that were trained on."""
+        self._told_s = time.monotonic()
+        total = sum(run.config.total_steps * run.config.recipe.minibatch for run in self.wanted)
+        done = sum(map(_images_done, self.wanted))
+        rate = (done - self._images_before) / (self._told_s - self._begun_s)
+        steps = [
+            f"{child.wanted.name} step {status.get('step', 0)}/{child.wanted.config.total_steps}"
+            for child in self.children
+            for status in [read_status(child.wanted.run)]
+        ]
+        left = f", left {timedelta(seconds=round((total - done) / rate))}" if rate > 0 else ""
+        print(f"{', '.join(steps)}; {rate:.0f} images/s{left}{self._count()}", flush=True)
+
+    def _end(self) -> int:
+        left = len(self.waiting) + self.ended["stopped"]
+        counts = [f"{count} {state}" for state, count in self.ended.items() if count]
+        counts += [f"{len(self.waiting)} not started"] if self.waiting else []
+        print(f"{len(self.wanted)} runs: {', '.join(counts)}", flush=True)
+        if left:
+            return STOPPED
+        return FAILED if self.ended["failed"] else FINISHED
+
+
+def _files(folder: Path, wanted: Wanted) -> tuple[Path, Path]:
+    """A run's config, as it was started, and its log."""
+    records = records_folder(folder, "local")
+    return records / f"{wanted.name}.yaml", records / f"{wanted.name}.log"
+
+
+def _images_done(wanted: Wanted) -> int:
+    return read_status(wanted.run).get("step", 0) * wanted.config.recipe.minibatch
+
+
+def _start_process(words: list[str], device: Device, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    environment.setdefault("OMP_NUM_THREADS", str(device.threads))
+    if device.gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device.gpu
+    parent = os.getpid()
+
+    def settle() -> None:  # no thread of ours runs
+        for number in STOP_SIGNALS:  # not deadly while it imports; the harness handles them later
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":  # should this process be killed, its runs stop too
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(FAILED)
+
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        preexec_fn=settle,
+    )
+
+
+@contextmanager
+def only_command(folder: Path) -> Iterator[None]:
+    """Makes the records' folder; within, no other command runs this study. Raises UserError."""
+    records = records_folder(folder, "local")
+    try:
+        records.mkdir(parents=True, exist_ok=True)
+        lock = (records / "lock").open("a")
+    except OSError as error:
+        raise UserError(
+            f"{records}: cannot be written: {error.strerror}; take another --out"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another command runs this study; wait for it") from None
+        yield

@@ -1,0 +1,144 @@
+"""Studies on this machine: real processes on the digits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from harness.journal import read_log
+from launch.__main__ import main
+from launch.local import devices_here, only_command
+from launch.study import study_runs
+from launch.task import read_status
+
+
+@pytest.fixture
+def study(small, tmp_path):
+    """Writes a study on the small config: a variant a keyword, each with its `set`."""
+
+    def write(*seeds, **variants):
+        lines = [f"base: {small()}", f"seeds: {[*seeds]}", "variants:"]
+        lines += [f"  {name}: {{set: {set_}}}" for name, set_ in variants.items()]
+        path = tmp_path / "study.yaml"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+def start(path, folder, *words):
+    """`launch study` as a process; its output is read to the end by communicate."""
+    command = [sys.executable, "-m", "launch", "study", str(path), "--out", str(folder), *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=os.getcwd()
+    )
+
+
+def wait_for(what, condition, process, limit_s=120):
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end_s, f"no {what}"
+        time.sleep(0.05)
+
+
+def table(folder, capsys):
+    """`launch status`: each run's line, by its name."""
+    capsys.readouterr()
+    assert main(["status", str(folder)]) == 0
+    return {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
+
+
+def test_side_by_side_interrupted_and_gone_on_with(study, tmp_path, capsys, monkeypatch):
+    """A stopped run goes on where it stood; a failed one is told and stops nobody; a finished one
+    is not run again."""
+    long = "{recipe.minibatch: 32, recipe.epochs: 15, run.log_every_steps: 5}"
+    variants = {"short": "{}", "long": long}
+    folder = tmp_path / "runs" / "mine"
+    path = study(1, short="{}", wrong="{data.train_images: 1400}", long=long)
+    first = start(path, folder, "--at-once", "2")
+
+    def at_work():
+        short, long = (read_status(folder / name / "1") for name in ("short", "long"))
+        return short.get("state") == "finished" and long.get("step", 0) >= 5
+
+    wait_for("finished short run beside a long one", at_work, first)
+    states = table(folder, capsys)
+    first.send_signal(signal.SIGINT)
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 75, output
+    assert " finished " in states["short-1"] and " running " in states["long-1"]
+    assert "short-1 finished: error" in output and "long-1 stopped: stopped after step" in output
+    # told as `harness train` tells it
+    assert "wrong-1 failed: ended with exit code 2: " in output and "1437" in output
+    assert "3 runs: 1 finished, 1 stopped, 1 failed" in output
+    stopped_at = read_status(folder / "long" / "1")["step"]
+    assert 5 <= stopped_at < 660
+    states = table(folder, capsys)
+    assert " stopped " in states["long-1"] and " failed " in states["wrong-1"]
+
+    monkeypatch.setitem(sys.modules, "submitit", None)  # not needed here
+    log = (folder / "short" / "1" / "log.jsonl").read_bytes()
+    assert main(["study", str(path), "--out", str(folder)]) == 1
+    output = capsys.readouterr().out
+    assert "2 of 3 runs to do" in output and "short-1 started" not in output
+    assert "wrong-1 failed" in output and "long-1 finished: error" in output
+    events = read_log(folder / "long" / "1" / "log.jsonl")
+    starts = [(line["event"], line["step"]) for line in events if "world_size" in line]
+    assert starts == [("start", 0), ("resume", stopped_at)]
+
+    assert main(["study", str(study(1, **variants)), "--out", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert "0 of 2 runs to do" in output and "started" not in output
+    assert (folder / "short" / "1" / "log.jsonl").read_bytes() == log
+
+
+def test_the_dry_run_shows_the_plans_and_writes_nothing(study, tmp_path, capsys):
+    path, folder = study(1, 2, a="{}", b="{recipe.reference_lr: 0.05}"), tmp_path / "runs"
+    assert main(["study", str(path), "--out", str(folder), "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert "a: 15 steps, peak lr 0.1 × 256/32 = 0.8\n" in output
+    assert "b: 15 steps, peak lr 0.05 × 256/32 = 0.4\n" in output
+    assert "4 of 4 runs to do" in output and not folder.exists()
+
+
+def test_one_command_at_a_time(study, tmp_path, capsys):
+    with only_command(tmp_path / "runs"):
+        assert main(["study", str(study(1, a="{}")), "--out", str(tmp_path / "runs")]) == 2
+    assert "another command runs this study; wait for it" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--nodes", "2"], "--nodes has no meaning without --cluster"),
+        (["--wait"], "--wait has no meaning without --cluster"),
+        (["--at-once", "0"], "--at-once 0: at least 1 is needed"),
+        (["recipe.epoch=3"], "did you mean recipe.epochs?"),
+    ],
+)
+def test_mistakes_start_nothing(study, tmp_path, capsys, words, part):
+    folder = tmp_path / "runs"
+    assert main(["study", str(study(1, a="{}")), "--out", str(folder), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and part in line
+    assert not folder.exists()
+
+
+def test_runs_are_dealt_out_to_the_gpus(study, tmp_path, monkeypatch):
+    """Two GPUs that this process may see, 8 cores: a run each, or as many as are asked for."""
+    path = study(1, a="{}")
+    runs = study_runs(path, tmp_path, ["run.device=auto"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert [(d.gpu, d.threads) for d in devices_here(runs, None)] == [("3", 4), ("5", 4)]
+    dealt = [(d.gpu, d.threads) for d in devices_here(runs, 3)]
+    assert dealt == [("3", 2), ("5", 2), ("3", 2)]
+    on_cpu = study_runs(path, tmp_path)
+    assert [(d.gpu, d.threads) for d in devices_here(on_cpu, None)] == [(None, 8)]
+    assert [(d.gpu, d.threads) for d in devices_here(on_cpu, 2)] == [(None, 4)] * 2
