@@ -26,11 +26,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["harness", "harness.*", "launch"]),
-    package_data={"harness": ["VERSION", "py.typed"]},
+    package_data={
+        "harness": ["VERSION", "py.typed"],
+        "harness.report": ["*.html", "*.css", "*.js"],
+    },
     install_requires=[
         # tested from torch 2.11 with torchvision 0.26 to torch 2.15 with torchvision 0.29
         "torch>=2.11",
         "torchvision>=0.26",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "pillow>=10",
         "pydantic>=2.7",

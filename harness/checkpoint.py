@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import re
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from harness.atomic_file import write_atomically
 from harness.errors import UserError
 
 NAME = re.compile(r"checkpoint-(\d{3,})-(\d{8,})\.pt")  # incarnation, step
@@ -46,24 +46,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def _checksum_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a temporary file, flushes it to the disk and renames it: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""The command line: harness data | plan | train | verify | eval | export. Cheap to import."""
+"""The command line: harness data | plan | train | verify | eval | report | export.
+
+Cheap to import."""
 
 from __future__ import annotations
 
@@ -97,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true")
     evaluate.add_argument("--predictions", type=Path, metavar="FILE.csv")
     evaluate.set_defaults(command=_eval)
+
+    report = commands.add_parser("report", help="one HTML file of runs and studies")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN|STUDY")
+    report.add_argument("--to", type=Path, required=True, metavar="FILE.html")
+    report.add_argument(
+        "--assets", type=Path, metavar="DIR", help="each figure as SVG, its data as CSV"
+    )
+    report.set_defaults(command=_report)
 
     export = commands.add_parser("export", help="a plain torchvision state dict of a run")
     export.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
@@ -266,6 +276,13 @@ def _eval(options: argparse.Namespace) -> int:
     print(f"error {evaluation.error:.2f} % (95 % interval {low:.2f} to {high:.2f} %)")
     print(f"top-5 error {evaluation.top5_error:.2f} %")
     print(f"{evaluation.correct} of {evaluation.total} images correct")
+    return FINISHED
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness.report import write_report
+
+    print(write_report(options.runs, options.to, options.assets))
     return FINISHED
 
 

@@ -17,30 +17,49 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from harness.config import Config
-from harness.evaluate import Evaluation
-from harness.metrics import Reading
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a log can be read without PyTorch
     from torch.utils.tensorboard import SummaryWriter
+
+    from harness.evaluate import Evaluation
+    from harness.metrics import Reading
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log that stand: a torn one is ignored, superseded ones are left out.
+    """The lines of a log that stand: a torn one is ignored, superseded ones are left out."""
+    return standing_lines(read_lines(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a log, in the order of writing; one that a crash cut off is ignored."""
+    if not path.exists():
+        return []
+    texts = path.read_text(errors="replace").splitlines()
+    try:
+        return json.loads(f"[{','.join(texts)}]")  # at once: twice as fast as line by line
+    except json.JSONDecodeError:
+        return [line for text in texts if (line := _parse_line(text))]
+
+
+def _parse_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def standing_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the superseded ones.
 
     A run resumed at step s goes on from there, so what was logged after s before is superseded.
     """
-    if not path.exists():
-        return []
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue  # a write cut off by a crash
+    standing: list[dict[str, Any]] = []
+    for line in lines:
         if line["event"] == "resume":
-            lines = [kept for kept in lines if kept["step"] <= line["step"]]
-        lines.append(line)
-    return lines
+            standing = [kept for kept in standing if kept["step"] <= line["step"]]
+        standing.append(line)
+    return standing
 
 
 class LogFile:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint import write_atomically
+from harness.atomic_file import write_atomically
 from harness.config import Config, curve_differences, dump_config, load_config
 from harness.errors import RunFailed, UserError
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from harness.atomic_file import write_atomically
 from harness.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
     newest_checkpoint,
-    write_atomically,
 )
 from harness.config import Config, config_from_mapping
 from harness.data.index import check_indices, load_index

@@ -1,0 +1,76 @@
+"""harness report: run folders -> one HTML file, with the answer at the top."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.atomic_file import write_atomically
+from harness.errors import UserError
+from harness.report.figures import Section, sections
+from harness.report.groups import Group, group_runs
+from harness.report.page import render
+from harness.report.runs import RecordedRun, find_run_folders, read_run
+from harness.report.svg import csv_text, draw
+
+
+def write_report(paths: Sequence[Path], to: Path, assets: Path | None = None) -> str:
+    """Reads RUN or STUDY folders and writes the page `to`; says what it wrote.
+
+    `assets` gets each figure as SVG and its data as CSV. Raises UserError.
+    """
+    runs = read_runs(paths)
+    groups = group_runs(runs)
+    found = sections(groups)
+    page = render(_title(paths, groups), groups, found)
+    _write(to, page, "--to")
+    said = f"report {to} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+    if assets is not None:
+        said += f"\n{_write_assets(assets, found)} files in {assets}"
+    return said
+
+
+def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
+    """All runs of `paths`, each once; one that cannot be read is told and left out."""
+    studies = [path for path in paths if len(find_run_folders(path)) > 1]
+    runs: dict[Path, RecordedRun] = {}
+    for path in paths:
+        for folder, variant in find_run_folders(path):
+            if variant and len(studies) > 1:
+                variant = f"{path.resolve().name}/{variant}"
+            if folder.resolve() in runs:
+                continue
+            try:
+                runs[folder.resolve()] = read_run(folder, variant)
+            except UserError as error:
+                print(f"warning: left out: {error}", file=sys.stderr)
+    if not runs:
+        raise UserError(f"{', '.join(map(str, paths))}: holds no run that can be read")
+    return [*runs.values()]
+
+
+def _title(paths: Sequence[Path], groups: Sequence[Group]) -> str:
+    if len(paths) == 1:
+        return paths[0].resolve().name
+    return (
+        f"{groups[0].config.model.name}, {len(groups)} configs"
+        if len(groups) > 1
+        else groups[0].label
+    )
+
+
+def _write_assets(folder: Path, found: Sequence[Section]) -> int:
+    figures = [figure for section in found for figure in section.figures]
+    for figure in figures:
+        _write(folder / f"{figure.name}.svg", draw(figure, standalone=True), "--assets")
+        _write(folder / f"{figure.name}.csv", csv_text(figure), "--assets")
+    return 2 * len(figures)
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}") from None

@@ -1,0 +1,115 @@
+"""What happened in a run besides training: restarts, damaged images, divergence, warnings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from harness.recipe.schedule import lr_at
+from harness.report.runs import RecordedRun
+
+KEPT = ("device", "precision", "loader", "micro_batch")  # of a start; a resume may change them
+AGREES = 1e-6  # lr, relative: that it is the config's
+
+
+@dataclass(frozen=True)
+class Happening:
+    """`kind`: restart, ranks, images, divergence, warning or state."""
+
+    kind: str
+    text: str
+
+
+def happenings(run: RecordedRun) -> list[Happening]:
+    """In the order in which a reader wants them; empty for a run that went straight through."""
+    return [*_state(run), *_divergence(run), *_restarts(run), *_images(run), *_warnings(run)]
+
+
+def duration(seconds: float) -> str:
+    """Such as 12 s, 3 min, 5.2 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _state(run: RecordedRun) -> Iterator[Happening]:
+    if run.state == "finished":
+        return
+    text = run.state
+    if "step" in run.status:
+        text += f" at step {run.status['step']:,} of {run.status['total_steps']:,}"
+    if run.state == "running":
+        ago = max(time.time() - run.status["heartbeat"], 0)
+        text += f", last heard of {duration(ago)} before this report"
+    elif reason := run.status.get("reason"):
+        text += f": {reason}"
+    yield Happening("divergence" if run.state == "failed" else "state", text)
+
+
+def _divergence(run: RecordedRun) -> Iterator[Happening]:
+    for line in run.events:
+        if line["event"] == "diverged":
+            ids = ", ".join(map(str, line["image_ids"][:4]))
+            yield Happening(
+                "divergence",
+                f"diverged at step {line['step'] - 1:,}: {line['why']} (image ids {ids}, …)",
+            )
+
+
+def _restarts(run: RecordedRun) -> Iterator[Happening]:
+    for before, after in zip(run.launches, run.launches[1:], strict=False):
+        lost = max(before.last_step - after.first_step, 0)
+        pause = (after.begun - before.ended).total_seconds()
+        text = f"resumed at step {after.first_step:,} after a pause of {duration(pause)}"
+        if lost:
+            text += f"; {lost:,} step{'s' if lost > 1 else ''} done again"
+        yield Happening("restart", text)
+        old, new = before.line["world_size"], after.line["world_size"]
+        if old != new:
+            yield Happening("ranks", f"W {old} → {new} from step {after.first_step:,} on")
+        if changed := _changed(before.line, after.line):
+            yield Happening("warning", f"{changed} from step {after.first_step:,} on")
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {before.get(key)} → {after.get(key)}"
+        for key in KEPT
+        if before.get(key) != after.get(key)
+    )
+
+
+def _images(run: RecordedRun) -> Iterator[Happening]:
+    replaced = [line for line in run.events if line["event"] == "replaced"]
+    if replaced:
+        bad = sorted({line["bad_image_id"] for line in replaced})
+        ids = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
+        uses = f"{len(replaced):,} time{'s' if len(replaced) > 1 else ''}"
+        yield Happening("images", f"skipped {len(bad):,} damaged images, {uses} (ids {ids})")
+
+
+def _warnings(run: RecordedRun) -> Iterator[Happening]:
+    failed = [line for line in run.events if line["event"] == "checkpoint_failed"]
+    for line in failed[:3]:
+        yield Happening(
+            "warning", f"checkpoint of step {line['step']:,} not written: {line['why']}"
+        )
+    if run.overflows:
+        updates = f"{run.overflows:,} update{'s' if run.overflows > 1 else ''}"
+        yield Happening("warning", f"float16 overflowed: {updates} skipped")
+    if off := _lr_off(run):
+        yield Happening("warning", off)
+    if str(run.environment.get("git_commit")).endswith("-dirty"):
+        yield Happening("warning", "run from a working tree with changes that are in no commit")
+
+
+def _lr_off(run: RecordedRun) -> str:
+    """Where the learning rate that was used is not the one that the config asks for."""
+    stride = max(len(run.lr) // 200, 1)
+    for step, lr in run.lr[::stride]:
+        wanted = lr_at(run.config, step - 1)
+        if abs(lr - wanted) > AGREES * wanted:
+            return f"lr {lr:.6g} at step {step - 1:,}, where the config says {wanted:.6g}"
+    return ""

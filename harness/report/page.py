@@ -1,0 +1,226 @@
+"""The page: groups, figures and tables put into page.html."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness import __version__
+from harness.report.figures import Section, measured, run_name
+from harness.report.groups import Group, flat_config
+from harness.report.happenings import duration, happenings
+from harness.report.runs import RecordedRun
+from harness.report.svg import STYLE, draw, look, plot_data
+
+HERE = Path(__file__).parent
+NAMED_AT_MOST = 6  # runs in a table's cell
+EACH_ITS_OWN = ("seed", "command")  # told in the tables, but no difference worth a mark
+VERDICTS = {
+    "within": "within the spread",
+    "lower": "lower, outside the spread",
+    "higher": "higher, outside the spread",
+    "": "no spread known",
+}
+TRACK = 150  # px, the width of a row's picture
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of a key, and whose it is ("" where it is everybody's)."""
+
+    text: str
+    whose: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A key of config or environment."""
+
+    key: str
+    values: tuple[Value, ...]
+    marked: bool  # differs between runs, and should not go unseen
+
+
+def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str:
+    """The whole page as HTML; whatever a config, a path or a log holds is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"draw": draw, "look": look, "name": run_name, "duration": duration}
+    runs = _in_order(groups)
+    config = table({n: flat_config(run.config) for n, _, run in runs}, groups)
+    machine = table({n: flat_environment(run) for n, _, run in runs}, groups)
+    return environment.get_template("page.html").render(
+        title=title,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=__version__,
+        states=_states([run for _, _, run in runs]),
+        groups=groups,
+        answers=[answer(group, groups) for group in groups],
+        scale=_scale(groups),
+        sections=found,
+        runs=[run_row(number, group, run) for number, group, run in runs],
+        happened=[(run_name(g, run), told) for _, g, run in runs if (told := happenings(run))],
+        differing=[row for row in (*config, *machine) if row.marked],
+        config=config,
+        machine=machine,
+        plots=_as_json({f.name: plot_data(f) for section in found for f in section.figures}),
+        style=STYLE + Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def _in_order(groups: Sequence[Group]) -> list[tuple[int, Group, RecordedRun]]:
+    return [(n, g, run) for g in groups for n, run in zip(g.numbers, g.runs, strict=True)]
+
+
+def _as_json(value: Any) -> Markup:
+    """JSON that cannot end the element it stands in."""
+    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _states(runs: Sequence[RecordedRun]) -> str:
+    states = [run.state for run in runs]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def answer(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+    """A row of the table at the top, as text."""
+    recipe, runs = group.config.recipe, group.runs
+    speeds = [run.images_per_s for run in runs if run.images_per_s]
+    walls = [run.wall_s for run in runs if run.state == "finished"]
+    difference = group.difference
+    return {
+        "group": group,
+        "error": "–" if group.mean is None else measured(group.mean, group.std),
+        "runs": f"{len(group.errors)} of {len(runs)}",
+        "expected": measured(group.expect.error, group.expect.std),
+        "source": group.expect.source,
+        "difference": "–" if difference is None else f"{difference:+.2f}".replace("-", "−"),
+        "verdict": "" if difference is None else VERDICTS[group.verdict],
+        "kind": group.verdict,
+        "picture": _picture(group, groups),
+        "minibatch": f"{recipe.minibatch:,}",
+        "workers": f"{group.config.workers:,} × {recipe.worker_batch}",
+        "ranks": _distinct([" → ".join(map(str, run.world_sizes)) for run in runs]),
+        "hardware": _distinct([run.hardware for run in runs]),
+        "wall": duration(sum(walls) / len(walls)) if walls else "–",
+        "speed": f"{sum(speeds) / len(speeds):,.0f}" if speeds else "–",
+    }
+
+
+def _distinct(texts: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(text for text in texts if text)) or "–"
+
+
+def _scale(groups: Sequence[Group]) -> tuple[float, float]:
+    """The least and the greatest error that the pictures of the rows show."""
+    ends = [end for group in groups for end in _ends(group)]
+    return min(ends), max(ends)
+
+
+def _ends(group: Group) -> list[float]:
+    pairs = [(group.expect.error, group.expect.std), (group.mean, group.std)]
+    return [
+        e + sign * (std or 0) for e, std in pairs if e is not None for sign in (-1, 1)
+    ] + group.errors
+
+
+def _picture(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+    """Pixels of a row's picture: what was expected as a band, what was measured as points."""
+    low, high = _scale(groups)
+
+    def at(error: float) -> float:
+        return round(6 + (error - low) / ((high - low) or 1) * (TRACK - 12), 1)
+
+    spread, std = group.expect.std or 0.0, group.std or 0.0
+    start, end = at(group.expect.error - spread), at(group.expect.error + spread)
+    return {
+        "width": TRACK,
+        "start": start - 1,
+        "band": round(end - start + 2, 1),
+        "expected": at(group.expect.error),
+        "points": [at(error) for error in group.errors],
+        "mean": None if group.mean is None else at(group.mean),
+        "bar": None if group.mean is None else (at(group.mean - std), at(group.mean + std)),
+    }
+
+
+def run_row(number: int, group: Group, run: RecordedRun) -> dict[str, Any]:
+    """A row of the table of runs."""
+    last = run.evaluations[-1] if run.evaluations else None
+    waits = [epoch.data_wait for epoch in run.epochs]
+    return {
+        "number": number,
+        "name": run_name(group, run),
+        "folder": run.folder,
+        "state": run.state,
+        "epochs": f"{last.epoch if last else 0} of {run.config.recipe.epochs}",
+        "error": "–" if run.error is None else f"{run.error:.2f} %",
+        "last": f"{last.error:.2f} %" if last else "–",
+        "best": f"{min(e.error for e in run.evaluations):.2f} %" if last else "–",
+        "top5": f"{last.top5_error:.2f} %" if last else "–",
+        "ranks": " → ".join(map(str, run.world_sizes)) or "–",
+        "wall": duration(run.wall_s),
+        "speed": f"{run.images_per_s:,.0f}" if run.images_per_s else "–",
+        "wait": f"{100 * sum(waits) / len(waits):.1f} %" if waits else "–",
+    }
+
+
+def flat_environment(run: RecordedRun) -> dict[str, Any]:
+    """environment.json as key -> value."""
+    flat: dict[str, Any] = {}
+    for name, found in run.environment.items():
+        if isinstance(found, dict):
+            flat |= {f"{name}.{key}": value for key, value in found.items()}
+        else:
+            flat[name] = shlex.join(map(str, found)) if isinstance(found, list) else found
+    return flat
+
+
+def table(values: dict[int, dict[str, Any]], groups: Sequence[Group]) -> list[Row]:
+    """`values`: run's number -> key -> value. Keys in which runs differ are marked."""
+    rows = []
+    for key in dict.fromkeys(key for flat in values.values() for key in flat):
+        whose: dict[str, list[int]] = {}
+        for number, flat in values.items():
+            text = _text(flat[key]) if key in flat else "–"
+            whose.setdefault(text, []).append(number)
+        differs = len(whose) > 1
+        cells = tuple(
+            Value(text, _named(numbers, groups) if differs else "")
+            for text, numbers in whose.items()
+        )
+        rows.append(Row(key, cells, differs and key not in EACH_ITS_OWN))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _named(numbers: Sequence[int], groups: Sequence[Group]) -> str:
+    """Whole groups by their label, other runs by their own name."""
+    names = []
+    for group in groups:
+        inside = [number for number in group.numbers if number in numbers]
+        if len(inside) == len(group.numbers):
+            names.append(group.label)
+        else:
+            names += [run_name(group, group.runs[group.numbers.index(n)]) for n in inside]
+    more = len(names) - NAMED_AT_MOST
+    return "; ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,205 @@
+"""Run folders, as a report reads them: also while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from harness.config import Config, load_config
+from harness.errors import UserError
+from harness.journal import read_lines, standing_lines
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Means over an epoch's steps. `position` is in epochs, whole at an epoch's end."""
+
+    position: float
+    train_error: float | None  # in %
+    images_per_s: float
+    data_wait: float  # share of the time
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A validation result; errors in %."""
+
+    epoch: int
+    error: float
+    top5_error: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A start or a resume: the log's line of it, and how far it came."""
+
+    line: dict[str, Any]
+    begun: datetime
+    ended: datetime
+    last_step: int
+
+    @property
+    def first_step(self) -> int:
+        return self.line["step"]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run folder says. `variant` is its study's, "" for a run given by itself."""
+
+    folder: Path
+    variant: str
+    config: Config
+    environment: dict[str, Any]
+    status: dict[str, Any]
+    launches: list[Launch] = field(repr=False)
+    events: list[dict[str, Any]] = field(repr=False)  # that stand, but for train and evaluation
+    epochs: list[Epoch] = field(repr=False)
+    evaluations: list[Evaluated] = field(repr=False)
+    lr: list[tuple[int, float]] = field(repr=False)  # (step, lr of its update) as logged
+    overflows: int
+
+    @property
+    def state(self) -> str:
+        """running, finished, stopped or failed; "not started" without a status."""
+        return self.status.get("state", "not started")
+
+    @property
+    def error(self) -> float | None:
+        """A finished run's error in %: the median over its final 5 epochs."""
+        return self.status.get("error") if self.state == "finished" else None
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """W of each launch, repetitions left out."""
+        sizes = [launch.line["world_size"] for launch in self.launches]
+        return [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
+
+    @property
+    def hardware(self) -> str:
+        """The last launch's: a GPU's name, or the CPU's."""
+        found = self.environment.get("hardware", {})
+        if found.get("gpu"):
+            return str(found["gpu"])
+        return f"CPU {found.get('cpu', '')}, {found.get('cpus', '?')} cores" if found else "unknown"
+
+    @property
+    def wall_s(self) -> float:
+        """Time within the launches, from each one's first log line to its last."""
+        return sum((launch.ended - launch.begun).total_seconds() for launch in self.launches)
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Training images a second, all ranks together, over the whole run."""
+        seconds = [1 / epoch.images_per_s for epoch in self.epochs if epoch.images_per_s]
+        return len(seconds) / sum(seconds) if seconds else None
+
+    @property
+    def teacher_error(self) -> float | None:
+        """The teacher's validation error in %, where there is one."""
+        errors = [line["error"] for line in self.events if line["event"] == "teacher"]
+        return errors[-1] if errors else None
+
+
+def _launches(lines: Sequence[dict[str, Any]]) -> Iterator[Launch]:
+    starts = [i for i, line in enumerate(lines) if line["event"] in ("start", "resume")]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        begun, ended = (datetime.fromisoformat(lines[i]["time"]) for i in (start, end - 1))
+        yield Launch(lines[start], begun, ended, lines[end - 1]["step"])
+
+
+def _epochs(train: Sequence[dict[str, Any]], steps_per_epoch: int) -> Iterator[Epoch]:
+    """A train line tells of the steps since the one before; a line ends at each epoch's end."""
+    done = 0
+    steps, errors, labelled, seconds, waited = 0, 0.0, 0, 0.0, 0.0
+    for line in train:
+        here = line["step"] - done
+        steps, done = steps + here, line["step"]
+        if line["error"] is not None:
+            errors, labelled = errors + here * line["error"], labelled + here
+        if line["images_per_s"]:
+            seconds += here / line["images_per_s"]  # if a step had one image
+            waited += line["data_wait"] * here / line["images_per_s"]
+        if done % steps_per_epoch == 0:
+            error = errors / labelled if labelled else None
+            speed, wait = (steps / seconds, waited / seconds) if seconds else (0.0, 0.0)
+            yield Epoch(done / steps_per_epoch, error, speed, wait)
+            steps, errors, labelled, seconds, waited = 0, 0.0, 0, 0.0, 0.0
+
+
+def find_run_folders(path: Path) -> list[tuple[Path, str]]:
+    """The run folders of RUN or STUDY, each with its variant: STUDY/VARIANT/SEED has VARIANT.
+
+    Raises UserError where there is none.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder or study")
+    if _is_run_folder(path):
+        return [(path, "")]
+    found = []
+    for folder, names, _ in os.walk(path):
+        if _is_run_folder(Path(folder)):
+            names.clear()
+            variant = Path(folder).relative_to(path).parent.as_posix()
+            found.append((Path(folder), "" if variant == "." else variant))
+        names.sort(key=_natural)
+    if not found:
+        raise UserError(f"{path}: no run folder, and none below it (a run has a config.yaml)")
+    return found
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    return (0, int(name), "") if name.isascii() and name.isdigit() else (1, 0, name)
+
+
+def _is_run_folder(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (
+        (path / "log.jsonl").exists() or (path / "status.json").exists()
+    )
+
+
+def read_run(folder: Path, variant: str = "") -> RecordedRun:
+    """Raises UserError for a folder that cannot be read."""
+    config = load_config(folder / "config.yaml")
+    environment, status = (
+        _read_json(folder / f"{name}.json") for name in ("environment", "status")
+    )
+    try:
+        lines = read_lines(folder / "log.jsonl")
+    except OSError as error:
+        raise UserError(f"{folder}/log.jsonl: {error.strerror}") from None
+    standing = standing_lines(lines)
+    train = [line for line in standing if line["event"] == "train"]
+    return RecordedRun(
+        folder,
+        variant,
+        config,
+        environment,
+        status,
+        list(_launches(lines)),
+        [line for line in standing if line["event"] not in ("train", "evaluation")],
+        list(_epochs(train, config.steps_per_epoch)),
+        [
+            Evaluated(line["epoch"], line["error"], line["top5_error"], line["loss"])
+            for line in standing
+            if line["event"] == "evaluation"
+        ],
+        [(line["step"], line["lr"]) for line in train],
+        sum(line.get("overflows", 0) for line in train),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(errors="replace"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
