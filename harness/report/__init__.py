@@ -36,15 +36,17 @@ def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     studies = [path for path in paths if len(find_run_folders(path)) > 1]
     runs: dict[Path, RecordedRun] = {}
     for path in paths:
+        here: dict[Path, RecordedRun] = {}
         for folder, variant in find_run_folders(path):
             if variant and len(studies) > 1:
                 variant = f"{path.resolve().name}/{variant}"
             if folder.resolve() in runs:
                 continue
             try:
-                runs[folder.resolve()] = read_run(folder, variant)
+                here[folder.resolve()] = read_run(folder, variant)
             except UserError as error:
                 print(f"warning: left out: {error}", file=sys.stderr)
+        runs |= sorted(here.items(), key=lambda item: item[1].config.recipe.minibatch)
     if not runs:
         raise UserError(f"{', '.join(map(str, paths))}: holds no run that can be read")
     return [*runs.values()]

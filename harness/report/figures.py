@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.config import Config
 from harness.recipe.schedule import lr_at, warmup_steps
@@ -14,6 +14,7 @@ from harness.report.svg import Axis, Figure, Series
 LR_DOTS = 40  # a run's
 CLOSE_UP = 2 / 3  # from here on the end of training is shown close up
 EPOCHS = "epochs"
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,37 @@ def sections(groups: Sequence[Group]) -> list[Section]:
     return [section for section in filled if section.figures]
 
 
-def _each_run(groups: Sequence[Group]) -> Iterator[tuple[Group, RecordedRun, int, int]]:
-    """(group, run, its number, the group's colour)"""
-    for colour, group in enumerate(groups):
-        for run, number in zip(group.runs, group.numbers, strict=True):
-            yield group, run, number, colour
+@dataclass(frozen=True)
+class Member:
+    """A run in its group, which has a colour."""
+
+    group: Group
+    run: RecordedRun
+    number: int
+    colour: int
+
+    def line(self, points: Points) -> Series:
+        """Its curve."""
+        name = run_name(self.group, self.run)
+        runs = (self.number,)
+        return Series(name, self.group.label, runs, self.colour, "line", *columns(points))
+
+    def validation(self) -> Points:
+        """(epoch, error in %)"""
+        return [(float(one.epoch), one.error) for one in self.run.evaluations]
+
+
+def _members(groups: Sequence[Group]) -> list[Member]:
+    return [
+        Member(group, run, number, colour)
+        for colour, group in enumerate(groups)
+        for run, number in zip(group.runs, group.numbers, strict=True)
+    ]
+
+
+def columns(points: Points) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The x and the y of points."""
+    return tuple(x for x, _ in points), tuple(y for _, y in points)
 
 
 def run_name(group: Group, run: RecordedRun) -> str:
@@ -80,7 +107,7 @@ def _sweep(sweep: Sequence[Group], name: str, colour: int) -> Iterator[Series]:
     numbers = tuple(number for group in sweep for number in group.numbers)
     x = tuple(float(group.config.recipe.minibatch) for group in sweep)
     y = tuple(group.mean or 0.0 for group in sweep)
-    yield Series(f"{name}, line", name, numbers, colour, "line", x, y, told=("",) * len(x))
+    yield Series(f"{name}, line", "", numbers, colour, "line", x, y, told=("",) * len(x))
     for group, kn, mean in zip(sweep, x, y, strict=True):
         expect, runs = group.expect, len(group.errors)
         for kind, error, std, source in (
@@ -103,57 +130,48 @@ def _sweep(sweep: Sequence[Group], name: str, colour: int) -> Iterator[Series]:
 
 
 def _error_against_epochs(groups: Sequence[Group]) -> Section:
-    training, validation, late = [], [], []
-    for group, run, number, colour in _each_run(groups):
-        base = run_name(group, run), group.label, (number,), colour, "line"
-        points = [(e.position, e.train_error) for e in run.epochs if e.train_error is not None]
-        training.append(Series(*base, *_columns(points)))
-        points = [(float(e.epoch), e.error) for e in run.evaluations]
-        validation.append(Series(*base, *_columns(points)))
-        from_epoch = CLOSE_UP * run.config.recipe.epochs
-        late.append(Series(*base, *_columns([p for p in points if p[0] >= from_epoch])))
-    error = Axis("validation error", "%")
-    figures = (
-        Figure(
-            "training-error",
-            "Training error",
-            Axis(EPOCHS),
-            Axis("training error", "%"),
-            tuple(training),
-        ),
-        Figure("validation-error", "Validation error", Axis(EPOCHS), error, tuple(validation)),
-        Figure(
-            "validation-error-late",
-            "Validation error, the last third",
-            Axis(EPOCHS),
-            error,
-            tuple(late),
-        ),
-    )
+    members = _members(groups)
+    training = [
+        member.line(
+            [(e.position, e.train_error) for e in member.run.epochs if e.train_error is not None]
+        )
+        for member in members
+    ]
+    validation = [member.line(member.validation()) for member in members]
     note = (
         "One line a run. The training error is the mean over an epoch's crops, while the weights "
         "change; the validation error is that of all validation images after the epoch."
     )
-    return Section("Error against epochs", note, figures)
+    start = CLOSE_UP * max(group.config.recipe.epochs for group in groups)
+    whole, late = [], []
+    for kind, series in (("Training", training), ("Validation", validation)):
+        name, axes = f"{kind.lower()}-error", (Axis(EPOCHS), Axis(f"{kind.lower()} error", "%"))
+        whole.append(Figure(name, f"{kind} error", *axes, tuple(series)))
+        ends = tuple(_from(one, start) for one in series)
+        late.append(Figure(f"{name}-late", f"{kind} error, the last third", *axes, ends))
+    return Section("Error against epochs", note, (*whole, *late))
 
 
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return tuple(x for x, _ in points), tuple(y for _, y in points)
+def _from(series: Series, start: float) -> Series:
+    """The points from an epoch on."""
+    kept = [point for point in zip(series.x, series.y, strict=True) if point[0] >= start]
+    x, y = columns(kept)
+    return replace(series, x=x, y=y)
 
 
 def _distillation(groups: Sequence[Group]) -> Section:
     series: list[Series] = []
-    for group, run, number, colour in _each_run(groups):
-        if run.teacher_error is None:
+    for member in _members(groups):
+        error = member.run.teacher_error
+        if error is None:
             continue
-        points = [(float(e.epoch), e.error) for e in run.evaluations]
-        label = f"{group.label}, teacher"
-        name, ends = run_name(group, run), (1.0, float(run.config.recipe.epochs))
-        series.append(Series(name, group.label, (number,), colour, "line", *_columns(points)))
-        level = (run.teacher_error, run.teacher_error)
-        series.append(
-            Series(f"{name}: its teacher", label, (number,), colour, "dashes", ends, level)
-        )
+        student = member.line(member.validation())
+        ends = columns([(1.0, error), (float(member.run.config.recipe.epochs), error)])
+        name, legend = f"{student.name}: its teacher", f"{student.legend}: its teacher"
+        series += [
+            student,
+            Series(name, legend, student.runs, student.colour, "dashes", *ends),
+        ]
     figure = Figure(
         "distillation",
         "Students and their teachers",
@@ -171,16 +189,15 @@ def _learning_rate(groups: Sequence[Group]) -> Section:
         (1.6 * steps / g.config.steps_per_epoch for g, steps in zip(groups, warm, strict=True)),
         default=0.0,
     )
-    whole, close = [], []
+    whole: list[Series] = []
+    close: list[Series] = []
     for colour, group in enumerate(groups):
-        asked = [(x, lr) for x, lr in _schedule(group.config)]
-        logged = _logged_lr(group)
+        asked, logged = _schedule(group.config), _logged_lr(group)
         for kept, limit in ((whole, float("inf")), (close, end)):
-            for points, shape in ((asked, "line"), (logged, "small")):
-                inside = _columns([point for point in points if point[0] <= limit])
-                kind = "config" if shape == "line" else "logged"
-                name = f"{group.label}, {kind}"
-                kept.append(Series(name, group.label, group.numbers, colour, shape, *inside))
+            inside = [columns([p for p in points if p[0] <= limit]) for points in (asked, logged)]
+            own = group.label, group.numbers, colour
+            kept.append(Series(f"{group.label}, config", *own, "line", *inside[0]))
+            kept.append(Series(f"{group.label}, logged", *own, "small", *inside[1]))
     figures = [
         Figure(
             "learning-rate",
@@ -204,16 +221,22 @@ def _learning_rate(groups: Sequence[Group]) -> Section:
     return Section("Learning rate", note, tuple(figures))
 
 
-def _schedule(config: Config) -> list[tuple[float, float]]:
+def _schedule(config: Config) -> Points:
     """(epochs, lr) at the corners of the schedule, and between them as closely as is seen."""
-    total, epoch = config.total_steps, config.steps_per_epoch
-    corners = [warmup_steps(config.recipe, epoch), *(m * epoch for m in config.recipe.milestones)]
-    steps = {0, total - 1} | {corner + d for corner in corners for d in (-1, 0)}
-    steps |= {total * i // 120 for i in range(120)}
-    return [(s / epoch, lr_at(config, s)) for s in sorted(steps) if 0 <= s < total]
+    recipe, total, epoch = config.recipe, config.total_steps, config.steps_per_epoch
+    warm = warmup_steps(recipe, epoch)
+    jumps = {m * epoch for m in recipe.milestones} if recipe.decay == "steps" else set()
+    jumps |= {warm} if recipe.warmup == "constant" and 0 < warm < total else set()
+    steps = {0, warm, total - 1, *jumps, *(total * i // 120 for i in range(120))}
+    points = []
+    for step in sorted(step for step in steps if step < total):
+        if step in jumps:  # upright
+            points.append((step / epoch, lr_at(config, step - 1)))
+        points.append((step / epoch, lr_at(config, step)))
+    return points
 
 
-def _logged_lr(group: Group) -> list[tuple[float, float]]:
+def _logged_lr(group: Group) -> Points:
     longest = max(group.runs, key=lambda run: len(run.lr))
     stride = max(len(longest.lr) // LR_DOTS, 1)
     epoch = group.config.steps_per_epoch
@@ -222,12 +245,10 @@ def _logged_lr(group: Group) -> list[tuple[float, float]]:
 
 def _throughput(groups: Sequence[Group]) -> Section:
     speed, waiting = [], []
-    for group, run, number, colour in _each_run(groups):
-        base = run_name(group, run), group.label, (number,), colour, "line"
-        points = [(e.position, e.images_per_s) for e in run.epochs if e.images_per_s]
-        speed.append(Series(*base, *_columns(points)))
-        waits = [(e.position, 100 * e.data_wait) for e in run.epochs]
-        waiting.append(Series(*base, *_columns(waits)))
+    for member in _members(groups):
+        epochs = member.run.epochs
+        speed.append(member.line([(e.position, e.images_per_s) for e in epochs if e.images_per_s]))
+        waiting.append(member.line([(e.position, 100 * e.data_wait) for e in epochs]))
     figures = (
         Figure(
             "throughput",

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from harness import __version__
 from harness.report.figures import Section, measured, run_name
 from harness.report.groups import Group, flat_config
-from harness.report.happenings import duration, happenings
+from harness.report.happenings import Happening, duration, happenings
 from harness.report.runs import RecordedRun
 from harness.report.svg import STYLE, draw, look, plot_data
 
@@ -72,7 +72,9 @@ def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str
         scale=_scale(groups),
         sections=found,
         runs=[run_row(number, group, run) for number, group, run in runs],
-        happened=[(run_name(g, run), told) for _, g, run in runs if (told := happenings(run))],
+        summary=summary(groups),
+        source=_distinct([group.expect.source for group in groups]),
+        happened=_happened(groups),
         differing=[row for row in (*config, *machine) if row.marked],
         config=config,
         machine=machine,
@@ -84,6 +86,31 @@ def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str
 
 def _in_order(groups: Sequence[Group]) -> list[tuple[int, Group, RecordedRun]]:
     return [(n, g, run) for g in groups for n, run in zip(g.numbers, g.runs, strict=True)]
+
+
+def _happened(groups: Sequence[Group]) -> list[tuple[str, list[Happening]]]:
+    """(whose, what), runs with the same to tell together; runs with nothing to tell left out."""
+    told: dict[str, list[int]] = {}
+    what: dict[str, list[Happening]] = {}
+    for number, _, run in _in_order(groups):
+        if found := happenings(run):
+            what[repr(found)] = found
+            told.setdefault(repr(found), []).append(number)
+    return [(_named(numbers, groups), what[key]) for key, numbers in told.items()]
+
+
+def summary(groups: Sequence[Group]) -> str:
+    """The answer in a sentence."""
+    verdicts = [group.verdict for group in groups if group.verdict]
+    if not verdicts:
+        return "No finished run to compare with what is expected."
+    parts = [f"{verdicts.count('within')} of {len(groups)} within the spread of what is expected"]
+    for verdict in ("lower", "higher"):
+        if count := verdicts.count(verdict):
+            parts.append(f"{count} {verdict}")
+    if open_ := len(groups) - len(verdicts):
+        parts.append(f"{open_} not to be compared yet")
+    return ", ".join(parts) + "."
 
 
 def _as_json(value: Any) -> Markup:

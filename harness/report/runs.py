@@ -87,7 +87,7 @@ class RecordedRun:
         found = self.environment.get("hardware", {})
         if found.get("gpu"):
             return str(found["gpu"])
-        return f"CPU {found.get('cpu', '')}, {found.get('cpus', '?')} cores" if found else "unknown"
+        return f"{found.get('cpus', '?')} CPU cores, {found.get('cpu', '')}" if found else "unknown"
 
     @property
     def wall_s(self) -> float:

@@ -63,7 +63,7 @@ class Figure:
         """In words: the alternative text."""
         last: dict[str, list[float]] = {}
         for series in self.series:
-            if series.y and series.shape != "small":
+            if series.y and series.legend and series.shape != "small":
                 last.setdefault(series.legend, []).append(series.y[-1])
         ends = "; ".join(
             f"{name} {sum(values) / len(values):.4g}" for name, values in [*last.items()][:20]
@@ -262,7 +262,7 @@ def _marker(shape: str, x: float, y: float) -> Markup:
 def _legend(figure: Figure) -> tuple[Markup, float]:
     entries: dict[tuple[str, str], Series] = {}
     for series in figure.series:
-        if series.shape != "small":
+        if series.legend and series.shape != "small":
             entries.setdefault((series.legend, series.shape), series)
     x, y, parts = float(LEFT), HEIGHT + 12.0, []
     for (name, shape), series in entries.items():
