@@ -15,7 +15,8 @@ quickstart: $(VENV)/.quickstart  ## train a small ResNet on real digits by the w
 		-m harness train configs/quickstart.yaml --resume
 
 test: $(VENV)/.test  ## the whole test suite
-	$(BIN)/python -m pytest
+	@# tests mostly wait for processes that start: three files at a time suit two cores
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 soak: $(VENV)/.test  ## faults by the hundred, an hour or more
 	$(BIN)/python -m pytest -m soak -s --timeout 0
