@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true")
     verify.set_defaults(command=_verify)
 
+    cache = commands.add_parser("cache", help="write a teacher's soft targets to distill.cache")
+    _add_config(cache)
+    cache.add_argument("--epochs", type=int, required=True, metavar="E", help="of crops")
+    cache.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    cache.add_argument("--top", type=int, metavar="K", help="the largest logits only")
+    cache.set_defaults(command=_cache)
+
     evaluate = commands.add_parser("eval", help="evaluate a run or a checkpoint")
     evaluate.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
     evaluate.add_argument("overrides", nargs="*", metavar="run.key=value")
@@ -165,37 +172,31 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from harness.config import load_config
     from harness.plan import make_plan, render_plan
+    from harness.stages import load_stages
 
     try:
         steps = [int(step) for step in options.lr_at.split(",") if step.strip()]
     except ValueError:
         raise UserError(f"--lr-at {options.lr_at}: give whole steps, such as 0,390,780") from None
-    plan = make_plan(load_config(options.config, options.overrides), options.ranks, steps)
+    *teachers, last = load_stages(options.config, options.overrides)
+    plan = make_plan(last.config, options.ranks, steps, teachers)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return FINISHED
 
 
 def _train(options: argparse.Namespace) -> int:
-    from harness.config import default_run_folder, load_config
+    from harness.stages import load_stages
 
-    config = load_config(options.config, options.overrides)  # a mistake is told before torch loads
+    stages = load_stages(options.config, options.overrides)  # a mistake is told before torch loads
     from harness.distributed import lost_rank
     from harness.interrupt import Stopped
-    from harness.train import train
+    from harness.train import train_stages
 
-    typed = {override.split("=", 1)[0] for override in options.overrides}
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     try:
-        out = options.out or default_run_folder(options.config)
-        result = train(
-            config,
-            out,
-            resume=options.resume,
-            typed=typed,
-            resume_command=resume_command(options),
-        )
+        command = resume_command(options)
+        result = train_stages(stages, options.out, resume=options.resume, resume_command=command)
     except UserError:
         raise
     except Stopped as stopped:
@@ -223,6 +224,35 @@ def _train(options: argparse.Namespace) -> int:
         print(f"error {result.error:.2f} % (median of the final 5 epochs)")
         print(f"expected {expect.error}{spread} % ({expect.source})")
         print(f"run folder {result.folder}", flush=True)
+    return FINISHED
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from harness.stages import load_stages
+
+    *teachers, student = load_stages(options.config, options.overrides)
+    config = student.config
+    if config.distill is None or config.distill.cache is None:
+        raise UserError(f"{options.config}: write the folder to fill in distill.cache")
+    if options.epochs < 1:
+        raise UserError(f"--epochs {options.epochs}: at least 1 is needed")
+    if options.top is not None and not 1 <= options.top < config.data.classes:
+        raise UserError(f"--top {options.top}: give 1 to {config.data.classes - 1}, or leave it")
+    from harness.distributed import lost_rank
+    from harness.train import cache_soft_targets
+
+    try:
+        folder = cache_soft_targets(config, teachers, options.epochs, options.dtype, options.top)
+    except RunFailed as error:
+        _complain(str(error))
+        return FAILED
+    except RuntimeError as error:
+        if lost := lost_rank(error):
+            _complain(f"another rank ended or is silent: {lost}")
+            return FAILED
+        raise
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        print(f"cache written: {folder}", flush=True)
     return FINISHED
 
 

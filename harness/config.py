@@ -171,10 +171,26 @@ class Distill(Section):
     teacher: Text  # a config, a run folder, or a state dict
     teacher_model: Text | None = None  # name, for a bare state dict
     temperature: Positive = 4.0
-    hard_weight: NotNegative = 0.1
+    hard_weight: Fraction = 0.1
     soft_weight: NotNegative | None = None  # None: 1 - hard_weight
     precision: Precision = "bfloat16"  # the teacher's
-    cache: Text | None = None
+    cache: Text | None = None  # folder written by `harness cache CONFIG --epochs E`
+
+    @property
+    def teacher_config(self) -> str | None:
+        """The teacher's config, where `teacher` is one and no run folder or state dict."""
+        return self.teacher if self.teacher.endswith((".yaml", ".yml")) else None
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the hard and of the soft term."""
+        soft = 1.0 - self.hard_weight if self.soft_weight is None else self.soft_weight
+        return self.hard_weight, soft
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if not any(self.weights):
+            yield "soft_weight: 0, as hard_weight is: no loss is left; raise one of them"
 
 
 class Run(Section):
@@ -236,6 +252,11 @@ class Config(Section):
                 f"recipe.minibatch: {kn} is more than the {self.images} training images, an epoch "
                 "has no step; lower it"
             )
+        if self.data.unlabelled_images and (self.distill is None or not self.distill.weights[1]):
+            yield (
+                "data.unlabelled_images: such images have the soft term of distill only, and "
+                "there is none; set 0, or distill with a soft weight above 0"
+            )
         if micro_batch != "auto" and micro_batch % n:
             yield f"run.micro_batch: {micro_batch} is not a multiple of recipe.worker_batch {n}"
 
@@ -254,10 +275,6 @@ def _refuse_unbuilt(mapping: dict[str, Any]) -> list[str]:
         return keys.get(key) if isinstance(keys, dict) else None
 
     unbuilt = {
-        "distill: not built yet; remove the section": mapping.get("distill") is not None,
-        "data.unlabelled_images: not built yet (needs distill); set 0": bool(
-            written("data", "unlabelled_images")
-        ),
         "run.gradient_precision: bfloat16 is not built yet; set float32": (
             written("run", "gradient_precision") == "bfloat16"
         ),

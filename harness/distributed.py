@@ -3,6 +3,7 @@
 # no postponed annotations here: DDP checks those of a communication hook
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -125,9 +126,34 @@ def generation(world: World) -> str:
 
     torchrun's agent may keep its store when it starts the ranks again: without a name of their
     own they would find the addresses of the dead. A restart raises the count, a node that joins
-    or leaves changes the world size.
+    or leaves changes the world size, and a process may form one group after the other.
     """
-    return f"generation-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{world.world_size}"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"generation-{restarts}-{world.world_size}-{_groups_formed}"
+
+
+_groups_formed = 0
+
+
+def rendezvous(world: World, timeout: timedelta) -> dist.Store:
+    """The store at which the ranks meet, which lives as long as one group, in rank 0.
+
+    A rank that is quick to form the next group may still meet the last group's store, on its way
+    out: it tries again until it finds the one that rank 0 has opened for this group.
+    """
+    opened, deadline_s = f"{generation(world)}-opened", time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            meeting = dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout)
+            store = next(meeting)[0]
+            if world.rank == 0:
+                store.set(opened, "")
+            else:
+                store.wait([opened])
+            return store
+        except dist.DistNetworkError:
+            if world.rank == 0 or time.monotonic() > deadline_s:
+                raise
 
 
 @contextmanager
@@ -145,10 +171,12 @@ def process_group(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessG
         return
     if world.launcher == "slurm":
         use_slurm_rendezvous()
+    global _groups_formed
+    _groups_formed += 1
     # the watchdog is to be first: it tells a rank that hangs from one that is slow, and names it
     timeout = timedelta(seconds=2 * hang_timeout_s + 60)
     try:
-        store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout))
+        store = rendezvous(world, timeout)
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(generation(world), store),

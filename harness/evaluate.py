@@ -58,6 +58,7 @@ def evaluate(
     `watch` is given each batch and its logits (B, K). The total that was counted must be the size
     of the data set: RuntimeError if not. Synchronises device and ranks, once, at the end.
     """
+    was_training = model.training
     model.eval()
     local_counts = torch.zeros(3, dtype=torch.int64, device=pixels.device)
     local_loss = torch.zeros((), dtype=torch.float64, device=pixels.device)
@@ -74,7 +75,7 @@ def evaluate(
         local_loss += F.cross_entropy(logits, labels, reduction="sum")
         if watch is not None:
             watch(batch, logits)
-    model.train()
+    model.train(was_training)
     correct, top5_correct, total = sum_over_ranks(local_counts).tolist()
     loss = float(sum_over_ranks(local_loss))
     if total != config.data.val_images:

@@ -187,7 +187,9 @@ class Journal:
             if count := getattr(reading, name):
                 values[name] = count
         epoch = (step - 1) // self.config.steps_per_epoch + 1
-        self.event("train", step, epoch=epoch, **values)
+        shares = {"labelled_shares": reading.labelled_shares}  # step by step
+        shares = shares if self.config.data.unlabelled_images else {}
+        self.event("train", step, epoch=epoch, **values, **shares)
         self._curves.add({f"train/{name}": value for name, value in values.items()}, step)
         self._progress(step, epoch, values)
         self._logged_step = step
@@ -233,6 +235,15 @@ class Journal:
             f"epoch {epoch}/{self.config.recipe.epochs}  error {evaluation.error:.2f} %  "
             f"top-5 error {evaluation.top5_error:.2f} %  loss {evaluation.loss:.4f}  "
             f"({evaluation.total} of {self.config.data.val_images} images counted)"
+        )
+
+    def teacher_line(self, evaluation: Evaluation, identity: str) -> None:
+        """The teacher's own validation result, before the student's first step."""
+        values = {name: getattr(evaluation, name) for name in ("error", "top5_error", "loss")}
+        self.event("teacher", 0, total=evaluation.total, sha256=identity, **values)
+        self.say(
+            f"teacher  error {evaluation.error:.2f} %  top-5 error {evaluation.top5_error:.2f} %  "
+            f"({evaluation.total} validation images)"
         )
 
     def restart_clock(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from harness.distributed import min_over_ranks, sum_over_ranks
+from harness.recipe.losses import UNLABELLED
 
 NEVER = 2**62
 
@@ -17,11 +19,12 @@ class Reading:
     """Global means since the last reading."""
 
     loss: float
-    error: float  # training error in %
+    error: float  # training error in %, of the labelled images
     replaced: int  # images that could not be decoded
     overflows: int  # float16: updates that were skipped
     overflows_in_row: int  # up to the last step
     first_bad_step: int | None  # the first step with a loss that is not finite
+    labelled_shares: list[float] = field(default_factory=list)  # step by step
 
 
 class Metrics:
@@ -29,9 +32,10 @@ class Metrics:
 
     def __init__(self, device: torch.device, minibatch: int) -> None:
         self.minibatch, self.steps = minibatch, 0
-        self.local_sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
-        self.local_step = torch.zeros(2, dtype=torch.float64, device=device)
-        self.step_loss, self.step_correct = self.local_step.unbind()  # views
+        self.local_sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.local_step = torch.zeros(3, dtype=torch.float64, device=device)
+        self.step_loss, self.step_correct, self.step_labelled = self.local_step.unbind()  # views
+        self.local_labelled: list[Tensor] = []  # of each step
         self.overflows = torch.zeros((), dtype=torch.float64, device=device)
         self.overflows_in_row = torch.zeros((), dtype=torch.float64, device=device)
         self.local_first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
@@ -40,6 +44,7 @@ class Metrics:
         """`loss`: the micro-batch's share of the step's loss, Σ/(kn); `logits`: (B, K)."""
         self.step_loss.add_(loss.detach())
         self.step_correct.add_((logits.detach().argmax(1) == labels).sum())
+        self.step_labelled.add_((labels != UNLABELLED).sum())
 
     def end_step(self, step: int, overflow: Tensor | None = None) -> None:
         """`overflow`: 1.0 where float16 gradients overflowed, so that the update was skipped.
@@ -54,19 +59,22 @@ class Metrics:
             self.local_step.masked_fill_(overflow > 0, 0.0)
         self.local_first_bad_step.clamp_(max=torch.where(fine, NEVER, step))
         self.local_sums += self.local_step
+        self.local_labelled.append(self.step_labelled.clone())
         self.local_step.zero_()
         self.steps += 1
 
     def read(self, local_replaced: int = 0) -> Reading:
         """Means over the ranks since the last reading. Synchronises device and ranks."""
         first_bad_step = int(min_over_ranks(self.local_first_bad_step.clone()))
-        local = torch.cat([self.local_sums, self.local_sums.new_tensor([local_replaced])])
-        loss, correct, replaced = sum_over_ranks(local).tolist()
+        replaced = self.local_sums.new_tensor([local_replaced])
+        local = torch.cat([self.local_sums, replaced, *(n[None] for n in self.local_labelled)])
+        loss, correct, labelled, replaced, *by_step = sum_over_ranks(local).tolist()
         overflows = int(self.overflows)
         counted = max(self.steps - overflows, 1)
         reading = Reading(
             loss=loss / counted,
-            error=100.0 * (1.0 - correct / (counted * self.minibatch)),
+            error=100.0 * (1.0 - correct / labelled) if labelled else math.nan,
+            labelled_shares=[images / self.minibatch for images in by_step],
             replaced=int(replaced),
             overflows=overflows,
             overflows_in_row=int(self.overflows_in_row),
@@ -74,5 +82,6 @@ class Metrics:
         )
         self.local_sums.zero_()
         self.overflows.zero_()
+        self.local_labelled.clear()
         self.steps = 0
         return reading

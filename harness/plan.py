@@ -19,17 +19,20 @@ from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
 from harness.recipe.schedule import lr_at, peak_lr, warmup_steps
+from harness.stages import Stage
 
 COLUMNS, ROWS = 60, 10  # of the picture, in characters
 FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
 SIGMAS = 6  # a measured std may be this many of its own standard errors off
 
 
-def make_plan(config: Config, ranks: int, lr_at_steps: Sequence[int] = ()) -> dict[str, Any]:
+def make_plan(
+    config: Config, ranks: int, lr_at_steps: Sequence[int] = (), teachers: Sequence[Stage] = ()
+) -> dict[str, Any]:
     """What `config` would run on `ranks` ranks, JSON-ready; builds the model on the CPU.
 
-    Raises UserError where there are more ranks than workers, or one of `lr_at_steps` is not
-    a step of the run.
+    `teachers` are the stages before, whose plans are their own. Raises UserError where there are
+    more ranks than workers, or one of `lr_at_steps` is not a step of the run.
     """
     for step in lr_at_steps:
         if not 0 <= step < config.total_steps:
@@ -43,6 +46,7 @@ def make_plan(config: Config, ranks: int, lr_at_steps: Sequence[int] = ()) -> di
             "source": config.expect.source,
         },
         **_plan_steps(config),
+        **_plan_distillation(config, teachers),
         **_plan_ranks(config, ranks),
         **_plan_lr(config),
     }
@@ -66,6 +70,23 @@ def _plan_steps(config: Config) -> dict[str, Any]:
         "images_used_per_epoch": used,
         "images_unused_per_epoch": config.images - used,
     }
+
+
+def _plan_distillation(config: Config, teachers: Sequence[Stage]) -> dict[str, Any]:
+    """`stages`: those before this one; `distill`: the section, null without one."""
+    distill = config.distill and config.distill.model_dump(mode="json")
+    if distill and config.distill:
+        distill["hard_weight"], distill["soft_weight"] = config.distill.weights
+    stages = [
+        {
+            "config": stage.path,
+            "model": stage.config.model.name,
+            "total_steps": stage.config.total_steps,
+            "run_folder": str(stage.folder),
+        }
+        for stage in teachers
+    ]
+    return {"unlabelled": config.data.unlabelled_images, "distill": distill, "stages": stages}
 
 
 def _plan_ranks(config: Config, ranks: int) -> dict[str, Any]:
@@ -226,7 +247,26 @@ def _summary(plan: dict[str, Any]) -> list[str]:
         f"images       {plan['images_used_per_epoch']:,} used in an epoch, "
         f"{plan['images_unused_per_epoch']:,} left over (others each time)",
         f"peak lr      {plan['peak_lr_arithmetic']}",
+        *_distillation(plan),
     ]
+
+
+def _distillation(plan: dict[str, Any]) -> list[str]:
+    lines = [
+        f"stage {number}      {stage['config']}: {stage['model']}, {stage['total_steps']:,} steps, "
+        f"unless {stage['run_folder']} is finished"
+        for number, stage in enumerate(plan["stages"], 1)
+    ]
+    if distill := plan["distill"]:
+        hard, soft, T = (distill[key] for key in ("hard_weight", "soft_weight", "temperature"))
+        source = f"cached in {distill['cache']}" if distill["cache"] else "live"
+        lines += [
+            f"teacher      {distill['teacher']}, in {distill['precision']}, {source}",
+            f"loss         {hard:g} × CE(labels) + {soft:g} × {T:g}² × CE(soft targets, T = {T:g})",
+        ]
+    if plan["unlabelled"]:
+        lines.append(f"unlabelled   {plan['unlabelled']:,} of the {plan['images']:,} images")
+    return lines
 
 
 def _ranks_line(plan: dict[str, Any]) -> str:

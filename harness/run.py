@@ -23,13 +23,14 @@ from harness.checkpoint import (
 from harness.config import Config
 from harness.data.loader import Batch, Feed, Loader
 from harness.distributed import World, global_running_statistics
-from harness.errors import RunFailed
+from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import StopRequest
 from harness.journal import Journal
 from harness.recipe.schedule import lr_at
 from harness.run_folder import RunFolder
 from harness.step import Step
+from harness.teacher import AnyTeacher
 from harness.watchdog import Doing, Watchdog
 
 FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
@@ -53,6 +54,7 @@ class Run:
     control: dist.ProcessGroup | None
     stop: StopRequest
     watchdog: Watchdog
+    teacher: AnyTeacher | None = None
     journal: Journal = field(init=False)
     writer: CheckpointWriter = field(init=False)
     first_step: int = 0
@@ -142,6 +144,16 @@ class Run:
         self.journal.evaluation_line(done, evaluation)
         self.journal.restart_clock()
 
+    def evaluate_teacher(self) -> None:
+        """Logged before the first step, so that a bad teacher is seen at once. Synchronises."""
+        if self.teacher is None or self.first_step > 0:
+            return
+        evaluation = self.teacher.evaluate(
+            lambda: self.watchdog.watch(self.loader.evaluate(), lambda: 0, Doing.EVALUATING)
+        )
+        self.journal.teacher_line(evaluation, self.teacher.identity)
+        self.journal.restart_clock()
+
     def evaluate_if_missing(self) -> None:
         """Makes up the evaluation of the epoch that the restored checkpoint ended."""
         epoch, rest = divmod(self.first_step, self.config.steps_per_epoch)
@@ -190,6 +202,8 @@ class Run:
             "seed": self.config.seed,
             "world_size": self.world.world_size,
             "errors": dict(self.errors),
+            "class_names": list(self.feed.train.classes),
+            "teacher": self.teacher.identity if self.teacher else None,
             "versions": {"torch": str(torch.__version__)},
         }
 
@@ -226,6 +240,11 @@ class Run:
     def restore(self, path: Path) -> None:
         """Takes over a checkpoint written on any number of ranks."""
         payload: dict[str, Any] = load_checkpoint(path)
+        if self.teacher and self.teacher.identity != payload["teacher"]:
+            raise UserError(
+                f"{self.folder.path}: distill.teacher or its cache is another one than at the "
+                "start; restore it, or start anew with another --out"
+            )
         self.step.load_state_dict(payload)
         self.first_step, self.errors = payload["step"], dict(payload["errors"])
 

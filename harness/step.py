@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 
 import torch
@@ -16,7 +16,7 @@ from harness.data.loader import Batch
 from harness.distributed import Reductions, World, sum_gradients
 from harness.metrics import Metrics
 from harness.models.ghost_batch_norm import RunningStatistics
-from harness.recipe.losses import training_loss
+from harness.objective import Objective, build_objective
 from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
 
@@ -62,6 +62,17 @@ def set_precision(precision: str) -> None:
     torch.backends.fp32_precision = wanted  # type: ignore[attr-defined]
 
 
+@contextmanager
+def precision_within(precision: str) -> Iterator[None]:
+    """`set_precision` for a while: a teacher's may be another one than its student's."""
+    before = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    set_precision(precision)
+    try:
+        yield
+    finally:
+        torch.backends.fp32_precision = before  # type: ignore[attr-defined]
+
+
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
     """The context of a forward pass in `run.precision`."""
     dtype = AUTOCAST.get(config.run.precision)
@@ -73,16 +84,22 @@ class Step:
 
     `model` is on the device; `micro_batches` are the workers of each of the rank's micro-batches.
     `self.model` is what these go through (DDP, compiled), `self.network` the bare model, which is
-    saved and evaluated.
+    saved and evaluated. `objective` is what is minimised; plain training needs none.
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, world: World, micro_batches: Sequence[range]
+        self,
+        config: Config,
+        model: nn.Module,
+        world: World,
+        micro_batches: Sequence[range],
+        objective: Objective | None = None,
     ) -> None:
         self.config, self.device = config, world.device
         self.micro_batches = len(micro_batches)
         self.local_workers = sum(map(len, micro_batches))
         self.network = model
+        self.objective = objective or build_objective(config, None)
         self.running_statistics = RunningStatistics(model)
         self.reductions = Reductions()
         self.model: nn.Module = torch.compile(model) if config.run.compile is True else model  # type: ignore[assignment]
@@ -114,20 +131,20 @@ class Step:
             self.data_wait_s += time.perf_counter() - waited_from_s
             self.replaced += [(step, bad, other) for bad, other in batch.replaced]
             with self._gradients_stay_local(number < self.micro_batches - 1):
-                self._forward_backward(batch)
+                self._forward_backward(step, batch)
         self.scaler.step(self.optimizer)
         self.metrics.end_step(step, self._overflow())
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.running_statistics.update(self.local_workers)
 
-    def _forward_backward(self, batch: Batch) -> None:
+    def _forward_backward(self, step: int, batch: Batch) -> None:
         labels = batch.labels.to(self.device, non_blocking=True)
+        loss_of = self.objective(step, batch)
         images = self.pixels(batch.images)
-        recipe = self.config.recipe
         with autocast(self.config, self.device):
             logits = self.model(images)
-        loss = training_loss(logits, labels, recipe.minibatch, recipe.label_smoothing)
+        loss = loss_of(logits, labels)
         self.scaler.scale(loss).backward()
         self.metrics.add_micro_batch(loss, logits, labels)
 

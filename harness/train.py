@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from harness.config import Config, curve_differences, load_config
-from harness.data.index import check_indices, load_index
+from harness.data.index import load_indices
 from harness.data.loader import Feed, open_loader, resolve_loader, resolve_threads
 from harness.distributed import (
     World,
@@ -23,12 +24,15 @@ from harness.distributed import (
     process_group,
     world_from_environment,
 )
-from harness.errors import FAILED, STOPPED, RunFailed
+from harness.errors import FAILED, STOPPED, RunFailed, UserError
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.models import build_model
+from harness.objective import build_objective
 from harness.recipe.minibatch import Minibatch
 from harness.run import Run, choose_checkpoint
 from harness.run_folder import Fenced, RunFolder, describe_environment
+from harness.soft_targets import crop_epochs, open_teacher, write_cache
+from harness.stages import Stage
 from harness.step import Step, set_precision
 from harness.watchdog import Doing, Watchdog
 
@@ -72,11 +76,13 @@ def train(
     resume: bool = False,
     typed: Collection[str] = (),
     resume_command: str = "",
+    stop: StopRequest | None = None,
 ) -> Result:
     """Runs `config` on the ranks that the environment names, and returns its result on all.
 
     `out` is the run folder (runs/MODEL_MINIBATCH by default); `typed` the dotted keys given on the
-    command line; `resume_command` is what to tell where the watchdog ends the process.
+    command line; `resume_command` is what to tell where the watchdog ends the process; `stop` is
+    shared with the stages before.
     Raises UserError before anything is written; Stopped, Diverged and Fenced later.
     """
     world = world_from_environment(config.run.device)
@@ -88,8 +94,9 @@ def train(
     going_on = world.rank == 0 and folder.check(config, resume, set(typed))
     cuda = world.device.type == "cuda"
     model = build_model(config, channels_last=cuda)
+    teacher = open_teacher(config, feed, world)
     loader = open_loader(config, feed, config.run.loader, int(config.run.loader_threads), cuda)
-    stop = StopRequest()
+    stop = stop or StopRequest()
     timeout_s = config.run.hang_timeout_s
     with (
         stop.listen(),
@@ -99,7 +106,9 @@ def train(
     ):
         watchdog.join_ranks()
         model = on_device(model, config, world.device)
-        step = Step(config, model, world, feed.micro_batches)
+        if teacher is not None:
+            teacher.to(world.device)
+        step = Step(config, model, world, feed.micro_batches, build_objective(config, teacher))
         watchdog.reductions = step.reductions
         if world.rank == 0:
             if idle := idle_gpus(world):
@@ -107,10 +116,58 @@ def train(
             folder.open(config, describe_environment(world.device))
         barrier(control)
         checkpoint = choose_checkpoint(folder, going_on, control)
-        run = Run(config, world, folder, step, feed, loader, control, stop, watchdog)
+        run = Run(config, world, folder, step, feed, loader, control, stop, watchdog, teacher)
         if checkpoint is not None:
             run.restore(checkpoint)
         return run_to_the_end(run, resume_command)
+
+
+def train_stages(
+    stages: Sequence[Stage],
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    resume_command: str = "",
+) -> Result:
+    """Trains each teacher, or goes on with it, or takes it over as it is; then the student.
+
+    `out` and `resume` are those of the last stage, whose result is returned. Raises as `train`;
+    what is wrong with the last stage is found before the first is trained.
+    """
+    *teachers, student = stages
+    out, stop = out or student.folder, StopRequest()
+    how: Any = {"resume_command": resume_command, "stop": stop}
+    with stop.listen():  # also between two stages
+        if teachers and not (resume and finished_result(RunFolder(Path(out)), student.config)):
+            world = world_from_environment(student.config.run.device)
+            _, config = prepare(student.config, world)
+            if world.rank == 0:
+                RunFolder(Path(out)).check(config, resume, set(student.typed))
+            for stage in teachers:
+                if world.rank == 0:
+                    print(f"teacher  {stage.path}, run folder {stage.folder}", flush=True)
+                train(stage.config, stage.folder, resume=True, typed=stage.typed, **how)
+        return train(student.config, out, resume=resume, typed=student.typed, **how)
+
+
+def cache_soft_targets(
+    config: Config, teachers: Sequence[Stage], epochs: int, dtype: str, top: int | None
+) -> Path:
+    """Fills the folder `config.distill.cache` by its finished teacher, on all ranks."""
+    for stage in teachers[-1:]:
+        if finished_result(RunFolder(stage.folder), stage.config) is None:
+            raise UserError(
+                f"distill.teacher: {stage.path}: {stage.folder} is no finished run of it; "
+                f"harness train {stage.path} --resume"
+            )
+    world = world_from_environment(config.run.device)
+    set_precision(config.run.precision)
+    assert config.distill is not None
+    # no cache to read from yet
+    distill = config.distill.model_copy(update={"cache": None})
+    feed, prepared = prepare(config.model_copy(update={"distill": distill}), world)
+    config = config.model_copy(update={"run": prepared.run})
+    return write_cache(config, feed, world, epochs, dtype, top)
 
 
 def finished_result(folder: RunFolder, config: Config) -> Result | None:
@@ -131,8 +188,7 @@ def prepare(config: Config, world: World) -> tuple[Feed, Config]:
     """
     run, minibatch = config.run, Minibatch(config.workers, config.recipe.worker_batch)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
-    train_index, val_index = (load_index(run.data_root, split) for split in ("train", "val"))
-    check_indices(train_index, val_index, config)
+    train_index, val_index = load_indices(config)
     micro_batch = minibatch.micro_batch_images(local_workers, run.micro_batch)
     resolved = {
         "loader": resolve_loader(run.loader, world.rank),
@@ -142,8 +198,8 @@ def prepare(config: Config, world: World) -> tuple[Feed, Config]:
     }
     config = config.model_copy(update={"run": run.model_copy(update=resolved)})
     cuda = world.device.type == "cuda"
-    ranks = world.rank, world.world_size
-    return Feed(config, train_index, val_index, *ranks, micro_batch, cuda), config
+    ranks, crops = (world.rank, world.world_size), crop_epochs(config)
+    return Feed(config, train_index, val_index, *ranks, micro_batch, cuda, crops), config
 
 
 def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -159,6 +215,7 @@ def run_to_the_end(run: Run, resume_command: str) -> Result:
         run.open_journal()
         with closing(run):
             record("running", step=run.first_step, total_steps=total_steps)
+            run.evaluate_teacher()
             run.evaluate_if_missing()
             run_steps(run)
             error = run.final_error()

@@ -30,11 +30,15 @@ from harness.step import Pixels, set_precision
 
 @dataclass(frozen=True)
 class Trained:
-    """A network as a checkpoint holds it, with the config it was trained by."""
+    """A network as a checkpoint holds it, with the config it was trained by.
+
+    `class_names` are in the order of the logits; none where they were not recorded.
+    """
 
     config: Config
     model: nn.Module
     checkpoint: Path
+    class_names: Sequence[str] = ()
 
 
 def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
@@ -64,7 +68,7 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
     config = config_from_mapping(payload["config"], str(checkpoint), overrides)
     model = build_model(config)
     model.load_state_dict(payload["model"], strict=True)
-    return Trained(config, model, checkpoint)
+    return Trained(config, model, checkpoint, payload.get("class_names", ()))
 
 
 def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evaluation:

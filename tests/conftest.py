@@ -20,6 +20,8 @@ import yaml
 
 from harness.data.prepare import prepare_digits
 
+pytest_plugins = ["tests.distilling"]
+
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 

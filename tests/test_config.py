@@ -18,6 +18,7 @@ from harness.config import (
     load_config,
 )
 from harness.errors import UserError
+from harness.stages import load_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # kn = 8192 is 32 times the reference of 256: the warm-up of 5 epochs is at work
@@ -264,6 +265,11 @@ def test_default_run_folder(path, folder):
         ("imagenet/resnet101_8192", 256, 156, 14040),
         ("cifar10/resnet20_128", 4, 390, 4680),  # floor(50000/128) = 390; * 12
         ("cifar10/resnet20_1024", 32, 48, 576),  # floor(50000/1024) = 48; * 12
+        ("cifar10/resnet56_128", 4, 390, 63960),  # * 164
+        ("distill/quickstart", 8, 5, 300),  # floor((143 + 1294)/256) = 5; * 60
+        ("distill/cifar10_resnet20", 4, 390, 63960),
+        ("distill/imagenet_resnet50", 256, 156, 14040),
+        ("distill/imagenet_resnet18", 256, 156, 14040),
     ],
 )
 def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
@@ -280,7 +286,17 @@ def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
 def test_every_shipped_config_is_in_the_test_above():
     assert len(list(CONFIGS.glob("quickstart.yaml"))) == 1
     assert len(list(CONFIGS.glob("imagenet/*.yaml"))) == 5
-    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 2
+    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 3
+    assert len(list(CONFIGS.glob("distill/*.yaml"))) == 4
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("distill/*.yaml")))
+def test_a_shipped_student_has_its_teachers_classes_crops_and_size(path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    teacher, student = load_stages(path)
+    for key in ("classes", "val_images", "crop", "resize", "mean", "std"):
+        assert getattr(teacher.config.data, key) == getattr(student.config.data, key)
+    assert teacher.config.images == student.config.images
 
 
 def test_the_published_variants_differ_in_one_key_of_the_curve():

@@ -169,11 +169,10 @@ def test_a_key_without_meaning_is_refused_when_written(value, key, other):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("distill.temperature=3", "distill: not built yet; remove the section (and 1 more)"),
-        ("distill={teacher: t.yaml}", "distill: not built yet; remove the section"),
         (
             "data.unlabelled_images=9",
-            "data.unlabelled_images: not built yet (needs distill); set 0",
+            "data.unlabelled_images: such images have the soft term of distill only, and there "
+            "is none; set 0, or distill with a soft weight above 0",
         ),
         (
             "run.gradient_precision=bfloat16",

@@ -247,11 +247,11 @@ NAN = """
 from harness.step import Step
 usual = Step._forward_backward
 steps = []
-def call(self, batch):
+def call(self, step, batch):
     steps.append(1)
     if rank == 1 and len(steps) == 8:
         self.pixels.mean.fill_(float("nan"))
-    usual(self, batch)
+    usual(self, step, batch)
 Step._forward_backward = call
 """
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness.cli import main
 from harness.config import Config, config_from_mapping, load_config
 from harness.errors import UserError
 from harness.models import build_model
@@ -270,3 +271,17 @@ def test_ranks_outside_the_recipe() -> None:
         make_plan(digits(), 9)  # 8 workers
     with pytest.raises(UserError, match="--ranks 0"):
         make_plan(digits(), 0)
+
+
+def test_a_students_plan_tells_of_its_teacher_and_its_loss(capsys, monkeypatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    assert main(["plan", "configs/distill/quickstart.yaml", "teacher.recipe.epochs=31"]) == 0
+    text = capsys.readouterr().out
+    # 31 epochs of floor(1437/256) = 5 steps
+    assert "configs/quickstart.yaml: resnet8, 155 steps, unless runs/quickstart is" in text
+    assert "loss         0.1 × CE(labels) + 0.9 × 2² × CE(soft targets, T = 2)" in text
+    assert "unlabelled   1,294 of the 1,437 images" in text
+    assert main(["plan", "configs/distill/quickstart.yaml", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["stages"][0]["total_steps"] == 150
+    assert (plan["distill"]["hard_weight"], plan["distill"]["soft_weight"]) == (0.1, 0.9)

@@ -49,7 +49,8 @@ def setting_with(config_file: Path, folder: Path, fault: str = "") -> Setting:
 
 PLANT = """
 import os, sys
-import harness.data.loader as loader, harness.step as step, harness.verify.rank as rank
+import harness.data.loader as loader, harness.objective as objective, harness.step as step
+import harness.verify.rank as rank
 import harness.models.ghost_batch_norm as ghost
 me, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 """
@@ -86,9 +87,9 @@ def shuffled(seed, epoch, images):
 loader.permutation = shuffled
 """
 LOSS_OVER_LOCAL_IMAGES = """
-loss = step.training_loss
-step.training_loss = lambda logits, labels, kn, smoothing: loss(
-    logits, labels, kn // world_size, smoothing
+loss = objective.training_loss
+objective.training_loss = lambda logits, labels, global_batch, label_smoothing: loss(
+    logits, labels, global_batch // world_size, label_smoothing
 )
 """
 BUFFERS_SENT_BY_RANK_0 = """

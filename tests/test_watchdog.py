@@ -68,9 +68,9 @@ def test_a_slow_rank_that_moves_is_waited_for(small, tmp_path):
     plant = """
 from harness.step import Step
 usual = Step._forward_backward
-def slow(self, batch):
+def slow(self, step, batch):
     time.sleep(1)
-    usual(self, batch)
+    usual(self, step, batch)
 if rank == 1:
     Step._forward_backward = slow
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -19,8 +20,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager
-def held_signals() -> Iterator[None]:
-    """Within, children are started: stop signals wait until each child has settled."""
+def starting_children() -> Iterator[None]:
+    """Within, children are forked: stop signals wait until each child has settled.
+
+    Garbage goes before, here: a child that collected a former run's DDP would wait for, or crash
+    on, the threads of its process group, as a fork has none of them.
+    """
+    gc.collect()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -53,7 +59,7 @@ def worker_processes(count: int) -> Iterator[Executor]:
     """
     executor = ProcessPoolExecutor(count, get_context("fork"), settle_child, (os.getpid(),))
     try:
-        with held_signals():
+        with starting_children():
             executor.submit(os.getpid)  # starts all of them
         yield executor
     except BrokenProcessPool:

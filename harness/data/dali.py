@@ -54,7 +54,7 @@ class _Task(ABC):
 
     def __init__(self, index: Index, size: int, threads: int, cuda: bool) -> None:
         self.index, self.size, self.threads, self.cuda = index, size, threads, cuda
-        folders = [os.fsencode(index.folder / name) + b"/" for name in index.classes]
+        folders = [os.fsencode(folder) + b"/" for folder in index.folders]
         self._folders = np.array(folders)
 
     @abstractmethod

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from harness.config import Config
 from harness.data.scan import read_sizes, size_of
 from harness.errors import UserError
+from harness.recipe.losses import UNLABELLED
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMAT_VERSION = 1
+MEND_OR_SKIP = "mend it or set data.on_bad_image=skip"
 # A folder changed as short as this before its listing may change again within one tick of the
 # file system's clock: its time stamp proves nothing (as git's "racily clean" files).
 RACY_NS = 2_000_000_000
@@ -34,6 +37,7 @@ class Index:
     `names` (N,) are the file names, as bytes, within the folder of their class; `labels` int64
     (N,); `widths`, `heights` int32 (N,) in pixels as stored (EXIF orientation not applied), 0
     where the header cannot be read. `cache`: the file that keeps this index, if any.
+    Images without a class, their label UNLABELLED, are in the folder `unlabelled` beside `folder`.
     """
 
     folder: Path
@@ -47,13 +51,19 @@ class Index:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def folders(self) -> tuple[Path, ...]:
+        """By label; that of the label UNLABELLED (-1) is the last."""
+        return (*(self.folder / name for name in self.classes), self.folder.parent / "unlabelled")
+
     def relative_path(self, image_id: int) -> str:
-        """class/name of an image, relative to `folder`."""
-        name = os.fsdecode(bytes(self.names[image_id]))
-        return f"{self.classes[self.labels[image_id]]}/{name}"
+        """class/name of an image, relative to `folder`; unlabelled/name where it has no class."""
+        path = self.path(image_id)
+        return f"{path.parent.name}/{path.name}"
 
     def path(self, image_id: int) -> Path:
-        return self.folder / self.relative_path(image_id)
+        name = os.fsdecode(bytes(self.names[image_id]))
+        return self.folders[self.labels[image_id]] / name
 
 
 def load_index(data_root: str | Path, split: str) -> Index:
@@ -65,7 +75,41 @@ def load_index(data_root: str | Path, split: str) -> Index:
     Raises UserError for a missing or empty folder and a class without images.
     """
     folder = Path(data_root) / split
-    changed_ns = class_folders(folder)
+    return _load(folder, class_folders(folder))
+
+
+def load_unlabelled(data_root: str | Path) -> Index:
+    """The index of the flat folder data_root/unlabelled; kept, and raises, as load_index."""
+    folder = Path(data_root) / "unlabelled"
+    if not folder.is_dir() or not image_names(folder):
+        raise UserError(
+            f"{folder}: no images ({', '.join(SUFFIXES)}) in it; add some, or set "
+            "data.unlabelled_images=0"
+        )
+    return _load(folder, {".": folder.stat().st_mtime_ns})  # its one class folder is itself
+
+
+def load_indices(config: Config) -> tuple[Index, Index]:
+    """The training images, unlabelled ones behind the labelled, and the validation images.
+
+    Raises UserError where the folders are not the data that the config describes.
+    """
+    root, data = config.run.data_root, config.data
+    train, val = load_index(root, "train"), load_index(root, "val")
+    check_indices(train, val, config)
+    if data.unlabelled_images == 0:
+        return train, val
+    unlabelled = load_unlabelled(root)
+    _check_count(unlabelled, "unlabelled_images", data.unlabelled_images)
+    _check_headers(unlabelled, data.on_bad_image == "skip")
+    both = [(getattr(train, a), getattr(unlabelled, a)) for a in ("names", "widths", "heights")]
+    names, widths, heights = map(np.concatenate, both)
+    labels = np.concatenate([train.labels, np.full(len(unlabelled), UNLABELLED)])
+    cache = train.cache and train.cache.with_name(".harness-index-*.npz")  # one of the two
+    return Index(train.folder, train.classes, names, labels, widths, heights, cache), val
+
+
+def _load(folder: Path, changed_ns: dict[str, int]) -> Index:
     places = _cache_places(folder)
     for place in places:
         if index := _read_cache(place, folder, changed_ns):
@@ -82,11 +126,7 @@ def check_indices(train: Index, val: Index, config: Config) -> None:
         (train, "train_images", data.train_images),
         (val, "val_images", data.val_images),
     ):
-        if len(index) != expected:
-            raise UserError(
-                f"{index.folder}: {len(index)} images, but data.{key} is {expected}; "
-                f"complete the folder or set data.{key}={len(index)}"
-            )
+        _check_count(index, key, expected)
     if train.classes != val.classes:
         only_train = sorted({*train.classes} - {*val.classes})
         only_val = sorted({*val.classes} - {*train.classes})
@@ -104,13 +144,24 @@ def check_indices(train: Index, val: Index, config: Config) -> None:
             f"complete the folder or set data.classes={len(train.classes)}"
         )
     for index, skip in ((train, data.on_bad_image == "skip"), (val, False)):
-        bad = np.flatnonzero(index.widths == 0)
-        if len(bad) and not skip:
-            remedy = "mend it" if index is val else "mend it or set data.on_bad_image=skip"
-            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-            raise UserError(
-                f"{index.path(bad[0])}{more}: cannot be decoded: no JPEG or PNG header; {remedy}"
-            )
+        _check_headers(index, skip, "mend it" if index is val else MEND_OR_SKIP)
+
+
+def _check_count(index: Index, key: str, expected: int) -> None:
+    if len(index) != expected:
+        raise UserError(
+            f"{index.folder}: {len(index)} images, but data.{key} is {expected}; "
+            f"complete the folder or set data.{key}={len(index)}"
+        )
+
+
+def _check_headers(index: Index, skip: bool, remedy: str = MEND_OR_SKIP) -> None:
+    bad = np.flatnonzero(index.widths == 0)
+    if len(bad) and not skip:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise UserError(
+            f"{index.path(bad[0])}{more}: cannot be decoded: no JPEG or PNG header; {remedy}"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

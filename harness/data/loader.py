@@ -48,6 +48,7 @@ class Feed:
     """What a rank's loader is to produce: a pure function of its arguments.
 
     `share` is (workers of this rank) / k; `micro_batches` the workers of each of its micro-batches.
+    After `crop_epochs` the crops of the first epoch come again; the order of the images does not.
 
     Place w*n + i of a step is worker w's image i, and image place p of step s is the image at
     s*kn + p of the epoch's permutation. The last N mod kn of a permutation are not used.
@@ -62,8 +63,10 @@ class Feed:
         world_size: int,
         micro_batch: int,
         channels_last: bool,
+        crop_epochs: int | None = None,
     ) -> None:
         self.config, self.train, self.val = config, train, val
+        self._crop_epochs = crop_epochs or config.recipe.epochs
         self._rank, self._world_size = rank, world_size
         minibatch = Minibatch(config.workers, config.recipe.worker_batch)
         self.micro_batch = micro_batch
@@ -86,9 +89,8 @@ class Feed:
             for first in range(step_of_epoch, config.steps_per_epoch, steps_at_once):
                 steps = range(first, min(first + steps_at_once, config.steps_per_epoch))
                 ids = np.concatenate([self._step_of_epoch(order, step)[places] for step in steps])
-                windows = crops(
-                    config.seed, epoch, ids, train.heights[ids], train.widths[ids], config.data
-                )
+                sizes_of = train.heights[ids], train.widths[ids]
+                windows = crops(config.seed, epoch % self._crop_epochs, ids, *sizes_of, config.data)
                 ends = np.cumsum(sizes * len(steps)).tolist()
                 for start, end in zip([0, *ends], ends, strict=False):
                     yield windows.part(start, end)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.config import Config
 from harness.data.ahead import Ahead
-from harness.data.child_process import STOP_SIGNALS, held_signals, settle_child
+from harness.data.child_process import STOP_SIGNALS, settle_child, starting_children
 from harness.data.index import Index
 from harness.data.loader import BadImageError, Batch, Feed
 from harness.data.sampling import Crops, Resizes, crops, replacement
@@ -235,7 +235,7 @@ class _Workers:
             multiprocessing_context="fork" if threads else None,
             generator=torch.Generator(),  # leave the global one alone
         )
-        with held_signals():
+        with starting_children():
             next(iter(self._loader), None)  # nothing is asked for yet, but the processes start
 
     def __call__(self, requests: Iterator[Crops | Resizes]) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,34 +58,38 @@ def _bare_model(model: Model, classes: int) -> nn.Module:
     return torchvision_models.get_model(model.name, weights=None, num_classes=classes)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(
+    model: nn.Module, path: Path, key: str = "model.weights", owner: str = "model.name"
+) -> None:
     """Loads a state dict, .safetensors or torch.save's, strictly and without running its code.
 
-    Raises UserError that names the file, and the first key that does not fit.
+    `key` of the config names the file, `owner` the model. Raises UserError that names the file,
+    and the first entry that does not fit.
     """
-    weights = _read_state_dict(path)
+    misfit = partial(_misfit, f"{key}: {path}", owner)
+    weights = _read_state_dict(path, key)
     expected = model.state_dict()
-    for key in expected:
+    for entry in expected:
         # a file from before PyTorch 0.4.1 has no num_batches_tracked
-        if key not in weights and not key.endswith(".num_batches_tracked"):
-            raise _misfit(path, key, "is missing")
-    for key, weight in weights.items():
-        if key not in expected:
-            raise _misfit(path, key, "is not in the model")
-        if weight.shape != expected[key].shape:
-            shapes = f"{tuple(weight.shape)} instead of {tuple(expected[key].shape)}"
-            raise _misfit(path, key, f"has the shape {shapes}")
+        if entry not in weights and not entry.endswith(".num_batches_tracked"):
+            raise misfit(entry, "is missing")
+    for entry, weight in weights.items():
+        if entry not in expected:
+            raise misfit(entry, "is not in the model")
+        if weight.shape != expected[entry].shape:
+            shapes = f"{tuple(weight.shape)} instead of {tuple(expected[entry].shape)}"
+            raise misfit(entry, f"has the shape {shapes}")
     # a dict without the version that torch.save adds, so that PyTorch fills in num_batches_tracked
     model.load_state_dict(dict(weights), strict=True)
 
 
-def _misfit(path: Path, key: str, what: str) -> UserError:
-    return UserError(f"model.weights: {path}: key {key!r} {what}; it is for another model.name")
+def _misfit(file: str, owner: str, entry: str, what: str) -> UserError:
+    return UserError(f"{file}: key {entry!r} {what}; it is for another {owner}")
 
 
-def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+def _read_state_dict(path: Path, key: str) -> Mapping[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"model.weights: {path}: no such file")
+        raise UserError(f"{key}: {path}: no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -93,9 +98,9 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is damaged or hostile may raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"model.weights: {path}: no state dict ({reason[0]})") from error
+        raise UserError(f"{key}: {path}: no state dict ({reason[0]})") from error
     if not isinstance(weights, Mapping) or not all(
         isinstance(key, str) and isinstance(weight, Tensor) for key, weight in weights.items()
     ):
-        raise UserError(f"model.weights: {path}: not a plain state dict of names and tensors")
+        raise UserError(f"{key}: {path}: not a plain state dict of names and tensors")
     return weights

@@ -104,6 +104,11 @@ def check_setting(
     """Raises UserError for ranks, steps or data that nothing can be verified with."""
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
         raise UserError("harness verify starts its own ranks; start it without torchrun or srun")
+    if config.distill is not None:
+        raise UserError(
+            "distill: what is verified is the plain training; add distill=null "
+            "data.unlabelled_images=0"
+        )
     wanted = sorted({1, *ranks})
     if wanted[0] < 1:
         raise UserError(f"--ranks {wanted[0]}: give numbers from 1 on, such as 1,2,4")

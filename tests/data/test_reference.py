@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -189,6 +190,28 @@ def test_workers_leave_signals_to_their_parent(root: Path, make_config: Make) ->
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 os.kill(int(child.pid or 0), number)
         assert len(list(batches)) == 26
+
+
+class Noted:
+    """A part of a reference cycle, which notes the process in which it is collected."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.itself, self.pids = self, pids
+
+    def __del__(self) -> None:
+        self.pids.append(os.getpid())
+
+
+def test_no_child_inherits_garbage(root: Path, make_config: Make) -> None:
+    """A former run's DDP is a cycle too, and has threads that no fork has."""
+    pids: list[int] = []
+    Noted(pids)
+    gc.disable()
+    try:
+        with loader_of(root, make_config(), threads=1):
+            assert pids == [os.getpid()]
+    finally:
+        gc.enable()
 
 
 def test_workers_die_with_their_parent(root: Path, make_config: Make) -> None:

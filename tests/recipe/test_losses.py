@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from harness.recipe.losses import training_loss
+from harness.recipe.losses import UNLABELLED, soft_loss, training_loss
 
 LOGITS = [[2.0, 0.0, 0.0, 0.0]]
 
@@ -66,3 +66,91 @@ def test_it_is_computed_in_at_least_float32(logits, loss):
     value = training_loss(torch.zeros(1, 3, dtype=logits), torch.tensor([0]), 1, 0.1)
     assert value.dtype == loss
     assert value.item() == pytest.approx(math.log(3))  # bfloat16 would give 1.1015625
+
+
+def test_an_image_without_a_label_adds_nothing_and_counts_in_kn():
+    # of kn = 4 images one has a label: ln 4 / 4, with smoothing too, as the logits are uniform
+    logits = torch.zeros(2, 4, requires_grad=True)
+    for smoothing in (0.0, 0.1):
+        loss = training_loss(logits, torch.tensor([UNLABELLED, 2]), 4, smoothing)
+        assert loss.item() == pytest.approx(math.log(4) / 4)
+        loss.backward()
+        assert logits.grad is not None and not logits.grad[0].any()
+    assert training_loss(logits, torch.tensor([UNLABELLED] * 2), 4, 0.1).item() == 0.0
+
+
+# T = 2: softmax of z / 2 = (ln 3, 0) is (3/4, 1/4), that of v / 2 = (0, ln 4) is (1/5, 4/5)
+STUDENT, TEACHER = [[2 * math.log(3), 0.0]], [[0.0, 2 * math.log(4)]]
+CROSS_ENTROPY = -(1 / 5 * math.log(3 / 4) + 4 / 5 * math.log(1 / 4))
+
+
+def test_the_soft_loss_by_hand():
+    student = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor(TEACHER, dtype=torch.float64)
+    loss = soft_loss(student, teacher, 8, 2.0)  # one of kn = 8 images
+    assert loss.item() == pytest.approx(2**2 * CROSS_ENTROPY / 8)
+    loss.backward()  # T² (q - p) / T = 2 (3/4 - 1/5) = 1.1 and -1.1
+    assert student.grad is not None
+    assert student.grad.tolist() == [pytest.approx([1.1 / 8, -1.1 / 8])]
+
+
+def test_it_is_no_binary_cross_entropy():
+    """Circulating code takes the binary cross entropy of the softmax outputs."""
+    binary = -sum(
+        p * math.log(q) + (1 - p) * math.log(1 - q) for p, q in [(1 / 5, 3 / 4), (4 / 5, 1 / 4)]
+    )
+    assert binary == pytest.approx(2 * CROSS_ENTROPY)  # with two classes
+    loss = soft_loss(torch.tensor(STUDENT), torch.tensor(TEACHER), 1, 2.0).item()
+    assert loss / 4 == pytest.approx(CROSS_ENTROPY) != pytest.approx(binary)
+
+
+def soft_gradient(student, teacher, temperature):
+    """Of one image, and its softened targets, which the gradient T (q - p) shows."""
+    logits = torch.tensor([student], dtype=torch.float64, requires_grad=True)
+    soft_loss(logits, torch.tensor([teacher], dtype=torch.float64), 1, temperature).backward()
+    assert logits.grad is not None
+    targets = (logits.detach() / temperature).softmax(1) - logits.grad / temperature
+    return logits.grad[0], targets[0]
+
+
+def test_the_targets_entropy_rises_with_the_temperature():
+    # v = (0, ln 81): softmax (1/82, 81/82); T = 2: (1/10, 9/10); T = 4: (1/4, 3/4)
+    entropies = []
+    for temperature, p in [(1.0, 1 / 82), (2.0, 1 / 10), (4.0, 1 / 4)]:
+        targets = soft_gradient([0.3, -0.4], [0.0, math.log(81)], temperature)[1]
+        assert targets.tolist() == pytest.approx([p, 1 - p])
+        entropies.append(-(targets * targets.log()).sum().item())
+    assert entropies == pytest.approx([0.0659, 0.3251, 0.5623], abs=1e-4)
+    assert entropies == sorted(entropies)
+
+
+# both of mean zero
+Z, V = [2.0, -1.0, 0.5, -1.5], [1.0, 1.5, -2.0, -0.5]
+
+
+def test_t_squared_keeps_the_gradient_within_a_factor_of_two():
+    # by hand at T = 1: q - p = (.767, .038, .171, .023) - (.342, .564, .017, .076), norm .696
+    norms = {T: soft_gradient(Z, V, T)[0].norm().item() for T in (1.0, 4.0, 20.0)}
+    assert norms[1.0] == pytest.approx(0.696, abs=0.002)
+    assert max(norms.values()) / min(norms.values()) < 2
+    # without T² they would fall as 1 / T²
+    assert norms[1.0] / (norms[20.0] / 20**2) > 200
+
+
+def test_at_a_large_temperature_the_gradient_is_the_difference_of_the_logits():
+    # (z - v) / K = (1, -2.5, 2.5, -1) / 4
+    gradient = soft_gradient(Z, V, 1000.0)[0]
+    assert gradient.tolist() == pytest.approx([0.25, -0.625, 0.625, -0.25], rel=0.003)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_not_above_zero_is_an_error(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        soft_loss(torch.tensor(STUDENT), torch.tensor(TEACHER), 1, temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_soft_loss_is_computed_in_at_least_float32(dtype):
+    student, teacher = torch.zeros(1, 3, dtype=dtype), torch.zeros(1, 3, dtype=dtype)
+    loss = soft_loss(student, teacher, 1, 2.0)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(4 * math.log(3))

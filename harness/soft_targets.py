@@ -1,0 +1,316 @@
+"""A teacher's logits on the disk: computed once, used by many students.
+
+A crop is a pure function of (seed, crop epoch, image id), and so are a teacher's logits of it:
+neither kn, nor the ranks, nor the order of the images changes them. A cache of E crop epochs is a
+folder: manifest.json, and for each epoch and each SHARD_IMAGES images a file of rows by image id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harness.checkpoint import write_atomically
+from harness.config import Config
+from harness.data.index import Index
+from harness.data.loader import Batch, Feed, open_loader
+from harness.data.sampling import Crops, crops
+from harness.distributed import World, barrier, process_group
+from harness.errors import RunFailed, UserError
+from harness.evaluate import Evaluation
+from harness.teacher import AnyTeacher, Teacher, load_teacher
+
+FORMAT_VERSION = 1
+SHARD_IMAGES = 16384
+MAKE_AGAIN = "make it again with `harness cache`, in an empty folder"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the logits of an image are kept: all of them, or the `top` largest and the mean of the
+    others, which stands for each of them."""
+
+    classes: int
+    dtype: str  # float16 | float32
+    top: int | None
+
+    @property
+    def type(self) -> np.dtype:
+        if self.top is None:
+            return np.dtype((self.dtype, (self.classes,)))
+        number = np.min_scalar_type(self.classes)
+        kept = [("classes", number, (self.top,)), ("logits", self.dtype, (self.top,))]
+        return np.dtype([*kept, ("others", self.dtype)])
+
+    def encode(self, logits: Tensor) -> NDArray[Any]:
+        """float32 (B, K) -> (B,) rows. Raises UserError where float16 is too narrow."""
+        if self.top is None:
+            rows = values = logits.numpy().astype(self.dtype)
+        else:
+            largest = logits.topk(self.top)
+            others = (logits.sum(1) - largest.values.sum(1)) / max(self.classes - self.top, 1)
+            rows = np.empty(len(logits), self.type)
+            rows["classes"], rows["logits"] = largest.indices.numpy(), largest.values.numpy()
+            rows["others"] = others.numpy()
+            values = rows["logits"]
+        if not np.isfinite(values).all():
+            raise UserError(f"a logit of the teacher does not fit {self.dtype}; see its run")
+        return rows
+
+    def decode(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """(B,) rows -> (B, K)."""
+        if self.top is None:
+            return rows.astype(np.float32)
+        logits = np.repeat(rows["others"].astype(np.float32)[:, None], self.classes, axis=1)
+        np.put_along_axis(logits, rows["classes"].astype(np.int64), rows["logits"], axis=1)
+        return logits
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images `first` to `end` - 1 in the crops of `epoch`."""
+
+    epoch: int
+    first: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        return f"epoch-{self.epoch:03d}-image-{self.first:08d}.npy"
+
+
+def all_shards(epochs: int, images: int) -> list[Shard]:
+    """Epoch by epoch."""
+    starts = range(0, images, SHARD_IMAGES)
+    return [Shard(e, s, min(s + SHARD_IMAGES, images)) for e in range(epochs) for s in starts]
+
+
+def identify(config: Config, feed: Feed, teacher: Teacher) -> dict[str, Any]:
+    """What logits depend on: those of a cache are right where all of this is the same."""
+    data = config.data
+    return {
+        "format": FORMAT_VERSION,
+        "seed": config.seed,
+        "images": len(feed.train),
+        "index": index_checksum(feed.train),
+        "crop": data.crop,
+        "crop_area": list(data.crop_area),
+        "crop_ratio": list(data.crop_ratio),
+        "flip": data.flip,
+        "classes": data.classes,
+        "teacher": teacher.identity,
+        **teacher.computes,
+    }
+
+
+def index_checksum(index: Index) -> str:
+    """SHA-256 of what an image id stands for: names, labels and sizes."""
+    total = hashlib.sha256("\n".join(index.classes).encode())
+    for array in (index.names, index.labels, index.widths, index.heights):
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+class _Sweep(Feed):
+    """Asks for every image of `shards`, by id."""
+
+    shards: list[Shard]
+
+    def training(self, first_step: int) -> Iterator[Crops]:
+        train, data = self.train, self.config.data
+        for shard in self.shards:
+            for start in range(shard.first, shard.end, self.micro_batch):
+                ids = np.arange(start, min(start + self.micro_batch, shard.end))
+                sizes = train.heights[ids], train.widths[ids]
+                yield crops(self.config.seed, shard.epoch, ids, *sizes, data)
+
+
+def write_cache(
+    config: Config, feed: Feed, world: World, epochs: int, dtype: str, top: int | None
+) -> Path:
+    """Computes the logits of E = `epochs` crop epochs on all ranks; returns the cache's folder.
+
+    Shards that are there are kept, so that it can be interrupted. Raises UserError where the
+    folder holds another cache, or the disk has too little room.
+    """
+    assert config.distill is not None and config.distill.cache is not None
+    folder, rows = Path(config.distill.cache), Rows(config.data.classes, dtype, top)
+    teacher = load_teacher(config, feed.train.classes)
+    plan = identify(config, feed, teacher) | asdict(rows) | {"epochs": epochs}
+    plan["loader"] = config.run.loader
+    shards = all_shards(epochs, len(feed.train))
+    size_mb = epochs * len(feed.train) * rows.type.itemsize / 1e6
+    if world.rank == 0:
+        print(f"{folder}: {epochs} epochs of {len(feed.train):,} images, {size_mb:,.1f} MB")
+        _begin(folder, plan, size_mb)
+    cuda = world.device.type == "cuda"
+    ranks = world.rank, world.world_size
+    sweep = _Sweep(config, feed.train, feed.val, *ranks, feed.micro_batch, cuda)
+    sweep.shards = [s for s in shards if not _sum_file(folder, s).exists()][world.rank :: ranks[1]]
+    threads = int(config.run.loader_threads)
+    with (
+        closing(open_loader(config, sweep, config.run.loader, threads, cuda)) as loader,
+        process_group(world, config.run.hang_timeout_s) as control,
+    ):
+        teacher.to(world.device)
+        evaluation = teacher.evaluate(loader.evaluate)
+        batches = loader.train(0)
+        for shard in sweep.shards:
+            _write_shard(folder, shard, rows, teacher, batches)
+        barrier(control)  # a rank may wait here as long as another needs for a shard more
+        if world.rank == 0:
+            sums = {shard.name: _sum_file(folder, shard).read_text() for shard in shards}
+            whole = plan | {"evaluation": asdict(evaluation), "shards": sums}
+            write_atomically(folder / "manifest.json", json.dumps(whole, indent=2).encode())
+        barrier(control)
+    return folder
+
+
+def _begin(folder: Path, plan: dict[str, Any], size_mb: float) -> None:
+    """Rank 0: plan.json says whose the shards are until the manifest does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (begun := folder / "plan.json").exists():
+            if begun.read_text() != json.dumps(plan, indent=2):
+                raise UserError(f"{folder}: holds another cache; remove it or name another folder")
+            return
+        if any(folder.iterdir()):
+            raise UserError(f"{folder}: is not empty and no cache; name another folder")
+        free_mb = shutil.disk_usage(folder).free / 1e6
+        if size_mb > free_mb:
+            raise UserError(f"{folder}: {free_mb:,.0f} MB are free, it takes {size_mb:,.0f}")
+        write_atomically(begun, json.dumps(plan, indent=2).encode())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def _sum_file(folder: Path, shard: Shard) -> Path:
+    return folder / f"{shard.name}.sha256"
+
+
+def _write_shard(
+    folder: Path, shard: Shard, rows: Rows, teacher: Teacher, batches: Iterator[Batch]
+) -> None:
+    """The next batches of a sweep are the shard's; its checksum is written last.
+
+    Where an image was replaced as it cannot be decoded, its row is never asked for.
+    """
+    parts: list[NDArray[Any]] = []
+    while sum(map(len, parts)) < shard.end - shard.first:
+        parts.append(rows.encode(teacher(0, next(batches)).cpu()))
+    file = io.BytesIO()
+    np.save(file, np.concatenate(parts))
+    content = file.getvalue()
+    try:
+        write_atomically(folder / shard.name, content)
+        write_atomically(_sum_file(folder, shard), hashlib.sha256(content).hexdigest().encode())
+    except OSError as error:
+        raise RunFailed(
+            f"{folder / shard.name}: {error.strerror}; make room and give the same command again"
+        ) from error
+
+
+class CachedTeacher:
+    """Reads from a cache what the teacher would say. `identity` is that of the whole cache."""
+
+    def __init__(self, config: Config, folder: Path, manifest: dict[str, Any]) -> None:
+        self.identity = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        self._steps_per_epoch, self._epochs = config.steps_per_epoch, manifest["epochs"]
+        self._rows = Rows(manifest["classes"], manifest["dtype"], manifest["top"])
+        self._evaluation = Evaluation(**manifest["evaluation"])
+        shards = all_shards(manifest["epochs"], manifest["images"])
+        self._shards = {
+            (shard.epoch, shard.first): np.load(folder / shard.name, mmap_mode="r")
+            for shard in shards
+        }
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, step: int, batch: Batch) -> Tensor:
+        epoch = step // self._steps_per_epoch % self._epochs
+        ids = batch.ids.numpy()
+        first = ids - ids % SHARD_IMAGES
+        logits = np.empty((len(ids), self._rows.classes), np.float32)
+        for start in np.unique(first).tolist():
+            places = first == start
+            logits[places] = self._rows.decode(self._shards[epoch, start][ids[places] - start])
+        tensor = torch.from_numpy(logits)
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
+
+    def evaluate(self, batches: Callable[[], Iterator[Batch]]) -> Evaluation:
+        """As it was when the cache was made."""
+        return self._evaluation
+
+
+def open_teacher(config: Config, feed: Feed, world: World) -> AnyTeacher | None:
+    """The teacher of `config`, live or, with distill.cache, cached; None without one.
+
+    Raises UserError, also for a cache that is damaged, or of other crops or another teacher.
+    """
+    if config.distill is None:
+        return None
+    teacher = load_teacher(config, feed.train.classes)
+    if config.distill.cache is None:
+        return teacher
+    folder = Path(config.distill.cache)
+    manifest = read_manifest(folder)
+    for key, here in identify(config, feed, teacher).items():
+        if manifest.get(key) != here:
+            raise UserError(
+                f"distill.cache: {folder}: is of another {key} ({manifest.get(key)}, here {here}); "
+                f"{MAKE_AGAIN}"
+            )
+    # each rank checks its share: whoever finds a fault ends the run
+    for name, checksum in list(manifest["shards"].items())[world.rank :: world.world_size]:
+        try:
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"distill.cache: {folder / name}: {error.strerror}") from error
+        if found != checksum:
+            raise UserError(f"distill.cache: {folder / name}: is damaged; {MAKE_AGAIN}")
+    return CachedTeacher(config, folder, manifest)
+
+
+def crop_epochs(config: Config) -> int | None:
+    """After how many epochs the crops come again: those of the cache. None: not within the run."""
+    if config.distill is None or config.distill.cache is None:
+        return None
+    return read_manifest(Path(config.distill.cache))["epochs"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises UserError where there is none, or it is damaged."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if set(manifest["shards"]) != {
+            shard.name for shard in all_shards(manifest["epochs"], manifest["images"])
+        }:
+            raise ValueError("its shards are not those of its epochs")
+        return manifest
+    except OSError as error:
+        unfinished = (folder / "plan.json").exists()
+        why = "is not finished" if unfinished else f"no cache ({os.strerror(error.errno or 0)})"
+        raise UserError(
+            f"distill.cache: {folder}: {why}; write it with `harness cache CONFIG --epochs E`"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"distill.cache: {folder}/manifest.json: is damaged ({error}); {MAKE_AGAIN}"
+        ) from None
