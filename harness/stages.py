@@ -14,11 +14,15 @@ TEACHERS = "teacher."  # begins the overrides that are a teacher's
 
 @dataclass(frozen=True)
 class Stage:
-    """A config, the dotted keys that were typed for it, and its default run folder."""
+    """A config, the overrides typed for it, their dotted keys, and its default run folder."""
 
     path: str
     config: Config
-    typed: frozenset[str]
+    overrides: tuple[str, ...]
+
+    @property
+    def typed(self) -> set[str]:
+        return set(map(_key, self.overrides))
 
     @property
     def folder(self) -> Path:
@@ -39,7 +43,7 @@ def load_stages(
     own = [override for override in overrides if not override.startswith(TEACHERS)]
     theirs = [o.removeprefix(TEACHERS) for o in overrides if o.startswith(TEACHERS)]
     config = load_config(path, own)
-    stage = Stage(str(path), config, frozenset(map(_key, own)))
+    stage = Stage(str(path), config, tuple(own))
     teacher = config.distill.teacher_config if config.distill else None
     if teacher is None:
         if theirs:

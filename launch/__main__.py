@@ -69,17 +69,15 @@ def _add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from harness.config import default_run_folder
+    from harness.stages import load_stages
     from launch.cluster import check_environment, load_cluster, with_cluster
-    from launch.study import stages
     from launch.wanted import Wanted
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
     runs: list[Wanted] = []
-    for stage in stages(options.config, options.overrides):
-        below = default_run_folder(stage.path).relative_to("runs")
-        run = Path(cluster.folder) / below
+    for stage in load_stages(options.config, options.overrides):
+        run = Path(cluster.folder) / stage.folder.relative_to("runs")
         typed = stage.overrides
         if runs:  # the student finds the teacher where this cluster has put it
             typed = (*typed, f"distill.teacher={runs[-1].run.absolute()}")

@@ -1,16 +1,15 @@
-"""Studies and chains: several runs from one file."""
+"""Studies: several runs from one file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from harness.config import Expect, Section, Text, load_config
+from harness.config import Expect, Section, Text
 from harness.config_errors import config_error, found
 from launch.cluster import Cluster, Whole, read_mapping, validate, with_cluster
 from launch.wanted import Wanted
@@ -85,26 +84,3 @@ def study_runs(
                 config = with_cluster(cluster, study.base, overrides)
             runs.append(Wanted(f"{name}-{seed}", folder / name / f"{seed}", config, tuple(typed)))
     return runs
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A config and the overrides that it gets."""
-
-    path: str
-    overrides: tuple[str, ...]
-
-
-def stages(path: str, overrides: Sequence[str]) -> list[Stage]:
-    """The chain that ends in the config `path`: where its teacher is a config, that comes first.
-
-    Overrides of `run.*` reach every stage, `teacher.section.key=value` the teacher, all others the
-    last one.
-    """
-    own = tuple(o for o in overrides if not o.startswith("teacher."))
-    teachers = [o.removeprefix("teacher.") for o in overrides if o.startswith("teacher.")]
-    distill = load_config(path, own).distill
-    if distill is None or Path(distill.teacher).suffix not in (".yaml", ".yml"):
-        return [Stage(path, own)]
-    for_all = [o for o in own if o.startswith("run.")]
-    return [*stages(distill.teacher, [*for_all, *teachers]), Stage(path, own)]

@@ -2,7 +2,7 @@ import pytest
 
 from harness.config_errors import ConfigError
 from launch.cluster import load_cluster
-from launch.study import Stage, load_study, stages, study_folder, study_runs
+from launch.study import load_study, study_folder, study_runs
 
 EXAMPLE = "configs/clusters/example.yaml"
 
@@ -53,8 +53,3 @@ def test_a_wrong_key_in_a_variant_is_refused(tmp_path, small):
         ConfigError, match=r"recipe\.epoch: unknown key, did you mean recipe\.epochs"
     ):
         study_runs(path, tmp_path)
-
-
-def test_a_config_without_a_teacher_is_one_stage(small):
-    path = str(small())
-    assert stages(path, ["seed=2", "run.device=cpu"]) == [Stage(path, ("seed=2", "run.device=cpu"))]

@@ -52,6 +52,18 @@ def test_torchrun_is_one_agent_a_node_with_all_its_cores(small, cluster, capsys)
     assert "#SBATCH --no-requeue\n" in text and "#SBATCH --requeue" not in text
 
 
+def test_a_student_is_a_job_that_waits_for_its_teachers(small, student, cluster, tmp_path, capsys):
+    teacher = small("teacher.yaml", model__width=8)
+    path = student(teacher=str(teacher))
+    words = [path, "--cluster", cluster(), "teacher.recipe.epochs=4"]
+    first, second = script(capsys, *words).split("#!/bin/bash")[1:]
+    assert "--job-name=teacher\n" in first and "--dependency" not in first
+    assert "--job-name=student\n" in second
+    assert "#SBATCH --dependency=afterok:JOB_OF_teacher\n" in second
+    assert main(["submit", *map(str, words), "recipe.epoch=1", "--dry-run"]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
