@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from harness.config import Expect, Section, Text
+from harness.config import Expect, Section, Text, load_config
 from harness.config_errors import config_error, found
 from launch.cluster import Cluster, Whole, read_mapping, validate, with_cluster
 from launch.wanted import Wanted
