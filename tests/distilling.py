@@ -12,10 +12,21 @@ import yaml
 
 from harness import load_config
 from harness.cli import main
+from harness.data.prepare import prepare_digits
 from harness.train import train
 from tests.conftest import SMALL
 
 Student = Callable[..., Path]
+# changes of a student's config
+TENTH = {"data__train_images": 143, "data__unlabelled_images": 1294}
+
+
+@pytest.fixture(scope="session")
+def tenth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits, a tenth of the training images labelled. Not to be changed."""
+    folder = tmp_path_factory.mktemp("tenth") / "digits"
+    prepare_digits(folder, 0.1)
+    return folder
 
 
 @pytest.fixture(scope="session")

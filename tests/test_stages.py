@@ -1,9 +1,8 @@
 """A teacher's config and its student's, run as one thing."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,24 @@ import pytest
 from harness.cli import main
 from harness.errors import UserError
 from harness.journal import read_log
+from harness.run import Run
 from harness.stages import load_stages
-from tests.conftest import free_port, harness, start_ranks
-from tests.distilling import one_line
+from tests.conftest import free_port, start_ranks
+from tests.distilling import TENTH, one_line
 from tests.test_train import assert_same, final_weights, stop_after
 
 
 @pytest.fixture
-def chain(small, student, tmp_path, monkeypatch):
-    """configs/student.yaml, whose teacher is configs/teacher.yaml; run folders go to runs/."""
+def chain(small, student, tenth, tmp_path, monkeypatch):
+    """configs/student.yaml, a tenth of its images labelled, whose teacher is configs/teacher.yaml.
+
+    Run folders go to runs/.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     small("configs/teacher.yaml", model__width=8, recipe__epochs=2, recipe__milestones=[])
-    student("configs/student.yaml", teacher="configs/teacher.yaml")
+    changes = TENTH | {"run__data_root": str(tenth)}
+    student("configs/student.yaml", teacher="configs/teacher.yaml", changes=changes)
     return "configs/student.yaml"
 
 
@@ -99,36 +103,47 @@ def test_a_teacher_run_by_another_config_is_refused(chain, capsys):
     assert "recipe.weight_decay" in line and "another config" in line
 
 
-def test_stopped_in_the_teachers_stage_and_resumed_on_two_ranks(chain, tmp_path):
-    """The groups of both stages meet in one store, that of rank 0."""
-    keys = ["run.log_every_steps=1", "run.precision=float64"]
+def stop_at_step_3(log_line, run, done):
+    if done == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    log_line(run, done)
+
+
+def test_stopped_in_either_stage_on_other_ranks_it_is_the_straight_run(
+    chain, tmp_path, monkeypatch, capsys
+):
+    """A rank alone, stopped in the teacher's stage; two under torchrun, in the student's; one.
+
+    The two have a group for each stage, and worker processes forked between them.
+    """
+    keys = ["run.log_every_steps=1", "run.precision=float64", "recipe.epochs=12"]
     assert main(["train", chain, *keys, "--out", "straight"]) == 0
     (tmp_path / "runs" / "teacher").rename(tmp_path / "first-teacher")
-    (process,) = start_ranks(1, ["-m", "harness", "train", chain, *keys])
-    stop_after(process, "step 3/", signal.SIGTERM)
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 75, err
+    usual = Run.log_line
+    with monkeypatch.context() as planted:
+        planted.setattr(Run, "log_line", lambda run, done: stop_at_step_3(usual, run, done))
+        assert main(["train", chain, *keys]) == 75
     assert state("teacher")["state"] == "stopped"
     assert not (tmp_path / "runs" / "student").exists()
-    assert f"harness train {chain} {' '.join(keys)} --resume" in out
-    again = harness("train", chain, *keys, "--resume", ranks=2)
-    assert again.returncode == 0, again.stderr
-    assert state("teacher")["incarnation"] == 2
-    assert_same(final_weights_of("student"), final_weights(tmp_path / "straight"), 1e-10)
+    assert f"harness train {chain} {' '.join(keys)} --resume" in capsys.readouterr().out
 
-
-def test_stopped_in_the_students_stage_under_torchrun_and_resumed_on_one_rank(chain, tmp_path):
-    keys = ["run.log_every_steps=1", "run.precision=float64", "recipe.epochs=12"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += ["--master-port", str(free_port()), "-m", "harness", "train", chain, *keys]
-    process = subprocess.Popen(
-        torchrun, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    torchrun += ["run.loader=reference", "run.loader_threads=1", "--resume"]
+    (process,) = start_ranks(1, torchrun)
     seen = stop_after(process, "epoch 1/12  step 3/", signal.SIGINT)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0 or "SignalException" in err, seen + out + err
-    assert state("teacher")["state"] == "finished"
+    assert (state("teacher")["state"], state("teacher")["incarnation"]) == ("finished", 2)
     assert state("student")["state"] == "stopped", seen + out + err
-    assert main(["train", chain, *keys, "--resume"]) == 0
-    events = [line["event"] for line in read_log(tmp_path / "runs" / "student" / "log.jsonl")]
+
+    assert main(["train", chain, *keys, "run.loader=memory", "--resume"]) == 0
+    assert_same(final_weights_of("student"), final_weights(tmp_path / "straight"), 1e-10)
+    log = read_log(tmp_path / "runs" / "student" / "log.jsonl")
+    events = [line["event"] for line in log]
     assert events.count("teacher") == events.count("resume") == 1 and events[-1] == "finish"
+    straight, shares = (
+        [line["labelled_shares"] for line in lines if line["event"] == "train"]
+        for lines in (read_log(tmp_path / "straight" / "log.jsonl"), log)
+    )
+    assert shares == straight and len(shares) == 60

@@ -10,26 +10,13 @@ import torch
 from harness import load_config
 from harness.data.index import load_index, load_indices, load_unlabelled
 from harness.data.loader import open_loader
-from harness.data.prepare import prepare_digits
 from harness.data.sampling import permutation
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.journal import read_log
 from harness.metrics import Metrics
 from harness.train import prepare, train
-from tests.conftest import harness
-from tests.distilling import one_line
-from tests.test_train import assert_same, final_weights
-
-COUNTS = {"data__train_images": 143, "data__unlabelled_images": 1294}
-
-
-@pytest.fixture(scope="module")
-def tenth(tmp_path_factory):
-    """The digits, a tenth of the training images labelled. Not to be changed."""
-    folder = tmp_path_factory.mktemp("tenth") / "digits"
-    prepare_digits(folder, 0.1)
-    return folder
+from tests.distilling import TENTH, one_line
 
 
 @pytest.fixture
@@ -37,7 +24,7 @@ def config(student, tenth):
     """A student of 1437 images, 143 of them labelled."""
 
     def load(*overrides, root=tenth, **changes):
-        changes = COUNTS | {"run__data_root": str(root)} | changes
+        changes = TENTH | {"run__data_root": str(root)} | changes
         return load_config(student(changes=changes), overrides)
 
     return load
@@ -113,21 +100,6 @@ def test_without_a_soft_term_they_are_refused_and_the_hard_term_is_divided_by_kn
     log = read_log(tmp_path / "run" / "log.jsonl")
     first = next(line for line in log if line["event"] == "train")
     assert first["loss"] == pytest.approx(first["labelled_shares"][0] * np.log(10), rel=0.1)
-
-
-def test_a_student_on_two_ranks_is_that_on_one(student, tenth, tmp_path):
-    changes = COUNTS | {"run__data_root": str(tenth), "run__precision": "float64"}
-    path = student(changes=changes, precision="float64")
-    train(load_config(path), tmp_path / "one")
-    out = harness("train", path, "--out", tmp_path / "two", ranks=2)
-    assert out.returncode == 0, out.stderr
-    assert_same(final_weights(tmp_path / "one"), final_weights(tmp_path / "two"), 1e-10)
-    shares = [
-        [line["labelled_shares"] for line in read_log(tmp_path / name / "log.jsonl")
-         if line["event"] == "train"]
-        for name in ("one", "two")
-    ]  # fmt: skip
-    assert shares[0] == shares[1]
 
 
 def test_what_is_wrong_with_the_folder_is_told(config, tenth, small, tmp_path, capsys):
