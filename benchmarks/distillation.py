@@ -1,16 +1,14 @@
-"""What a teacher brings and costs: errors on the digits, and the cache's break-even.
+"""What a teacher costs, what its cache saves, and what a cache of float16 or top-K rows loses.
 
-    python -m benchmarks.distillation digits --data DIR --tenth DIR [--write]
-    python -m benchmarks.distillation cost [--repetitions 20] [--write]
+    python -m benchmarks.distillation [--teacher RUN] [--repetitions 20] [--write]
 
-DIR: what `harness data digits` makes, for the teacher, and with `--labelled 0.1` for the students.
+cost: a step of a ResNet-20 (128 images of 32 x 32) alone, with a live ResNet-56 and with its cached
+logits, and the ResNet-56 by itself, which is what a cache takes to write. Short blocks of each
+alternate in one process; a figure is the ratio within a round. Their clock is the processor's on a
+CPU, with one thread, and the wall's on a GPU. Batches lie in memory: no image is decoded.
 
-digits: a ResNet-8 of width 8, 143 labelled and 1,294 unlabelled images, taught by the quickstart's
-network, as in configs/distill/quickstart.yaml; and the same network on the 143 images alone, kn =
-128, for as many steps, at three learning rates, of which the best is the baseline. 5 seeds each.
-
-cost: seconds of a step of a ResNet-20 at 32 x 32 alone, with a live ResNet-56 and with its cached
-logits, alternating in one process; how many students make the cache pay.
+rounding: how far the softened targets of a cache are from the live ones, for all crops of the first
+epoch of RUN's config (the quickstart's run, or any other): half the sum of |p - p'| over classes.
 """
 
 from __future__ import annotations
@@ -22,14 +20,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.conditions import spread, write_results
 from benchmarks.step import case_config, make_batches
@@ -37,165 +34,106 @@ from harness.config import Config, Distill, load_config
 from harness.data.loader import Batch, open_loader
 from harness.distributed import World, world_from_environment
 from harness.evaluate import Evaluation
-from harness.journal import read_log
 from harness.models import build_model
 from harness.objective import build_objective
 from harness.soft_targets import CachedTeacher, Rows, all_shards
 from harness.step import Step, set_precision
 from harness.teacher import AnyTeacher, Teacher, load_teacher
-from harness.train import prepare, train
+from harness.train import prepare
 
-SEEDS = (1, 2, 3, 4, 5)
-LRS = (0.05, 0.1, 0.2)  # at 32 images; the peak is four times that at kn = 128
-TEACHER, STUDENT = "configs/quickstart.yaml", "configs/distill/quickstart.yaml"
-# the labelled images alone: 143 // 128 = 1 step an epoch, so epochs are the student's steps
-ALONE = ["distill=null", "data.unlabelled_images=0", "recipe.minibatch=128", "recipe.epochs=300"]
-ALONE += ["recipe.warmup_epochs=25", "recipe.milestones=[150, 225, 270]"]
-ALONE += ["run.evaluate_every_epochs=5"]
-
-
-def digits(data: Path, tenth: Path, processes: int) -> dict[str, Any]:
-    """Errors in % of all runs, and the curves of validation error against steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        machine = ["run.loader=memory", "run.device=cpu"]
-        teacher = train(load_config(TEACHER, [*machine, f"run.data_root={data}"]), work / "teacher")
-        print(f"teacher: {teacher.error:.2f} %")
-        machine += [f"run.data_root={tenth}"]
-        taught = [*machine, f"distill.teacher={teacher.folder}"]
-        variants = {"distilled": taught}
-        for lr in LRS:
-            variants[f"labels alone, lr {lr}"] = [*machine, *ALONE, f"recipe.reference_lr={lr}"]
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            runs = {
-                (name, seed): pool.submit(_run, [*keys, f"seed={seed}"], work / name / str(seed))
-                for name, keys in variants.items()
-                for seed in SEEDS
-            }
-        results = {key: run.result() for key, run in runs.items()}
-        rows = {name: _summary(name, [results[name, seed] for seed in SEEDS]) for name in variants}
-    return {"teacher_error": teacher.error, "students": rows}
-
-
-def _run(keys: list[str], out: Path) -> tuple[float, dict[int, float]]:
-    """The error, and the curve: validation error in % by step."""
-    torch.set_num_threads(1)
-    result = train(load_config(STUDENT, keys), out)
-    log = read_log(result.folder / "log.jsonl")
-    return result.error, {x["step"]: x["error"] for x in log if x["event"] == "evaluation"}
-
-
-def _summary(name: str, runs: list[tuple[float, dict[int, float]]]) -> dict[str, Any]:
-    errors, curves = zip(*runs, strict=True)
-    mean, std = statistics.mean(errors), statistics.stdev(errors)
-    print(f"{name}: {mean:.2f} ± {std:.2f} %  {[round(e, 2) for e in errors]}", flush=True)
-    curve = [[step, statistics.mean(c[step] for c in curves)] for step in sorted(curves[0])]
-    return {"errors": errors, "mean": mean, "std": std, "mean_curve": curve}
-
-
-def logits_lost(data: Path, teacher_run: Path) -> dict[str, Any]:
-    """Largest and mean difference of the softened targets, of float16 and of the largest k."""
-    keys = ["run.loader=memory", "run.device=cpu", f"run.data_root={data}"]
-    config = load_config(TEACHER, keys)
-    distill = Distill(teacher=str(teacher_run), precision="float32")
-    config = config.model_copy(update={"distill": distill})
-    feed, config = prepare(config, world_from_environment("cpu"))
-    loader = open_loader(config, feed, "memory", 0, False)
-    teacher = load_teacher(config, feed.train.classes)
-    batches = loader.train(0)
-    logits = torch.cat([teacher(0, next(batches)) for _ in range(5)])
-    loader.close()
-    lost = {}
-    for dtype, top in [("float16", None), ("float16", 5), ("float16", 3)]:
-        rows = Rows(10, dtype, top)
-        kept = torch.from_numpy(rows.decode(rows.encode(logits)))
-        name = dtype if top is None else f"{dtype}, top {top}"
-        lost[name] = {
-            f"T = {t}": {"largest": float(gap.max()), "mean": float(gap.mean())}
-            for t in (1, 4, 20)
-            for gap in [((logits / t).softmax(1) - (kept / t).softmax(1)).abs().sum(1) / 2]
-        }
-    return {"images": len(logits), "total_variation_of_targets": lost}
+STEPS_A_BLOCK = 2
+CACHED_EPOCHS = 2
+Block = Callable[[int], None]  # so many steps
 
 
 def cost(repetitions: int) -> dict[str, Any]:
-    """Medians of alternating blocks, and the break-even that follows."""
+    """Ratios to a step without a teacher, and the break-even that follows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = case_config("resnet20", 32, 32, 4, 4)
-    distill = Distill(teacher="a ResNet-56", precision="float32")
-    distilled = config.model_copy(update={"distill": distill})
-    network = build_model(case_config("resnet56", 32, 32, 4, 4))
-    live = Teacher(distilled, network)
-    images, epochs = config.data.train_images, 2
+    distilled = config.model_copy(update={"distill": Distill(teacher="-", precision="float32")})
+    live = Teacher(distilled, build_model(case_config("resnet56", 32, 32, 4, 4)))
+    rows = Rows(config.data.classes, "float16", None)
     with tempfile.TemporaryDirectory() as folder:
-        rows = Rows(10, "float16", None)
-        cached = _synthetic_cache(distilled, Path(folder), rows, images, epochs)
+        cached = _synthetic_cache(distilled, Path(folder), rows)
         blocks = {
-            "alone": _block(config, None, images, device),
-            "live": _block(distilled, live, images, device),
-            "cached": _block(distilled, cached, images, device),
-            "teacher": _teacher_block(config, live, images, device),
+            "alone": _step_block(config, None, device),
+            "live": _step_block(distilled, live, device),
+            "cached": _step_block(distilled, cached, device),
+            "teacher": _teacher_block(config, live),
         }
-        times: dict[str, list[float]] = {name: [] for name in blocks}
-        for repetition in range(repetitions + 1):
-            for name, block in blocks.items():
-                begun = time.perf_counter()
-                block(10)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if repetition:  # the first warms up
-                    times[name].append((time.perf_counter() - begun) / 10)
-    step_s = {name: spread(values) for name, values in times.items()}
-    saved_s = step_s["live"]["median"] - step_s["cached"]["median"]
-    # E cached epochs cost E epochs of the teacher alone; a student of S epochs saves S of its part
-    students = step_s["teacher"]["median"] / saved_s
-    print({name: round(1000 * value["median"], 1) for name, value in step_s.items()}, "ms a step")
-    print(f"break-even: {students:.2f} * (cached epochs / epochs of a student) students")
+        rounds = _alternate(blocks, repetitions, device)
+    ratios = {
+        name: spread([times[name] / times["alone"] for times in rounds])
+        for name in ("live", "cached", "teacher")
+    }
+    # E cached epochs cost E epochs of the teacher; a student of S epochs saves S of what it costs
+    students = spread([t["teacher"] / (t["live"] - t["cached"]) for t in rounds])
+    for name, ratio in ratios.items():
+        low, high = ratio["quartile_1"], ratio["quartile_3"]
+        print(f"{name}: {ratio['median']:.3f} of a step alone (quartiles {low:.3f} to {high:.3f})")
+    print(
+        f"break-even: {students['median']:.2f} * E / S students, each of S epochs, E of them cached"
+    )
     return {
-        "student": "resnet20",
+        "student": "resnet20, 128 images of 32 x 32 a step",
         "teacher": "resnet56",
-        "pixels": 32,
-        "minibatch": config.recipe.minibatch,
-        "step_s": step_s,
-        "students_to_break_even_where_all_epochs_are_cached": students,
+        "clock": "processor" if device.type == "cpu" else "wall",
+        "step_alone_s": statistics.median(times["alone"] for times in rounds),
+        "ratio_to_a_step_alone": ratios,
+        "students_to_break_even_times_s_over_e": students,
         "cache_bytes_an_image_and_epoch": rows.type.itemsize,
         "imagenet_float16_gb_an_epoch": Rows(1000, "float16", None).type.itemsize * 1281167 / 1e9,
     }
 
 
-def _synthetic_cache(
-    config: Config, folder: Path, rows: Rows, images: int, epochs: int
-) -> CachedTeacher:
-    shards = all_shards(epochs, images)
-    for shard in shards:
-        np.save(folder / shard.name, rows.encode(torch.randn(shard.end - shard.first, 10)))
-    manifest = asdict(rows) | {"epochs": epochs, "images": images}
-    return CachedTeacher(
-        config, folder, manifest | {"evaluation": asdict(Evaluation(0, 0, 1, 0.0))}
-    )
+def _alternate(
+    blocks: dict[str, Block], repetitions: int, device: torch.device
+) -> list[dict[str, float]]:
+    """Seconds a step of each, round by round; a first round warms up."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    rounds = []
+    for number in range(repetitions + 1):
+        order = list(blocks) if number % 2 else list(reversed(blocks))
+        times = {}
+        for name in order:
+            begun = clock()
+            blocks[name](STEPS_A_BLOCK)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name] = (clock() - begun) / STEPS_A_BLOCK
+        rounds.append(times)
+    return rounds[1:]
 
 
-def _numbered(config: Config, images: int) -> Callable[[], Batch]:
+def _synthetic_cache(config: Config, folder: Path, rows: Rows) -> CachedTeacher:
+    images = config.data.train_images
+    for shard in all_shards(CACHED_EPOCHS, images):
+        logits = torch.randn(shard.end - shard.first, rows.classes)
+        np.save(folder / shard.name, rows.encode(logits))
+    manifest = asdict(rows) | {"epochs": CACHED_EPOCHS, "images": images}
+    evaluation = asdict(Evaluation(0, 0, 1, 0.0))
+    return CachedTeacher(config, folder, manifest | {"evaluation": evaluation})
+
+
+def _numbered(config: Config) -> Callable[[], Batch]:
     """Random batches, each time under other image ids, from all over the data set."""
     batches, generator = itertools.cycle(make_batches(config)), np.random.default_rng(0)
 
     def following() -> Batch:
         batch = next(batches)
-        ids = torch.from_numpy(generator.integers(0, images, len(batch.labels)))
-        return Batch(batch.images, batch.labels, ids, [])
+        ids = generator.integers(0, config.data.train_images, len(batch.labels))
+        return Batch(batch.images, batch.labels, torch.from_numpy(ids), [])
 
     return following
 
 
-def _block(
-    config: Config, teacher: AnyTeacher | None, images: int, device: torch.device
-) -> Callable[[int], None]:
-    world = World(0, 1, 0, 1, "alone", device)
+def _step_block(config: Config, teacher: AnyTeacher | None, device: torch.device) -> Block:
     if teacher is not None:
         teacher.to(device)
     model = build_model(config, channels_last=device.type == "cuda").to(device)
+    world = World(0, 1, 0, 1, "alone", device)
     step = Step(config, model, world, [range(4)], build_objective(config, teacher))
-    following, numbers = _numbered(config, images), itertools.count()
+    following, numbers = _numbered(config), itertools.count()
 
     def block(steps: int) -> None:
         for _ in range(steps):
@@ -205,10 +143,8 @@ def _block(
     return block
 
 
-def _teacher_block(
-    config: Config, teacher: Teacher, images: int, device: torch.device
-) -> Callable[[int], None]:
-    following = _numbered(config, images)
+def _teacher_block(config: Config, teacher: Teacher) -> Block:
+    following = _numbered(config)
 
     def block(steps: int) -> None:
         for _ in range(steps):
@@ -217,27 +153,52 @@ def _teacher_block(
     return block
 
 
+def rounding(run: Path) -> dict[str, Any]:
+    """Largest and mean total variation of the targets, of float16 and of the largest K."""
+    logits = _first_epoch(run)
+    classes, lost = logits.shape[1], {}
+    for top in (None, classes // 2, 3):
+        rows = Rows(classes, "float16", top)
+        kept = torch.from_numpy(rows.decode(rows.encode(logits)))
+        name = "float16" if top is None else f"float16, top {top}"
+        lost[name] = {
+            f"T = {t}": {"largest": float(gap.max()), "mean": float(gap.mean())}
+            for t in (1, 2, 4, 20)
+            for gap in [((logits / t).softmax(1) - (kept / t).softmax(1)).abs().sum(1) / 2]
+        }
+    print(json.dumps(lost, indent=2))
+    model = load_config(run / "config.yaml").model
+    teacher = {"model": model.name, "width": model.width}
+    return teacher | {"images": len(logits), "total_variation_of_targets": lost}
+
+
+def _first_epoch(run: Path) -> Tensor:
+    """The run's logits, float32 (N, K), of the crops that it saw in its first epoch."""
+    config = load_config(run / "config.yaml", ["run.loader=memory", "run.device=cpu"])
+    distill = Distill(teacher=str(run), precision="float32")
+    config = config.model_copy(update={"distill": distill})
+    feed, config = prepare(config, world_from_environment("cpu"))
+    loader = open_loader(config, feed, "memory", 0, False)
+    teacher, batches = load_teacher(config, feed.train.classes), loader.train(0)
+    micro_batches = config.steps_per_epoch * len(feed.micro_batches)
+    logits = torch.cat([teacher(0, next(batches)) for _ in range(micro_batches)])
+    loader.close()
+    return logits
+
+
 def main() -> None:
-    """--write keeps the part's figures in benchmarks/results/distillation_PART.json."""
+    """--write keeps the figures in benchmarks/results/distillation.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("part", choices=["digits", "cost", "lost"])
-    parser.add_argument("--data", type=Path, default=Path("data/digits"))
-    parser.add_argument("--tenth", type=Path, default=Path("data/digits_tenth"))
-    parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart"), help="run folder")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time")
+    parser.add_argument("--teacher", type=Path, nargs="*", default=[], help="run folders")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     set_precision("float32")
-    if options.part == "digits":
-        content = digits(options.data, options.tenth, options.processes)
-    elif options.part == "lost":
-        content = logits_lost(options.data, options.teacher)
-        print(json.dumps(content, indent=2))
-    else:
-        content = cost(options.repetitions)
+    torch.set_num_threads(1)
+    content: dict[str, Any] = {"rounding": [rounding(run) for run in options.teacher]}
+    content["cost"] = cost(options.repetitions)
     if options.write:
-        print(write_results(f"distillation_{options.part}", content))
+        print(write_results("distillation", content))
 
 
 if __name__ == "__main__":
