@@ -1,13 +1,22 @@
 import socket
 import subprocess
 import sys
+import threading
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from harness.distributed import gpu_advice, use_slurm_rendezvous, world_from_environment
+from harness.distributed import (
+    generation,
+    gpu_advice,
+    rendezvous,
+    use_slurm_rendezvous,
+    world_from_environment,
+)
 from harness.errors import UserError
-from tests.conftest import rank_environment, start_ranks
+from tests.conftest import free_port, rank_environment, start_ranks
 
 
 def test_alone_is_one_rank():
@@ -121,6 +130,27 @@ def test_reductions_over_two_real_processes():
     # mean over workers 0.75 * 0 + 0.25 * 1, only lent
     expected = "[18014398509481986, 1] 9 3.0 0.25"
     assert [out.strip() for out, _ in outputs] == [f"{expected} 0.0", f"{expected} 1.0"]
+
+
+def test_a_rank_that_meets_the_last_groups_store_tries_again(monkeypatch):
+    """Rank 1 is quick: the store that it meets goes half a second later, and another one comes."""
+    port = free_port()
+    for name, value in rank_environment(1, 2, port).items():
+        monkeypatch.setenv(name, value)
+    world = world_from_environment("cpu")
+    stores = [dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
+
+    def replace() -> None:
+        stores.pop()
+        stores.append(dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
+        stores[0].set(f"{generation(world)}-opened", "")
+        stores[0].set("mark", "the second")
+
+    later = threading.Timer(0.5, replace)
+    later.start()
+    store = rendezvous(world, timedelta(seconds=30))
+    later.join()
+    assert store.get("mark") == b"the second"
 
 
 def test_a_port_in_use_is_one_line_with_code_2(small):
