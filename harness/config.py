@@ -365,7 +365,11 @@ def _with_override(mapping: dict[str, Any], override: str) -> dict[str, Any]:
             raise config_error("command line", [f"{key}: {name} is {found(below)} and has no keys"])
         inner[name] = dict(below)
         inner = inner[name]
-    inner[last] = read_yaml(text, f"command line: {key}")
+    value = read_yaml(text, f"command line: {key}")
+    if value is None and last in inner:
+        del inner[last]  # null takes a key out: its default, and no word of it
+    else:
+        inner[last] = value
     return mapping
 
 

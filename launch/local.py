@@ -71,7 +71,7 @@ class StopRequest:
     def listen(self) -> Iterator[StopRequest]:
         previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number, handler in previous.items():
-            if handler != signal.SIG_IGN:  # by nohup
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # nohup's word stands
                 signal.signal(number, self._handle)
         try:
             yield self

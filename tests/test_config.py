@@ -197,6 +197,21 @@ def test_overrides(load):
     assert (config.run.data_root, config.run.micro_batch) == ("a=b", 64)
 
 
+def test_null_takes_a_key_out_of_the_file(load):
+    """So that a study on a config that writes warmup_epochs can have a variant without warm-up."""
+    text = SMALLEST.replace("epochs: 90", "epochs: 90, warmup_epochs: 2")
+    assert load(text, "recipe.warmup_epochs=null").recipe.warmup_epochs == 5
+    config = load(text, "recipe.warmup_epochs=null", "recipe.warmup=none")
+    assert "warmup_epochs" not in config.model_dump()["recipe"]
+    for key, part in (
+        ("recipe.warmup=none", "warmup_epochs: has no meaning with warmup: none"),
+        ("recipe.warmup_epoch=null", "warmup_epoch: unknown key"),
+        ("expect=null", "expect: missing"),
+    ):
+        with pytest.raises(ConfigError, match=part):
+            load(text, key)
+
+
 def test_a_stored_config_names_its_source():
     with pytest.raises(ConfigError, match=r"^step 5's config: expect: missing"):
         config_from_mapping({"seed": 1}, "step 5's config")
@@ -270,6 +285,7 @@ def test_default_run_folder(path, folder):
         ("distill/cifar10_resnet20", 4, 390, 63960),
         ("distill/imagenet_resnet50", 256, 156, 14040),
         ("distill/imagenet_resnet18", 256, 156, 14040),
+        ("cifar10/resnet8_16px_128", 4, 80, 960),  # floor(10240/128) = 80; * 12
     ],
 )
 def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
@@ -286,7 +302,7 @@ def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
 def test_every_shipped_config_is_in_the_test_above():
     assert len(list(CONFIGS.glob("quickstart.yaml"))) == 1
     assert len(list(CONFIGS.glob("imagenet/*.yaml"))) == 5
-    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 3
+    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 4
     assert len(list(CONFIGS.glob("distill/*.yaml"))) == 4
 
 
