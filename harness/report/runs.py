@@ -109,7 +109,7 @@ class RecordedRun:
 
 def _launches(lines: Sequence[dict[str, Any]]) -> Iterator[Launch]:
     starts = [i for i, line in enumerate(lines) if line["event"] in ("start", "resume")]
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, end in zip(starts, [*starts, len(lines)][1:], strict=True):
         begun, ended = (datetime.fromisoformat(lines[i]["time"]) for i in (start, end - 1))
         yield Launch(lines[start], begun, ended, lines[end - 1]["step"])
 
