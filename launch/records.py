@@ -6,10 +6,10 @@ job.json · for each run its config, frozen, and its log · submitit's scripts a
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from harness.atomic_file import write_atomically
 from harness.errors import UserError
 
 
@@ -51,6 +51,4 @@ def write_records(target: Path, records: list[Record], kind: str = "slurm") -> N
     """Adds to what was started before; a run's newest record stands."""
     every = read_records(target, kind) | {record.name: record for record in records}
     text = json.dumps({name: asdict(record) for name, record in every.items()}, indent=2)
-    path = records_folder(target, kind) / "job.json"
-    path.with_suffix(".tmp").write_text(text + "\n")
-    os.replace(path.with_suffix(".tmp"), path)  # `status` never reads half a file
+    write_atomically(records_folder(target, kind) / "job.json", (text + "\n").encode())

@@ -285,6 +285,7 @@ def test_default_run_folder(path, folder):
         ("distill/cifar10_resnet20", 4, 390, 63960),
         ("distill/imagenet_resnet50", 256, 156, 14040),
         ("distill/imagenet_resnet18", 256, 156, 14040),
+        ("cifar10/resnet20_128_164epochs", 4, 390, 63960),  # 390 * 164
         ("cifar10/resnet8_16px_128", 4, 80, 960),  # floor(10240/128) = 80; * 12
     ],
 )
@@ -302,7 +303,7 @@ def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
 def test_every_shipped_config_is_in_the_test_above():
     assert len(list(CONFIGS.glob("quickstart.yaml"))) == 1
     assert len(list(CONFIGS.glob("imagenet/*.yaml"))) == 5
-    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 4
+    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 5
     assert len(list(CONFIGS.glob("distill/*.yaml"))) == 4
 
 

@@ -1,26 +1,146 @@
+from pathlib import Path
+
 import pytest
 
 from harness.config_errors import ConfigError
+from harness.plan import make_plan
+from harness.recipe.schedule import peak_lr, warmup_steps
 from launch.cluster import load_cluster
 from launch.study import load_study, study_folder, study_runs
 
 EXAMPLE = "configs/clusters/example.yaml"
 
 
-def test_the_papers_warmups_are_fifteen_runs():
+def test_the_papers_warmups_are_twenty_runs():
     cluster = load_cluster(EXAMPLE)
     folder = study_folder("configs/studies/warmup.yaml", cluster.folder)
     runs = study_runs(
         "configs/studies/warmup.yaml", folder, ("recipe.label_smoothing=0.1",), cluster
     )
-    assert len({run.run for run in runs}) == len({run.name for run in runs}) == 15
-    first = runs[0]
-    assert (first.name, str(first.run)) == ("none-1", "/shared/runs/studies/warmup/none/1")
-    assert (first.config.recipe.warmup, first.config.expect.error) == ("none", 24.84)
-    assert [run.config.seed for run in runs] == [s for s in (1, 2, 3, 4, 5) for _ in range(3)]
+    assert len({run.run for run in runs}) == len({run.name for run in runs}) == 20
+    second = runs[1]
+    assert (second.name, str(second.run)) == ("none-1", "/shared/runs/studies/warmup/none/1")
+    assert (second.config.recipe.warmup, second.config.expect.error) == ("none", 24.84)
+    assert [run.config.seed for run in runs] == [s for s in (1, 2, 3, 4, 5) for _ in range(4)]
     assert {run.config.recipe.label_smoothing for run in runs} == {0.1}
     # the cluster file's run: reaches every one
     assert {run.config.run.data_root for run in runs} == {"/shared/imagenet"}
+
+
+# of each row its peak lr, its warm-up (none where the peak is not above the reference) and, of the
+# ImageNet files, the paper's error and spread
+PAPERS = {
+    "warmup": {
+        "baseline": (0.1, 0, 23.60, 0.12),
+        "none": (3.2, 0, 24.84, 0.37),
+        "constant": (3.2, 5, 25.88, 0.56),
+        "gradual": (3.2, 5, 23.74, 0.09),
+    },
+    "learning_rate": {
+        "kn256_lr0.05": (0.05, 0, 23.92, 0.10),
+        "kn256_lr0.1": (0.1, 0, 23.60, 0.12),
+        "kn256_lr0.2": (0.2, 0, 23.68, 0.09),
+        "kn8192_lr0.05x32": (1.6, 5, 24.27, 0.08),
+        "kn8192_lr0.1x32": (3.2, 5, 23.74, 0.09),
+        "kn8192_lr0.2x32": (6.4, 5, 24.05, 0.18),
+        "kn8192_lr0.1": (0.1, 0, 41.67, 0.10),
+        "kn8192_lr0.1xsqrt32": (0.5657, 5, 26.22, 0.03),  # .1 * 5.657
+    },
+    "last_gamma": {
+        "kn256_gamma1": (0.1, 0, 23.84, 0.18),
+        "kn256_gamma0": (0.1, 0, 23.60, 0.12),
+        "kn8192_gamma1": (3.2, 5, 24.11, 0.07),
+        "kn8192_gamma0": (3.2, 5, 23.74, 0.09),
+    },
+    "resnet101": {"kn256": (0.1, 0, 22.08, 0.06), "kn8192": (3.2, 5, 22.36, 0.09)},
+    "minibatch": {
+        "kn64": (0.025, 0, 23.60, None),
+        "kn128": (0.05, 0, 23.49, 0.12),
+        "kn256": (0.1, 0, 23.60, 0.12),
+        "kn512": (0.2, 5, 23.48, 0.09),
+        "kn1024": (0.4, 5, 23.53, 0.08),
+        "kn2048": (0.8, 5, 23.49, 0.11),
+        "kn4096": (1.6, 5, 23.56, 0.12),
+        "kn8192": (3.2, 5, 23.74, 0.09),
+        "kn16384": (6.4, 5, 24.79, 0.27),
+        "kn32768": (12.8, 5, 27.55, 0.28),
+        "kn65536": (25.6, 5, 33.96, 0.80),
+    },
+    "cifar10_warmup": {
+        "baseline": (0.1, 0),
+        "none": (3.2, 0),
+        "constant": (3.2, 5),
+        "gradual": (3.2, 5),
+    },
+    "cifar10_learning_rate": {
+        "kn128_lr0.05": (0.05, 0),
+        "kn128_lr0.1": (0.1, 0),
+        "kn128_lr0.2": (0.2, 0),
+        "kn4096_lr0.05x32": (1.6, 5),
+        "kn4096_lr0.1x32": (3.2, 5),
+        "kn4096_lr0.2x32": (6.4, 5),
+        "kn4096_lr0.1": (0.1, 0),
+        "kn4096_lr0.1xsqrt32": (0.5657, 5),
+    },
+    "cifar10_last_gamma": {
+        "kn128_gamma1": (0.1, 0),
+        "kn128_gamma0": (0.1, 0),
+        "kn4096_gamma1": (3.2, 5),
+        "kn4096_gamma0": (3.2, 5),
+    },
+    "cifar10_resnet56": {"kn128": (0.1, 0), "kn4096": (3.2, 5)},
+    "cifar10_minibatch": {
+        "kn32": (0.025, 0),
+        "kn64": (0.05, 0),
+        "kn128": (0.1, 0),
+        "kn256": (0.2, 5),
+        "kn512": (0.4, 5),
+        "kn1024": (0.8, 5),
+        "kn2048": (1.6, 5),
+        "kn4096": (3.2, 5),
+        "kn8192": (6.4, 5),
+    },
+    "one_machine": {
+        "kn128": (0.1, 0),
+        "kn256": (0.2, 2),
+        "kn512": (0.4, 2),
+        "kn1024": (0.8, 2),
+        "kn2048": (1.6, 2),
+        "kn1024_no_warmup": (0.8, 0),
+        "kn1024_constant_warmup": (0.8, 2),
+        "kn128_lr0.05": (0.05, 0),
+        "kn128_lr0.2": (0.2, 0),
+        "kn1024_lr0.05x8": (0.4, 2),
+        "kn1024_lr0.2x8": (1.6, 2),
+        "kn1024_lr0.1": (0.1, 0),
+        "kn1024_lr0.1xsqrt8": (0.2828, 2),  # .1 * 2.828
+        "kn128_gamma1": (0.1, 0),
+        "kn1024_gamma1": (0.8, 2),
+    },
+}
+
+
+def test_every_shipped_study_is_above():
+    assert {path.stem for path in Path("configs/studies").glob("*.yaml")} == PAPERS.keys()
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_variant_of_a_shipped_study_is_its_row(name):
+    runs = study_runs(f"configs/studies/{name}.yaml", Path("runs"))
+    first_seed = [run for run in runs if run.name.endswith("-1")]
+    assert [run.run.parent.name for run in first_seed] == [*PAPERS[name]]
+    for run in {run.config.model: run for run in first_seed}.values():
+        make_plan(run.config, ranks=1)
+    for run in first_seed:
+        config, (peak, warmup_epochs, *paper) = run.config, PAPERS[name][run.run.parent.name]
+        assert peak_lr(config.recipe) == pytest.approx(peak, abs=5e-5), run.name
+        steps = config.steps_per_epoch
+        assert warmup_steps(config.recipe, steps) == warmup_epochs * steps, run.name
+        assert config.steps_per_epoch >= 5 and config.recipe.worker_batch == 32
+        if paper:
+            assert [config.expect.error, config.expect.std] == paper, run.name
+        if "gamma" in run.name or name in ("last_gamma", "cifar10_last_gamma"):
+            assert config.model.last_gamma == int(run.run.parent.name.endswith("gamma1"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""The table of docs/reproduction.md, from run folders written by hand."""
+
+import json
+
+import pytest
+import yaml
+
+from benchmarks.reproduction import table, variants
+from harness.config import dump_config, load_config
+from launch.study import study_runs
+
+
+def test_errors_by_variant_with_mean_and_spread(tmp_path):
+    """Errors 30, 31 and 35: mean 32, std sqrt((4 + 1 + 9) / 2) = 2.6458; one run has stopped."""
+    study = tmp_path / "study.yaml"
+    base = {"base": "configs/cifar10/resnet8_16px_128.yaml", "seeds": [1, 2, 3]}
+    large = {"set": {"recipe.minibatch": 1024}}
+    study.write_text(yaml.safe_dump(base | {"variants": {"large": large, "small": {"set": {}}}}))
+    folder = tmp_path / "mine"
+    errors = {"small-1": 30.0, "small-2": 31.0, "small-3": 35.0, "large-1": 40.0}
+    for run in study_runs(study, folder):
+        run.run.mkdir(parents=True)
+        (run.run / "config.yaml").write_text(dump_config(run.config))
+        status = {"state": "stopped", "step": 7}
+        if run.name in errors:
+            status = {"state": "finished", "step": 960, "error": errors[run.name]}
+        (run.run / "status.json").write_text(json.dumps(status))
+        (run.run / "log.jsonl").write_text("")
+    small, large = variants(folder)
+    assert (small["variant"], large["variant"]) == ("small", "large")
+    assert (small["mean_error"], small["std_error"]) == (32.0, pytest.approx(2.6458, abs=1e-4))
+    assert (large["mean_error"], large["std_error"]) == (40.0, None)
+    assert [run["state"] for run in large["runs"]] == ["finished", "stopped", "stopped"]
+    assert table([small, large]).splitlines()[2:] == [
+        "| small | 128 | 0.1 | 32.00 ± 2.65 | 30.00, 31.00, 35.00 |",
+        "| large | 1024 | 0.8 | 40.00 | 40.00, stopped, stopped |",
+    ]
+    assert load_config(folder / "large/1/config.yaml").recipe.minibatch == 1024
