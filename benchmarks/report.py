@@ -123,10 +123,10 @@ def main() -> None:
         for name, count in lines.items():
             page = root / f"{name}.html"
             times = [seconds(root / name, page) for _ in range(options.repetitions)]
-            size_mb = page.stat().st_size / 1e6
-            results[name] = {"seconds": spread(times), "lines": count, "page_mb": size_mb}
+            taken, size_mb = spread(times), page.stat().st_size / 1e6
+            results[name] = {"seconds": taken, "lines": count, "page_mb": size_mb}
             print(
-                f"{name:8} {RUNS} runs, {count:,} log lines: {results[name]['seconds']['median']:.2f} s "
+                f"{name:8} {RUNS} runs, {count:,} log lines: {taken['median']:.2f} s "
                 f"({min(times):.2f} to {max(times):.2f}), {size_mb:.1f} MB"
             )
     if options.write:

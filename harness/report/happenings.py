@@ -64,7 +64,7 @@ def _restarts(run: RecordedRun) -> Iterator[Happening]:
         pause = (after.begun - before.ended).total_seconds()
         text = f"resumed at step {after.first_step:,} after a pause of {duration(pause)}"
         if lost:
-            text += f"; {lost:,} step{'s' if lost > 1 else ''} done again"
+            text += f"; {_count(lost, 'step')} done again"
         yield Happening("restart", text)
         old, new = before.line["world_size"], after.line["world_size"]
         if old != new:
@@ -86,8 +86,12 @@ def _images(run: RecordedRun) -> Iterator[Happening]:
     if replaced:
         bad = sorted({line["bad_image_id"] for line in replaced})
         ids = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
-        uses = f"{len(replaced):,} time{'s' if len(replaced) > 1 else ''}"
-        yield Happening("images", f"skipped {len(bad):,} damaged images, {uses} (ids {ids})")
+        images, uses = _count(len(bad), "damaged image"), _count(len(replaced), "time")
+        yield Happening("images", f"skipped {images}, {uses} (ids {ids})")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def _warnings(run: RecordedRun) -> Iterator[Happening]:
@@ -97,7 +101,7 @@ def _warnings(run: RecordedRun) -> Iterator[Happening]:
             "warning", f"checkpoint of step {line['step']:,} not written: {line['why']}"
         )
     if run.overflows:
-        updates = f"{run.overflows:,} update{'s' if run.overflows > 1 else ''}"
+        updates = _count(run.overflows, "update")
         yield Happening("warning", f"float16 overflowed: {updates} skipped")
     if off := _lr_off(run):
         yield Happening("warning", off)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 520, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 30, 44  # margins around the plot
+MANY = 24  # lines; more are drawn thinner
 COLOURS = 8  # of figure.css; then the same ones again, dashed
 CHARACTER = 6.4  # mean width of a legend's character
 STYLE = Markup((Path(__file__).parent / "figure.css").read_text(encoding="utf-8"))
@@ -155,13 +156,14 @@ def draw(figure: Figure, standalone: bool = False) -> Markup:
     series = Markup("\n").join(_series(s, x, y) for s in figure.series)
     legend, height = _legend(figure) if standalone else (Markup(""), HEIGHT)
     return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" tabindex="0" '
+        '<svg xmlns="http://www.w3.org/2000/svg" class="plot{many}" role="img" tabindex="0" '
         'viewBox="0 0 {width} {height}" data-figure="{name}" aria-label="{title}. {description}">\n'
         "{head}{axes}\n{series}\n{legend}</svg>"
     ).format(
         width=WIDTH,
         height=height,
         name=figure.name,
+        many=" many" * (len(figure.series) > MANY),
         title=figure.title,
         description=figure.description,
         head=_head(figure, height) if standalone else "",
