@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from harness.run import Diverged
 from harness.train import train
 from tests.conftest import SMALL, harness, start_ranks
 
+HOSTILE = "</script><script>document.title = 'harmed'</script><img src=x onerror=alert(1)>"
 RUNS = [("gradual", 1), ("gradual", 2), ("none", 1)]  # (variant, seed)
 
 
@@ -34,7 +36,8 @@ def study(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """STUDY/VARIANT/SEED: gradual warm-up with two seeds, none with one. Not to be changed."""
     folder = tmp_path_factory.mktemp("studies") / "warmup"
     for variant, seed in RUNS:
-        expect = [f"seed={seed}", "expect={error: 60.0, std: 25.0, source: 'table <1> & co'}"]
+        expected = json.dumps({"error": 60.0, "std": 25.0, "source": HOSTILE})
+        expect = [f"seed={seed}", f"expect={expected}"]
         warmup = ["recipe.warmup=none"] if variant == "none" else []
         folder.mkdir(exist_ok=True)
         config = _write(folder.parent / f"{variant}.yaml", digits)
@@ -89,8 +92,6 @@ def written(tmp_path: Path, digits: Path) -> Callable[..., Path]:
     def write(
         lines: list[Line], name: str = "run", torn: str = "", state: str = "finished", **status: Any
     ) -> Path:
-        import json
-
         folder = tmp_path / name
         folder.mkdir(parents=True)
         changes = status.pop("config", {})
