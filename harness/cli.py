@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_eval)
 
     report = commands.add_parser("report", help="one HTML file of runs and studies")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN|STUDY")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN|STUDY|SCALING.json")
     report.add_argument("--to", type=Path, required=True, metavar="FILE.html")
     report.add_argument(
         "--assets", type=Path, metavar="DIR", help="each figure as SVG, its data as CSV"

@@ -12,17 +12,24 @@ from harness.report.figures import Section, sections
 from harness.report.groups import Group, group_runs
 from harness.report.page import render
 from harness.report.runs import RecordedRun, find_run_folders, read_run
+from harness.report.scaling import read_scaling, scaling_section
 from harness.report.svg import csv_text, draw
 
 
 def write_report(paths: Sequence[Path], to: Path, assets: Path | None = None) -> str:
     """Reads RUN or STUDY folders and writes the page `to`; says what it wrote.
 
-    `assets` gets each figure as SVG and its data as CSV. Raises UserError.
+    Among `paths` may be a file of scaling results (.json). `assets` gets each figure as SVG and its
+    data as CSV. Raises UserError.
     """
+    files = [path for path in paths if path.suffix == ".json"]
+    paths = [path for path in paths if path not in files]
+    if not paths:
+        raise UserError("scaling results alone make no report; give a RUN or STUDY too")
+    scaling = [scaling_section(read_scaling(path)) for path in files]
     runs = read_runs(paths)
     groups = group_runs(runs)
-    found = sections(groups)
+    found = [*sections(groups), *scaling]
     page = render(_title(paths, groups), groups, found)
     _write(to, page, "--to")
     said = f"report {to} ({len(runs)} run{'s' if len(runs) > 1 else ''})"

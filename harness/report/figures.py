@@ -97,6 +97,7 @@ def _error_against_minibatch(groups: Sequence[Group]) -> Section:
         Axis("minibatch kn, images", scale="log2"),
         Axis("validation error", "%"),
         tuple(series),
+        legend=True,
     )
     note = "Mean over the seeds; bars are ± one standard deviation. The paper's figure 1."
     return Section("Error against minibatch", note, (figure,))
@@ -178,6 +179,7 @@ def _distillation(groups: Sequence[Group]) -> Section:
         Axis(EPOCHS),
         Axis("validation error", "%"),
         tuple(series),
+        legend=True,
     )
     note = "Dashed: the teacher's own validation error, measured before the student's first step."
     return Section("Distillation", note, (figure,))

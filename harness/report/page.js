@@ -7,7 +7,8 @@ const runsOf = (element) => element.dataset.runs.split(" ").filter(Boolean);
 
 function showRuns() {
   for (const element of document.querySelectorAll(".series, tr[data-runs]")) {
-    element.classList.toggle("off", runsOf(element).every((run) => off.has(run)));
+    const runs = runsOf(element); // none: it is no run's
+    element.classList.toggle("off", runs.length > 0 && runs.every((run) => off.has(run)));
   }
   for (const button of document.querySelectorAll("#legend [aria-pressed]")) {
     button.setAttribute("aria-pressed", String(!runsOf(button).every((run) => off.has(run))));

@@ -51,13 +51,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """One pair of axes. `name` is its file's in --assets."""
+    """One pair of axes. `name` is its file's in --assets; `legend`: the page's does not do."""
 
     name: str
     title: str
     x: Axis
     y: Axis
     series: tuple[Series, ...]
+    legend: bool = False
 
     @property
     def description(self) -> str:
@@ -154,7 +155,8 @@ def draw(figure: Figure, standalone: bool = False) -> Markup:
     """The figure as an SVG element; `standalone` with title, legend and style, as a file."""
     x, y = rulers(figure)
     series = Markup("\n").join(_series(s, x, y) for s in figure.series)
-    legend, height = _legend(figure) if standalone else (Markup(""), HEIGHT)
+    own = standalone or figure.legend
+    legend, height = _legend(figure) if own else (Markup(""), HEIGHT)
     return Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" class="plot{many}" role="img" tabindex="0" '
         'viewBox="0 0 {width} {height}" data-figure="{name}" aria-label="{title}. {description}">\n'
