@@ -13,6 +13,7 @@ quickstart: $(VENV)/.quickstart  ## train a small ResNet on real digits by the w
 	@# one rank a GPU, at most the recipe's 8 workers; two ranks on a machine without GPUs
 	$(BIN)/torchrun --nproc-per-node $$($(BIN)/python -c 'import torch; print(min(torch.cuda.device_count(), 8) or 2)') \
 		-m harness train configs/quickstart.yaml --resume
+	@$(BIN)/harness report runs/quickstart --to runs/quickstart/report.html
 
 test: $(VENV)/.test  ## the whole test suite
 	@# tests mostly wait for processes that start: three files at a time suit two cores

@@ -60,13 +60,13 @@ def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
 
 
 def _title(paths: Sequence[Path], groups: Sequence[Group]) -> str:
+    """The folder's name; with the one above, where it is but a seed's number."""
     if len(paths) == 1:
-        return paths[0].resolve().name
-    return (
-        f"{groups[0].config.model.name}, {len(groups)} configs"
-        if len(groups) > 1
-        else groups[0].label
-    )
+        path = paths[0].resolve()
+        return "/".join(path.parts[-2:]) if path.name.isdigit() else path.name
+    if len(groups) == 1:
+        return groups[0].label
+    return f"{groups[0].config.model.name}, {len(groups)} configs"
 
 
 def _write_assets(folder: Path, found: Sequence[Section]) -> int:

@@ -25,11 +25,11 @@ NAMED_AT_MOST = 6  # runs in a table's cell
 EACH_ITS_OWN = ("seed", "command")  # told in the tables, but no difference worth a mark
 VERDICTS = {
     "within": "within the spread",
-    "lower": "lower, outside the spread",
-    "higher": "higher, outside the spread",
+    "lower": "below the spread",
+    "higher": "above the spread",
     "": "no spread known",
 }
-TRACK = 150  # px, the width of a row's picture
+TRACK = 130  # px, the width of a row's picture
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def summary(groups: Sequence[Group]) -> str:
     if not verdicts:
         return "No finished run to compare with what is expected."
     parts = [f"{verdicts.count('within')} of {len(groups)} within the spread of what is expected"]
-    for verdict in ("lower", "higher"):
+    for verdict, where in (("lower", "below"), ("higher", "above")):
         if count := verdicts.count(verdict):
-            parts.append(f"{count} {verdict}")
+            parts.append(f"{count} {where}")
     if open_ := len(groups) - len(verdicts):
         parts.append(f"{open_} not to be compared yet")
     return ", ".join(parts) + "."

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 520, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 30, 44  # margins around the plot
+FEW = 12  # points of a line; each is marked
 MANY = 24  # lines; more are drawn thinner
 COLOURS = 8  # of figure.css; then the same ones again, dashed
 CHARACTER = 6.4  # mean width of a legend's character
@@ -148,7 +149,7 @@ def tick_text(value: float, scale: Scale) -> str:
         return f"{value / 1e6:g}M"
     if abs(value) >= 10000 or (abs(value) >= 1000 and scale != "log2"):
         return f"{value / 1000:g}k"
-    return f"{value:.6g}"
+    return f"{value:.6g}".replace("e-0", "e-")
 
 
 def draw(figure: Figure, standalone: bool = False) -> Markup:
@@ -236,8 +237,8 @@ def _series(series: Series, x: Ruler, y: Ruler) -> Markup:
         body = Markup('<polyline class="{}" points="{}"/>').format(
             series.shape, " ".join(f"{a:g},{b:g}" for a, b in points)
         )
-        if len(points) == 1:  # a run's first epoch is seen too
-            body += _marker("small", *points[0])
+        if series.shape == "line" and len(points) <= FEW:
+            body += Markup("").join(_marker("small", *point) for point in points)
     else:
         body = Markup("").join(_marker(series.shape, *point) for point in points)
     for value, low, high in zip(series.x, series.low, series.high, strict=False):
@@ -259,7 +260,7 @@ def _marker(shape: str, x: float, y: float) -> Markup:
             x, round(y - 5.5, 1)
         )
     return Markup('<circle class="{}" cx="{}" cy="{}" r="{}"/>').format(
-        shape, x, y, 4 if shape == "dot" else 1.8
+        shape, x, y, 4 if shape == "dot" else 2
     )
 
 
