@@ -143,12 +143,12 @@ def _error_against_epochs(groups: Sequence[Group]) -> Section:
         "One line a run. The training error is the mean over an epoch's crops, while the weights "
         "change; the validation error is that of all validation images after the epoch."
     )
-    start = CLOSE_UP * max(group.config.recipe.epochs for group in groups)
+    starts = [CLOSE_UP * member.run.config.recipe.epochs for member in members]
     whole, late = [], []
     for kind, series in (("Training", training), ("Validation", validation)):
         name, axes = f"{kind.lower()}-error", (Axis(EPOCHS), Axis(f"{kind.lower()} error", "%"))
         whole.append(Figure(name, f"{kind} error", *axes, tuple(series)))
-        ends = tuple(_from(one, start) for one in series)
+        ends = tuple(_from(one, start) for one, start in zip(series, starts, strict=True))
         late.append(Figure(f"{name}-late", f"{kind} error, the last third", *axes, ends))
     return Section("Error against epochs", note, (*whole, *late))
 
@@ -162,6 +162,7 @@ def _from(series: Series, start: float) -> Series:
 
 def _distillation(groups: Sequence[Group]) -> Section:
     series: list[Series] = []
+    late: list[Series] = []
     for member in _members(groups):
         error = member.run.teacher_error
         if error is None:
@@ -169,20 +170,18 @@ def _distillation(groups: Sequence[Group]) -> Section:
         student = member.line(member.validation())
         ends = columns([(1.0, error), (float(member.run.config.recipe.epochs), error)])
         name, legend = f"{student.name}: its teacher", f"{student.legend}: its teacher"
-        series += [
-            student,
-            Series(name, legend, student.runs, student.colour, "dashes", *ends),
-        ]
-    figure = Figure(
-        "distillation",
-        "Students and their teachers",
-        Axis(EPOCHS),
-        Axis("validation error", "%"),
-        tuple(series),
-        legend=True,
+        teacher = Series(name, legend, student.runs, student.colour, "dashes", *ends)
+        start = CLOSE_UP * member.run.config.recipe.epochs
+        series += [student, teacher]
+        late += [_from(student, start), replace(teacher, x=(start, ends[0][1]))]
+    axes = Axis(EPOCHS), Axis("validation error", "%")
+    title = "Students and their teachers"
+    figures = (
+        Figure("distillation", title, *axes, tuple(series), legend=True),
+        Figure("distillation-late", f"{title}, the last third", *axes, tuple(late), legend=True),
     )
     note = "Dashed: the teacher's own validation error, measured before the student's first step."
-    return Section("Distillation", note, (figure,))
+    return Section("Distillation", note, figures)
 
 
 def _learning_rate(groups: Sequence[Group]) -> Section:

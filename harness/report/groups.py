@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,12 +74,14 @@ def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
     for number, run in enumerate(runs):
         key = run.variant, json.dumps(curve_keys(run.config), sort_keys=True)
         members.setdefault(key, []).append(number)
-    singles = [runs[numbers[0]].config for (variant, _), numbers in members.items() if not variant]
+    loose = [runs[numbers[0]] for (variant, _), numbers in members.items() if not variant]
     labels: dict[str, int] = {}
     groups = []
     for (variant, _), numbers in members.items():
         first = runs[numbers[0]]
-        label = variant or _label(first.config, singles)
+        label = variant or (
+            _label(first.config, loose) if len(numbers) > 1 else _place(first, loose)
+        )
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:  # one variant, but its runs have different configs
             label = f"{label} ({labels[label]})"
@@ -101,9 +104,18 @@ def curve_keys(config: Config) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k.partition(".")[0] not in ("seed", "expect", "run")}
 
 
-def _label(config: Config, among: Sequence[Config]) -> str:
+def _place(run: RecordedRun, among: Sequence[RecordedRun]) -> str:
+    """Its folder's name, with as much of the path as tells it from the others."""
+    folder = run.folder.resolve()
+    above = os.path.commonpath([other.folder.resolve().parent for other in among])
+    if len(among) == 1 and folder.name.isdigit():  # a seed's number says nothing by itself
+        above = os.path.dirname(above)
+    return folder.relative_to(above).as_posix()
+
+
+def _label(config: Config, among: Sequence[RecordedRun]) -> str:
     """What tells a config from the others, such as `kn 256, warmup none`."""
-    keys, others = curve_keys(config), [curve_keys(other) for other in among]
+    keys, others = curve_keys(config), [curve_keys(other.config) for other in among]
     names = dict.fromkeys(key for other in [keys, *others] for key in other)
     differing = [k for k in names if any(other.get(k) != keys.get(k) for other in others)]
     differing = differing or ["model.name", "recipe.minibatch"]

@@ -44,7 +44,7 @@ def _state(run: RecordedRun) -> Iterator[Happening]:
         ago = max(time.time() - run.status["heartbeat"], 0)
         text += f", last heard of {duration(ago)} before this report"
     elif reason := run.status.get("reason"):
-        text += f": {reason}"
+        text = reason if reason.startswith(run.state) else f"{text}: {reason}"
     yield Happening("divergence" if run.state == "failed" else "state", text)
 
 

@@ -134,7 +134,8 @@ def _epochs(train: Sequence[dict[str, Any]], steps_per_epoch: int) -> Iterator[E
 
 
 def find_run_folders(path: Path) -> list[tuple[Path, str]]:
-    """The run folders of RUN or STUDY, each with its variant: STUDY/VARIANT/SEED has VARIANT.
+    """The run folders of RUN or STUDY, each with its variant: VARIANT of STUDY/VARIANT/SEED, ""
+    where the folder's name is no seed.
 
     Raises UserError where there is none.
     """
@@ -147,7 +148,8 @@ def find_run_folders(path: Path) -> list[tuple[Path, str]]:
         if _is_run_folder(Path(folder)):
             names.clear()
             variant = Path(folder).relative_to(path).parent.as_posix()
-            found.append((Path(folder), "" if variant == "." else variant))
+            seed = Path(folder).name.isdigit() and variant != "."
+            found.append((Path(folder), variant if seed else ""))
         names.sort(key=_natural)
     if not found:
         raise UserError(f"{path}: no run folder, and none below it (a run has a config.yaml)")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from harness.config import config_from_mapping
@@ -5,7 +7,14 @@ from harness.report.groups import group_runs, sweeps
 from harness.report.runs import RecordedRun
 
 
-def run(error: float | None, seed: int = 1, variant: str = "", std: float | None = 0.09, **recipe):
+def run(
+    error: float | None,
+    seed: int = 1,
+    variant: str = "",
+    std: float | None = 0.09,
+    folder: str = "",
+    **recipe,
+):
     """A run of the paper's 8192 that ended with `error`."""
     expect = {"error": 23.74, "source": "table 1"} | ({} if std is None else {"std": std})
     mapping = {
@@ -17,7 +26,9 @@ def run(error: float | None, seed: int = 1, variant: str = "", std: float | None
     }
     status = {"state": "running"} if error is None else {"state": "finished", "error": error}
     config = config_from_mapping(mapping, "test")
-    return RecordedRun(None, variant, config, {}, status, [], [], [], [], [], 0)
+    return RecordedRun(
+        Path("runs") / (folder or str(seed)), variant, config, {}, status, [], [], [], [], [], 0
+    )
 
 
 def test_mean_and_spread_by_hand():
@@ -45,15 +56,19 @@ def test_verdicts(errors, std, verdict):
     assert group_runs(runs)[0].verdict == verdict
 
 
-def test_runs_without_a_variant_are_told_apart_by_what_differs():
-    runs = [run(1.0), run(1.0, 2), run(2.0, minibatch=4096), run(3.0, warmup="none")]
-    labels = [group.label for group in group_runs(runs)]
-    assert labels == [
+def test_runs_without_a_variant_are_named_by_what_tells_them_apart():
+    runs = [run(1.0), run(1.0, 2), run(2.0, folder="small/none"), run(3.0, minibatch=4096)]
+    assert len(group_runs(runs)) == 2  # the seeds of one config, whatever their folders are called
+    runs = [run(1.0), run(1.0, 2), run(2.0, folder="a/x", minibatch=4096)]
+    runs += [run(3.0, folder="b/x", warmup="none")]
+    assert [group.label for group in group_runs(runs)] == [
         "kn 8192, warmup gradual, warmup_epochs 5",
-        "kn 4096, warmup gradual, warmup_epochs 5",
-        "kn 8192, warmup none, warmup_epochs –",
+        "a/x",
+        "b/x",
     ]
-    assert group_runs([run(1.0)])[0].label == "resnet50, kn 8192"
+    assert group_runs([run(1.0, folder="quick")])[0].label == "quick"
+    assert group_runs([run(1.0, folder="none/1")])[0].label == "none/1"
+    assert group_runs([run(1.0), run(1.0, 2)])[0].label == "resnet50, kn 8192"
 
 
 def test_a_variant_whose_runs_have_different_configs_is_two_groups():

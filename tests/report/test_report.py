@@ -106,9 +106,11 @@ def test_a_student_is_drawn_beside_its_teacher(written):
     lines = [start(0, 0), teacher, evaluation(5, 1, 9.0), evaluation(10, 2, 8.0)]
     groups = group_runs([read_run(written(lines, error=8.5))])
     (section,) = [s for s in sections(groups) if s.title == "Distillation"]
-    student, level = section.figures[0].series
+    whole, late = section.figures
+    student, level = whole.series
     assert (student.x, student.y) == ((1.0, 2.0), (9.0, 8.0))
     assert level.shape == "dashes" and (level.x, level.y) == ((1.0, 3.0), (1.25, 1.25))
+    assert (late.series[0].x, late.series[1].x) == ((2.0,), (2.0, 3.0))  # of 3 epochs
 
 
 def test_the_warm_up_is_drawn_as_it_was_asked_for_and_logged(written):
