@@ -1,12 +1,13 @@
 """How long a report of 100 runs of 90 epochs takes.
 
-    python -m benchmarks.report [--repetitions 5] [--write] [--keep DIR]
+    python -m benchmarks.report [--repetitions 5] [--write] [--folder DIR]
 
 The run folders are made up: ImageNet's size, the paper's recipe, with the log lines that a run
 writes (one every 20 steps, and at each epoch's end) and errors that fall somehow. `kn_8192` is 20
 variants of 5 seeds at the paper's minibatch; `sweep` is its figure 1, 64 to 65,536 images (11
-minibatches, 9 or 10 seeds each), where a run of the smallest has 90,090 lines. Each report is made
-by a process of its own, as `harness report` does; importing is in the time.
+minibatches, 9 or 10 seeds each), where a run of the smallest has some 90,000 lines. Each report is made
+by a process of its own, as `harness report` does; importing is in the time. --folder keeps
+the run folders, or takes those that are there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import math
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -75,8 +77,8 @@ def made_up_log(config: Config) -> Iterator[dict[str, Any]]:
     yield line("finish", config.total_steps, error=error)
 
 
-def make_up_run(folder: Path, config: Config) -> int:
-    """Writes a run folder; returns the number of its log lines."""
+def make_up_run(folder: Path, config: Config) -> None:
+    """Writes a run folder."""
     folder.mkdir(parents=True)
     lines = list(made_up_log(config))
     (folder / "config.yaml").write_text(dump_config(config))
@@ -86,28 +88,31 @@ def make_up_run(folder: Path, config: Config) -> int:
     (folder / "status.json").write_text(json.dumps(status))
     hardware = {"host": "made-up", "gpu": "none, made up", "gpus": 8, "cpus": 128}
     (folder / "environment.json").write_text(json.dumps({"hardware": hardware}))
-    return len(lines)
 
 
-def make_up_studies(root: Path) -> dict[str, int]:
-    """The two studies of RUNS runs; returns the lines of each."""
-    lines = {"kn_8192": 0, "sweep": 0}
+def make_up_studies(root: Path) -> None:
+    """The two studies of RUNS runs."""
     for number in range(RUNS):
         variant, seed = divmod(number, 5)
         folder = root / "kn_8192" / f"smoothing_{variant:02}" / f"{seed}"
-        lines["kn_8192"] += make_up_run(folder, made_up_config(8192, seed, variant / 20))
+        make_up_run(folder, made_up_config(8192, seed, variant / 20))
         seed, place = divmod(number, len(SWEEP))
         folder = root / "sweep" / f"{SWEEP[place]}" / f"{seed}"
-        lines["sweep"] += make_up_run(folder, made_up_config(SWEEP[place], seed))
-    return lines
+        make_up_run(folder, made_up_config(SWEEP[place], seed))
 
 
-def seconds(study: Path, to: Path) -> float:
-    """Of one `harness report`."""
+def count_lines(study: Path) -> int:
+    """Of all its logs."""
+    return sum(path.read_bytes().count(b"\n") for path in study.glob("*/*/log.jsonl"))
+
+
+def seconds(study: Path, to: Path) -> tuple[float, float]:
+    """Of one `harness report`: by the clock, and of processors."""
     command = [sys.executable, "-m", "harness", "report", str(study), "--to", str(to)]
-    start_s = time.perf_counter()
+    start_s, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start_s
+    taken_s, after = time.perf_counter() - start_s, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return taken_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -115,19 +120,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--keep", type=Path, help="make the folders here and leave them")
+    parser.add_argument("--folder", type=Path, metavar="DIR")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root = options.keep or Path(folder)
-        lines, results = make_up_studies(root), {}
-        for name, count in lines.items():
-            page = root / f"{name}.html"
+        root = options.folder or Path(folder)
+        if not (root / "sweep").exists():
+            make_up_studies(root)
+        results: dict[str, Any] = {}
+        for name in ("kn_8192", "sweep"):
+            page, lines = root / f"{name}.html", count_lines(root / name)
             times = [seconds(root / name, page) for _ in range(options.repetitions)]
-            taken, size_mb = spread(times), page.stat().st_size / 1e6
-            results[name] = {"seconds": taken, "lines": count, "page_mb": size_mb}
+            taken, processor = (spread(column) for column in zip(*times, strict=True))
+            size_mb = page.stat().st_size / 1e6
+            results[name] = {"seconds": taken, "processor_seconds": processor}
+            results[name] |= {"lines": lines, "page_mb": size_mb}
             print(
-                f"{name:8} {RUNS} runs, {count:,} log lines: {taken['median']:.2f} s "
-                f"({min(times):.2f} to {max(times):.2f}), {size_mb:.1f} MB"
+                f"{name:8} {RUNS} runs, {lines:,} log lines: {taken['median']:.2f} s "
+                f"({processor['median']:.2f} s of processors), {size_mb:.1f} MB"
             )
     if options.write:
         print(write_results("report", {"runs": RUNS, "epochs": EPOCHS} | results))
