@@ -5,9 +5,9 @@
 The run folders are made up: ImageNet's size, the paper's recipe, with the log lines that a run
 writes (one every 20 steps, and at each epoch's end) and errors that fall somehow. `kn_8192` is 20
 variants of 5 seeds at the paper's minibatch; `sweep` is its figure 1, 64 to 65,536 images (11
-minibatches, 9 or 10 seeds each), where a run of the smallest has some 90,000 lines. Each report is made
-by a process of its own, as `harness report` does; importing is in the time. --folder keeps
-the run folders, or takes those that are there.
+minibatches, 9 or 10 seeds each), where a run of the smallest has some 90,000 lines. Each report is
+made by a process of its own, as `harness report` does; importing is in the time. --folder keeps the
+run folders, or takes those that are there.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _error_against_minibatch(groups: Sequence[Group]) -> Section:
         legend=True,
     )
     note = "Mean over the seeds; bars are ± one standard deviation. The paper's figure 1."
-    return Section("Error against minibatch", note, (figure,))
+    return Section("Minibatch", note, (figure,))
 
 
 def _sweep(sweep: Sequence[Group], name: str, colour: int) -> Iterator[Series]:
