@@ -8,6 +8,7 @@ import pytest
 
 from harness.cli import main
 from harness.errors import FINISHED, USER_ERROR
+from harness.report import read_runs
 from harness.report.figures import sections
 from harness.report.groups import group_runs
 from harness.report.runs import read_run
@@ -99,6 +100,18 @@ def test_a_run_that_cannot_be_read_is_told_and_left_out(written, tmp_path, capsy
     seen = capsys.readouterr()
     assert "warning: left out: " in seen.err and "a/config.yaml" in seen.err
     assert "(1 run)" in seen.out
+
+
+def test_two_studies_keep_their_names_apart_and_each_is_ordered_by_minibatch(written, tmp_path):
+    for study in ("one", "two"):
+        for variant, minibatch in (("1k", 1024), ("small", 256)):
+            for seed in ("1", "2"):
+                config = {"recipe__minibatch": minibatch}
+                written([start(0, 0)], f"{study}/{variant}/{seed}", error=1.0, config=config)
+    runs = read_runs([tmp_path / "two", tmp_path / "one", tmp_path / "one" / "1k" / "1"])
+    labels = [group.label for group in group_runs(runs)]
+    assert labels == ["two/small", "two/1k", "one/small", "one/1k"] and len(runs) == 8
+    assert [group.label for group in group_runs(read_runs([tmp_path / "one"]))] == ["small", "1k"]
 
 
 def test_a_student_is_drawn_beside_its_teacher(written):
