@@ -107,7 +107,7 @@ class Run:
         if reading.first_bad_step is not None:
             raise self._diverged(reading.first_bad_step, "the loss is not finite")
         if self.world.rank == 0:
-            self.folder.write_status("running", step=done, total_steps=self.config.total_steps)
+            self.folder.report(step=done, total_steps=self.config.total_steps)
 
     def _diverged(self, step: int, why: str) -> Diverged:
         ids = self.feed.step_ids(step).tolist()

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +28,7 @@ from harness.errors import RunFailed, UserError
 
 ROUNDING = ("precision", "compile", "loader")  # keys of run: that change rounding
 HEARTBEAT_S = 10.0
+NEWS_S = 1.0  # so old may the step in status.json be
 STALE_S = 60.0  # a heartbeat this old is of a dead process: several beats, and a network's delay
 
 
@@ -83,6 +84,7 @@ class RunFolder:
         self.incarnation = 0
         self._seen_incarnation = 0
         self._status: dict[str, Any] = {}
+        self._progress: dict[str, Any] = {}  # told by the loop, not written yet
         self._lock = threading.RLock()  # the loop and the heartbeat write the status
         self._warned = False
 
@@ -211,13 +213,23 @@ class RunFolder:
                 f"{self.path}: incarnation {newest} took over; {self.incarnation} ends here"
             )
 
+    def report(self, **values: Any) -> None:
+        """Rank 0: values that the heartbeat will write; the loop does not wait for the disk.
+
+        Raises Fenced.
+        """
+        self._progress = values
+        with suppress(UserError):  # a file that cannot be read is told when it is written
+            self.check_current()
+
     def write_status(self, state: str, **values: Any) -> bool:
         """Rank 0: state is running, finished, stopped or failed; also the heartbeat.
 
         A disk that is full or gone is told once, and the run goes on: false. Raises Fenced.
         """
         with self._lock:
-            self._status |= values | {"state": state, "heartbeat": round(time.time(), 3)}
+            news = self._progress | values
+            self._status |= news | {"state": state, "heartbeat": round(time.time(), 3)}
             text = json.dumps(self._status, indent=2) + "\n"
             try:
                 self.check_current()
@@ -233,11 +245,17 @@ class RunFolder:
 
     @contextmanager
     def heartbeat(self, fenced: Callable[[str], None]) -> Iterator[None]:
-        """Within, a thread keeps the status fresh; `fenced` is told of a newer incarnation."""
+        """Within, a thread keeps the status fresh, with what was reported; `fenced` is told of a
+        newer incarnation."""
         ended = threading.Event()
 
         def beat() -> None:
-            while not ended.wait(HEARTBEAT_S):
+            beaten_s, written = time.monotonic(), self._progress
+            while not ended.wait(NEWS_S):
+                news = self._progress
+                if news is written and time.monotonic() - beaten_s < HEARTBEAT_S:
+                    continue
+                beaten_s, written = time.monotonic(), news
                 try:
                     self.write_status(self._status["state"])
                 except Fenced as error:
