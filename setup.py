@@ -45,7 +45,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "bench": ["timm>=1.0", "simplejpeg>=1.8"],  # benchmarks/loaders.py
+        # benchmarks/loaders.py and step.py; mosaicml (composer) needs torch below 2.7.1
+        "bench": ["timm>=1.0", "simplejpeg>=1.8", "lightning>=2.5", "accelerate>=1.10"],
         "dali": DALI,
         "dali-cuda12": DALI_CUDA12,
         "quickstart": QUICKSTART,

@@ -1,14 +1,17 @@
-"""What every benchmark says beside its figures: hardware, versions, commit, spread."""
+"""What every benchmark says beside its figures: hardware, versions, commit, spread; where to."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +62,54 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def write_results(name: str, content: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/NAME.json."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+def versions(*packages: str) -> dict[str, str]:
+    """Of the packages that are compared, as far as they are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def resident_mb(field: str) -> float:
+    """VmRSS, or VmHWM for the peak, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
+
+
+def timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and of processor time in all threads of this process.
+
+    The device's work is included in the first. The second does not count what others do to the
+    machine meanwhile, but for the caches they share with it.
+    """
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
+
+
+def benchmark_parser(documentation: str | None, repetitions: int) -> argparse.ArgumentParser:
+    """What all benchmarks have: --repetitions and --write."""
+    parser = argparse.ArgumentParser(description=(documentation or "").splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        metavar="FOLDER",
+        help="keep the figures as JSON in FOLDER (benchmarks/results, those that are committed)",
+    )
+    return parser
+
+
+def write_results(name: str, content: dict[str, Any], folder: Path | None = None) -> Path:
+    """Writes FOLDER/NAME.json, by default into benchmarks/results/."""
+    path = (folder or RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(conditions() | content, indent=2) + "\n")
     return path

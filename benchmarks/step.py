@@ -1,54 +1,70 @@
-"""Images/s of the harness' step against a bare PyTorch loop, alternating in one process.
+"""Images/s of the harness' training loop against others, alternating in one process.
 
     python -m benchmarks.step [--repetitions 30] [--block-seconds 0.5] [--write]
 
-Both train the same network from the same uint8 batches in memory, with the same number of
-threads. The bare loop is what one would write by hand: stock batch norm (with several workers a
-step the same ghost batch norm, as no stock one computes the same), mean cross entropy,
-SGD with Nesterov momentum, and nothing read, counted, checked or logged. The harness' side is all
-that it does in a step, and a log line's reading of the metrics every 20 steps.
-The figure is the ratio of each pair of neighbouring blocks: their order alternates, so that a
-machine that slows down for a while slows both.
+All train the same network from the same uint8 batches in memory, in the same precision, with the
+same number of threads (`OMP_NUM_THREADS`); `loops.py` has the loops and says what each does beside
+that. Each goes on in blocks of the same number of steps, forwards and backwards in turn. The figure
+is the time of the other's block over that of the harness' in the same round (above 1: the harness
+is faster), on the clock and in processor time. On a CPU a worker a step (k = m = 1), and the
+quickstart's 8; on a GPU 8 workers of 32 images, in bfloat16.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from benchmarks.conditions import spread, write_results
+from benchmarks.conditions import benchmark_parser, spread, timed, versions, write_results
+from benchmarks.loops import LOG_EVERY_STEPS, LOOPS, OURS, Runner, Unavailable
 from harness.config import Config, config_from_mapping
 from harness.data.loader import Batch
-from harness.distributed import World
-from harness.models import build_model
-from harness.models.ghost_batch_norm import GhostBatchNorm2d
-from harness.recipe.minibatch import Minibatch
-from harness.step import Step, set_precision
+from harness.step import set_precision
 
-LOG_EVERY_STEPS = 20
-# model, pixels, images a worker (n), workers a step (k), workers a micro-batch (m)
-CASES = [
-    ("resnet8", 16, 32, 1, 1),  # 6 ms a step: what a step costs beside the network
-    ("resnet8", 16, 32, 8, 8),  # the quickstart's step
-    ("resnet20", 32, 128, 1, 1),
-    ("resnet50", 64, 32, 1, 1),
+
+class Case(NamedTuple):
+    """A network, its images, n of a worker, k of a step, m of a micro-batch."""
+
+    model: str
+    pixels: int
+    worker_batch: int
+    workers: int
+    micro: int
+
+    def __str__(self) -> str:
+        images = self.worker_batch * self.workers
+        return f"{self.model}, {images} images of {self.pixels} × {self.pixels}"
+
+
+CPU_CASES = [
+    Case("resnet8", 16, 32, 1, 1),  # about 7 ms a step: what a step costs beside the network
+    Case("resnet8", 16, 32, 8, 8),  # the quickstart's step
+    Case("resnet20", 32, 128, 1, 1),
+    Case("resnet50", 64, 32, 1, 1),
 ]
+GPU_CASES = [Case("resnet20", 32, 128, 8, 8), Case("resnet50", 224, 32, 8, 8)]
+WARM_UP_STEPS = {"cpu": 3, "cuda": 30}
 
 
-def case_config(model: str, pixels: int, worker_batch: int, workers: int, micro: int) -> Config:
-    """A config of so many steps that the schedule never ends."""
+def case_config(
+    model: str,
+    pixels: int,
+    worker_batch: int,
+    workers: int,
+    micro: int,
+    precision: str = "float32",
+    compile: bool = False,
+) -> Config:
+    """The config of a case, of so many steps that no epoch ends."""
     return config_from_mapping(
         {
             "expect": {"error": 100, "source": "no training"},
             "data": {
-                "train_images": worker_batch * workers * 1000,
+                "train_images": worker_batch * workers * 100_000,
                 "val_images": 1,
                 "classes": 10,
                 "crop": pixels,
@@ -61,163 +77,117 @@ def case_config(model: str, pixels: int, worker_batch: int, workers: int, micro:
                 "epochs": 90,
                 "reference_minibatch": worker_batch * workers,
             },
-            "run": {"micro_batch": worker_batch * micro},
+            "run": {
+                "micro_batch": worker_batch * micro,
+                "precision": precision,
+                "compile": compile,
+                "log_every_steps": LOG_EVERY_STEPS,
+                "checkpoint_every_minutes": 1e6,
+            },
         },
         "benchmarks/step.py",
     )
 
 
 def make_batches(config: Config) -> list[Batch]:
-    """Eight micro-batches of random pixels."""
+    """Eight micro-batches of random pixels, in pinned memory where there is a GPU."""
     generator = torch.Generator().manual_seed(0)
     size = int(config.run.micro_batch)
-    shape = (size, 3, config.data.crop, config.data.crop)
-    return [
-        Batch(
-            images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
-            labels=torch.randint(0, config.data.classes, (size,), generator=generator),
-            ids=torch.arange(size),
-            replaced=[],
-        )
-        for _ in range(8)
-    ]
+    shape = (size, config.data.crop, config.data.crop, 3)
+    batches = []
+    for _ in range(8):
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, config.data.classes, (size,), generator=generator)
+        batch = Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(size), [])
+        batches.append(batch.pin_memory() if torch.cuda.is_available() else batch)
+    return batches
 
 
-def stock_model(config: Config, channels_last: bool) -> nn.Module:
-    """The same network with PyTorch's own batch norm."""
-    model = build_model(config, channels_last=channels_last)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, GhostBatchNorm2d):
-            stock = nn.BatchNorm2d(module.num_features)
-            stock.load_state_dict(module.state_dict())
-            model.set_submodule(name, stock)
-    return model
-
-
-def bare_block(
-    config: Config, batches: Iterator[Batch], device: torch.device
-) -> Callable[[int], None]:
-    """A loop as one writes it by hand."""
-    cuda = device.type == "cuda"
-    layout = torch.channels_last if cuda else torch.contiguous_format
-    network = stock_model if config.workers == 1 else build_model
-    model = network(config, channels_last=cuda).to(device).to(memory_format=layout)
-    recipe = config.recipe
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.reference_lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        fused=cuda or None,
-    )
-    mean = torch.tensor(config.data.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(config.data.std, device=device).view(1, 3, 1, 1)
-
-    def block(steps: int) -> None:
-        for _ in range(steps):
-            batch = next(batches)
-            images = batch.images.to(device, non_blocking=True).to(
-                torch.float32, memory_format=layout
-            )
-            images = images.div_(255).sub_(mean).div_(std)
-            loss = F.cross_entropy(model(images), batch.labels.to(device, non_blocking=True))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return block
-
-
-def harness_block(
-    config: Config, batches: Iterator[Batch], device: torch.device
-) -> Callable[[int], None]:
-    """The harness' own step, with the reading of its metrics."""
-    cuda = device.type == "cuda"
-    layout = torch.channels_last if cuda else torch.contiguous_format
-    model = build_model(config, channels_last=cuda).to(device).to(memory_format=layout)
-    world = World(0, 1, 0, 1, "alone", device)
-    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
-    micro_batches = minibatch.micro_batches(0, 1, int(config.run.micro_batch))
-    step = Step(config, model, world, micro_batches)
-    numbers = itertools.count()
-
-    def block(steps: int) -> None:
-        for _ in range(steps):
-            number = next(numbers) % config.total_steps
-            step(number, batches)
-            if number % LOG_EVERY_STEPS == 0:
-                step.metrics.read()
-
-    return block
-
-
-def seconds(block: Callable[[int], None], steps: int, device: torch.device) -> float:
-    """Seconds of a block of steps, the device's work included."""
-    start = time.perf_counter()
-    block(steps)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def start(names: Sequence[str], config: Config) -> tuple[dict[str, Runner], dict[str, str]]:
+    """The loops at their first step, and why the others do not run here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runners, absent = {}, {}
+    for name in names:
+        try:
+            runners[name] = Runner(name, config, make_batches(config), device)
+        except Unavailable as error:
+            absent[name] = str(error)
+    return runners, absent
 
 
 def compare(
-    case: tuple[str, int, int, int, int], repetitions: int, block_s: float
-) -> dict[str, Any]:
-    """Alternating blocks; ratio > 1 means that the harness is faster."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = case_config(*case)
-    batches = make_batches(config)
-    ours = harness_block(config, itertools.cycle(batches), device)
-    bare = bare_block(config, itertools.cycle(batches), device)
-    warm_up_steps = 3
-    slowest_s = max(seconds(block, warm_up_steps, device) for block in (ours, bare, ours, bare))
-    steps = max(round(block_s / slowest_s * warm_up_steps), 2)
-    ratios, ours_s, bare_s = [], [], []
-    for repetition in range(repetitions):
-        times = {}
-        for block in (ours, bare) if repetition % 2 else (bare, ours):
-            times[block] = seconds(block, steps, device)
-        ours_s.append(times[ours])
-        bare_s.append(times[bare])
-        ratios.append(times[bare] / times[ours])
+    config: Config, names: Sequence[str], repetitions: int, block_s: float
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Alternating blocks of all loops; also why some did not run."""
+    quiet = open(os.devnull, "w")  # noqa: SIM115 (their log lines are written, not shown)
+    with contextlib.redirect_stdout(quiet):
+        runners, absent = start(names, config)
+        warm_up = WARM_UP_STEPS["cuda" if torch.cuda.is_available() else "cpu"]
+        for runner in runners.values():
+            runner.run(warm_up)
+        slowest_s = max(timed(lambda r=r: r.run(2))[0] / 2 for r in runners.values())  # type: ignore[misc]
+        steps = max(round(block_s / slowest_s), 2)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
+        for repetition in range(repetitions):
+            for name in list(runners)[:: -1 if repetition % 2 else 1]:
+                times[name].append(timed(lambda name=name: runners[name].run(steps)))  # type: ignore[misc]
+        for runner in runners.values():
+            runner.end()
     images = steps * config.recipe.minibatch
-    name, pixels, worker_batch, workers, micro = case
+    rows = [row(name, times[name], times[OURS], images) for name in runners]
+    return {"steps_a_block": steps, "loops": rows}, absent
+
+
+def row(
+    name: str, theirs: list[tuple[float, float]], ours: list[tuple[float, float]], images: int
+) -> dict[str, Any]:
+    """A loop's rate, and its times over the harness' of the same rounds."""
+    pairs = list(zip(theirs, ours, strict=True))
     return {
-        "model": name,
-        "pixels": pixels,
-        "worker_batch": worker_batch,
-        "workers": workers,
-        "workers_a_micro_batch": micro,
-        "steps_a_block": steps,
-        "ratio": spread(ratios),
-        "harness_images_per_s": images / spread(ours_s)["median"],
-        "bare_images_per_s": images / spread(bare_s)["median"],
+        "loop": name,
+        "images_per_s": images / spread([seconds for seconds, _ in theirs])["median"],
+        "ratio": spread([their[0] / our[0] for their, our in pairs]),
+        "ratio_processor_time": spread([their[1] / our[1] for their, our in pairs]),
     }
+
+
+def print_case(title: str, result: dict[str, Any], absent: dict[str, str]) -> None:
+    """A line for each loop."""
+
+    def cell(value: dict[str, float]) -> str:
+        quartiles = f"({value['quartile_1']:.3f}, {value['quartile_3']:.3f})"
+        return f"{value['median']:8.3f} {quartiles}"
+
+    print(f"{title}: harness / other   (quartiles)      in processor time        images/s")
+    for line in result["loops"]:
+        ratios = f"{cell(line['ratio'])}   {cell(line['ratio_processor_time'])}"
+        print(f"  {line['loop']:14} {ratios}   {line['images_per_s']:10.0f}")
+    for name, reason in absent.items():
+        print(f"  {name:14} not run: {reason}")
 
 
 def main() -> None:
     """Prints a table; --write keeps it in benchmarks/results/step.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repetitions", type=int, default=30)
+    cuda = torch.cuda.is_available()
+    parser = benchmark_parser(__doc__, repetitions=30)
     parser.add_argument("--block-seconds", type=float, default=0.5)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--models", nargs="*", help="such as resnet8; all by default")
+    parser.add_argument("--precision", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--compile", action="store_true", help="every loop's model")
     options = parser.parse_args()
-    set_precision("float32")
-    rows = []
-    print("model     pixels    n   k   harness / bare   (quartiles)      images/s: harness, bare")
-    for case in CASES:
-        row = compare(case, options.repetitions, options.block_seconds)
-        rows.append(row)
-        ratio = row["ratio"]
-        print(
-            f"{row['model']:9} {row['pixels']:6} {row['worker_batch']:4} {row['workers']:3}   "
-            f"{ratio['median']:14.3f}   ({ratio['quartile_1']:.3f}, {ratio['quartile_3']:.3f})   "
-            f"{row['harness_images_per_s']:8.0f}, {row['bare_images_per_s']:8.0f}",
-            flush=True,
-        )
+    set_precision(options.precision)
+    cases = []
+    for case in GPU_CASES if cuda else CPU_CASES:
+        if options.models and case.model not in options.models:
+            continue
+        config = case_config(*case, options.precision, options.compile)
+        result, absent = compare(config, list(LOOPS), options.repetitions, options.block_seconds)
+        print_case(str(case), result, absent)
+        cases.append({"case": str(case)} | case._asdict() | result | {"not_run": absent})
     if options.write:
-        print(write_results("step", {"precision": "float32", "cases": rows}))
+        about = {"precision": options.precision, "compile": options.compile}
+        about["versions"] = versions("lightning", "accelerate")
+        print(write_results("step", about | {"cases": cases}, options.write))
 
 
 if __name__ == "__main__":

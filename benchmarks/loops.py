@@ -1,0 +1,301 @@
+"""Training loops to be compared: each trains a model from micro-batches until these end.
+
+This project's is the loop of `harness train`, whole: agreement, watchdog, counters, log lines. The
+others are written as their users would, with plain batch norm over the whole micro-batch, mean
+cross entropy, SGD with Nesterov momentum (fused on a GPU) and a constant learning rate. The bare
+loop reads, counts, checks and logs nothing; Lightning logs the loss every 20 steps through its
+default logger, without progress bar and checkpoints; accelerate's user prints it every 20 steps.
+
+composer is not among them: mosaicml 0.32.1 needs torch below 2.7.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from harness.config import Config
+from harness.data.index import Index
+from harness.data.loader import Batch, Feed
+from harness.distributed import World
+from harness.interrupt import StopRequest
+from harness.models import build_model
+from harness.models.ghost_batch_norm import GhostBatchNorm2d
+from harness.run import Run
+from harness.run_folder import RunFolder
+from harness.step import Step, autocast
+from harness.train import on_device, run_steps
+from harness.watchdog import Watchdog
+
+OURS, BARE = "this project", "bare PyTorch"
+LOG_EVERY_STEPS = 20
+Loop = Callable[[Config, nn.Module, Iterable[Batch], torch.device], None]
+
+
+class Unavailable(Exception):
+    """Why a loop cannot run here."""
+
+
+def build(name: str, config: Config, device: torch.device) -> nn.Module:
+    """The model that the loop `name` trains; the same weights for all."""
+    model = build_model(config, channels_last=device.type == "cuda")
+    if name != OURS:
+        for place, module in list(model.named_modules()):
+            if isinstance(module, GhostBatchNorm2d):
+                stock = nn.BatchNorm2d(module.num_features)
+                stock.load_state_dict(module.state_dict())
+                model.set_submodule(place, stock)
+    return on_device(model, config, device)
+
+
+# ---- this project
+
+
+class Given:
+    """A loader of batches that are there already."""
+
+    name = "given"
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+
+    def train(self, first_step: int) -> Iterator[Batch]:
+        return iter(self._batches)
+
+    def evaluate(self) -> Iterator[Batch]:
+        return iter(())
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def harness_loop(
+    config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
+) -> None:
+    """What `harness train` runs on one rank, on batches that are given to it."""
+    world, stop = World(0, 1, 0, 1, "alone", device), StopRequest()
+    images = config.data.train_images
+    none = np.zeros(images, np.int32)  # nothing of an image is looked at
+    index = Index(Path("none"), ("none",), none.astype("S1"), none.astype(np.int64), none, none)
+    cuda = device.type == "cuda"
+    feed = Feed(config, index, index, 0, 1, int(config.run.micro_batch), channels_last=cuda)
+    with tempfile.TemporaryDirectory() as name, Watchdog(world, 300.0, stop) as watchdog:
+        folder = RunFolder(Path(name) / "run")
+        folder.open(config, {})
+        step = Step(config, model, world, feed.micro_batches)
+        run = Run(config, world, folder, step, feed, Given(batches), None, stop, watchdog)
+        folder.write_status("running")
+        run.open_journal()
+        with closing(run), folder.heartbeat(print), suppress(StopIteration):
+            run_steps(run)  # until the batches end
+
+
+# ---- others
+
+
+class Normalise:
+    """uint8 pixels to normalised float32, as it is often written."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.mean = torch.tensor(config.data.mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(config.data.std, device=device).view(1, 3, 1, 1)
+        cuda = device.type == "cuda"
+        self.layout = torch.channels_last if cuda else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        floats = images.to(torch.float32, memory_format=self.layout)
+        return floats.div_(255).sub_(self.mean).div_(self.std)
+
+
+def build_sgd(config: Config, model: nn.Module) -> torch.optim.SGD:
+    """One group, one learning rate."""
+    recipe = config.recipe
+    fused = next(model.parameters()).is_cuda or None
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.reference_lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        fused=fused,
+    )
+
+
+def compiled(config: Config, model: nn.Module) -> nn.Module:
+    """The model as it is called."""
+    return torch.compile(model) if config.run.compile is True else model  # type: ignore[return-value]
+
+
+class Pairs(IterableDataset):
+    """The batches as (images, labels)."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch.images, batch.labels) for batch in self._batches)
+
+
+def bare_loop(
+    config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
+) -> None:
+    """A loop as one writes it by hand."""
+    normalise, optimizer = Normalise(config, device), build_sgd(config, model)
+    network = compiled(config, model)
+    for batch in batches:
+        images = normalise(batch.images.to(device, non_blocking=True))
+        labels = batch.labels.to(device, non_blocking=True)
+        with autocast(config, device):
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def accelerate_loop(
+    config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
+) -> None:
+    """As in Hugging Face's documentation of accelerate."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DataLoaderConfiguration
+    except ImportError as error:
+        raise Unavailable(f"{error}: pip install -e '.[bench]'") from None
+    accelerator = Accelerator(
+        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}.get(config.run.precision, "no"),
+        cpu=device.type == "cpu",
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+    )
+    model, optimizer, loader = accelerator.prepare(
+        compiled(config, model),
+        build_sgd(config, model),
+        DataLoader(Pairs(batches), batch_size=None),
+    )
+    normalise = Normalise(config, device)
+    for step, (images, labels) in enumerate(loader):
+        optimizer.zero_grad()
+        with accelerator.autocast():
+            loss = F.cross_entropy(model(normalise(images)), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        if step % LOG_EVERY_STEPS == 0:
+            accelerator.print(f"step {step}: loss {loss.item():.4f}")
+
+
+def lightning_loop(
+    config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
+) -> None:
+    """A LightningModule and a Trainer."""
+    try:
+        import lightning
+    except ImportError as error:
+        raise Unavailable(f"{error}: pip install -e '.[bench]'") from None
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.network = model, compiled(config, model)
+            self.normalise = Normalise(config, device)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+            images, labels = batch
+            loss = F.cross_entropy(self.network(self.normalise(images)), labels)
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.SGD:
+            return build_sgd(config, self.model)
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}.get(config.run.precision, 32)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on worker processes, which this data needs none of
+        trainer = lightning.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            precision=precision,
+            max_epochs=1,
+            log_every_n_steps=LOG_EVERY_STEPS,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Classifier(), DataLoader(Pairs(batches), batch_size=None))
+
+
+LOOPS: dict[str, Loop] = {
+    OURS: harness_loop,
+    BARE: bare_loop,
+    "Lightning": lightning_loop,
+    "accelerate": accelerate_loop,
+}
+
+
+# ---- running them by the block
+
+
+class Runner:
+    """A loop in a thread of its own, which goes on for as many steps as it is let.
+
+    A block is the time from one request for a batch to the one that comes `steps` later, so it is
+    so many steps however far ahead the loop asks.
+    """
+
+    def __init__(self, name: str, config: Config, batches: list[Batch], device: torch.device):
+        self._batches, self._left, self._ended = batches, 0, False
+        self.taken = 0  # batches
+        self._go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        model = build(name, config, device)
+
+        def work() -> None:
+            try:
+                LOOPS[name](config, model, self._gate(), device)
+            except BaseException as error:
+                self._error = error
+            self._stands.release()
+
+        self._thread = threading.Thread(target=work, name=name, daemon=True)
+        self._thread.start()
+        self._wait()
+
+    def run(self, steps: int) -> None:
+        """So many steps."""
+        self._left = steps
+        self._go.release()
+        self._wait()
+
+    def end(self) -> None:
+        """Lets the loop run out of batches."""
+        self._ended = True
+        self._go.release()
+        self._thread.join()
+
+    def _gate(self) -> Iterator[Batch]:
+        for batch in itertools.cycle(self._batches):
+            if self._left == 0:
+                self._stands.release()
+                self._go.acquire()
+                if self._ended:
+                    return
+            self._left -= 1
+            self.taken += 1
+            yield batch
+
+    def _wait(self) -> None:
+        self._stands.acquire()
+        if self._error is not None:
+            raise self._error
