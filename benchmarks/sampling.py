@@ -10,7 +10,6 @@ those of a thread that does nothing but look at the clock while another makes a 
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import threading
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.conditions import spread, write_results
+from benchmarks.conditions import benchmark_parser, resident_mb, spread, write_results
 from harness.config import Config, config_from_mapping
 from harness.data import index as kept
 from harness.data.index import Index, load_index
@@ -67,25 +66,20 @@ def rank_memory(root: Path) -> dict[str, float]:
     """
     config = paper_config()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before_mb = _resident_mb("VmRSS")
+    before_mb = resident_mb("VmRSS")
     start_s = time.perf_counter()
     train, val = load_index(root, "train"), load_index(root, "val")
     load_s = time.perf_counter() - start_s
-    index_mb = _resident_mb("VmRSS") - before_mb
+    index_mb = resident_mb("VmRSS") - before_mb
     feed = Feed(config, train, val, 0, *CASES[0], channels_last=True)
     for _ in feed.training(config.steps_per_epoch - 2):
         pass
     return {
         "load_s": load_s,
         "index_mb": index_mb,
-        "resident_mb": _resident_mb("VmRSS") - before_mb,
-        "peak_mb": _resident_mb("VmHWM") - before_mb,
+        "resident_mb": resident_mb("VmRSS") - before_mb,
+        "peak_mb": resident_mb("VmHWM") - before_mb,
     }
-
-
-def _resident_mb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
 
 
 def in_a_fresh_process(function: Callable[[Path], dict[str, float]], root: Path) -> dict:
@@ -133,15 +127,12 @@ def waits_ms(train: Index, val: Index, ranks: int, micro_batch: int) -> list[flo
 
 def main() -> None:
     """Prints a table; --write keeps it in benchmarks/results/sampling.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
+    options = benchmark_parser(__doc__, repetitions=15).parse_args()
     results = measure(options.repetitions)
     for key, value in results.items():
         print(f"{key:42} {value['median'] if isinstance(value, dict) else value:10.3f}")
     if options.write:
-        print(write_results("sampling", results))
+        print(write_results("sampling", results, options.write))
 
 
 def measure(repetitions: int) -> dict[str, Any]:
