@@ -1,0 +1,226 @@
+"""What being interruptible costs a step: agreement, counters, watchdog and log lines.
+
+    python -m benchmarks.bookkeeping [--ranks 1,2] [--repetitions 100] [--write]
+
+- The loop with them against the same loop without: blocks of steps that alternate in one process a
+  rank, with / without of neighbouring blocks, on the clock and in processor time. On shared cores
+  both vary by more than is looked for.
+- The calls by themselves, in processor time of all threads of rank 0 (Gloo's and the watchdog's
+  too), as a share of a step's. A pause stands for the step, so that the answer of the agreement
+  has come when it is read, as in the loop. This is the figure to hold to 1 %.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from benchmarks.conditions import benchmark_parser, spread, timed, write_results
+from benchmarks.loops import LOG_EVERY_STEPS
+from benchmarks.step import Case, case_config, make_batches
+from harness.distributed import World, barrier, process_group, world_from_environment
+from harness.interrupt import Agreement, StopRequest
+from harness.journal import Journal
+from harness.metrics import Metrics
+from harness.models import build_model
+from harness.recipe.minibatch import Minibatch
+from harness.recipe.schedule import lr_at
+from harness.run_folder import RunFolder
+from harness.step import Step, set_precision
+from harness.watchdog import Doing, Watchdog
+
+CASES = [Case("resnet8", 16, 32, 8, 8), Case("resnet20", 32, 32, 4, 4)]
+BLOCK_S = 0.25  # short, so that what else the machine does is the same for both of a pair
+ALONE_STEPS = 2 * LOG_EVERY_STEPS
+PAUSE_S = 0.005  # several times what an agreement of ranks on one machine takes
+KINDS = "", "_processor_time"  # of the figure
+
+
+class NoMetrics(Metrics):
+    """Counts nothing."""
+
+    def add_micro_batch(self, *arguments: object) -> None:
+        """Nothing."""
+
+    def end_step(self, *arguments: object) -> None:
+        """Nothing."""
+
+
+class Loop:
+    """One rank's loop with everything, without, and everything without the loop."""
+
+    def __init__(self, case: Case, world: World, group: Any, folder: Path) -> None:
+        self.config, self.world, self.group = case_config(*case), world, group
+        minibatch = Minibatch(self.config.workers, self.config.recipe.worker_batch)
+        ranks = world.rank, world.world_size
+        micro_batches = minibatch.micro_batches(*ranks, int(self.config.run.micro_batch))
+        model = build_model(self.config).to(world.device)
+        self.step = Step(self.config, model, world, micro_batches)
+        self.counted = self.step.metrics
+        self.uncounted = NoMetrics(world.device, self.config.recipe.minibatch)
+        size = len(micro_batches[0]) * self.config.recipe.worker_batch
+        run = self.config.run.model_copy(update={"micro_batch": size})
+        self.batches = itertools.cycle(make_batches(self.config.model_copy(update={"run": run})))
+        self.logits = torch.zeros(size, self.config.data.classes)
+        self.labels = torch.zeros(size, dtype=torch.int64)
+        self.folder = RunFolder(folder / "run")
+        if world.rank == 0:
+            self.folder.open(self.config, {})
+            self.folder.write_status("running")
+        self.journal = Journal(self.folder.path if world.rank == 0 else None, self.config, 0)
+        self.stop, self.done = StopRequest(), 0
+
+    def with_all(self, steps: int) -> None:
+        """As in `harness train`."""
+        self.step.metrics, agreement = self.counted, Agreement(self.group)
+        with self._watched() as watchdog:
+            watched = watchdog.watch(self.batches, lambda: self.done, Doing.COMPUTING)
+            for _ in range(steps):
+                watchdog.at(self.done, Doing.LOADING)
+                self.step(self.done, watched)
+                self._after_step(agreement)
+            agreement.close()
+
+    def without(self, steps: int) -> None:
+        """The step, its all-reduce and its update."""
+        self.step.metrics = self.uncounted
+        for _ in range(steps):
+            self.step(self.done, self.batches)
+            self.done += 1
+
+    def alone(self, steps: int) -> None:
+        """All that `with_all` does, with a pause for the step."""
+        agreement = Agreement(self.group)
+        with self._watched() as watchdog:
+            for _ in range(steps):
+                watchdog.at(self.done, Doing.LOADING)
+                watchdog.at(self.done, Doing.COMPUTING)
+                self.counted.add_micro_batch(self.logits[0, 0], self.logits, self.labels)
+                self.counted.end_step(self.done)
+                self._after_step(agreement)
+                time.sleep(PAUSE_S)
+            agreement.close()
+
+    def _watched(self) -> Watchdog:
+        return Watchdog(self.world, 300.0, self.stop)
+
+    def _after_step(self, agreement: Agreement) -> None:
+        self.done += 1
+        agreement.after_step(self.stop.signal is not None, False)
+        if self.done % LOG_EVERY_STEPS == 0:
+            reading, lr = self.counted.read(), lr_at(self.config, self.done)
+            self.journal.train_line(self.done, reading, lr, self.step.data_wait_s)
+            if self.world.rank == 0:
+                self.folder.report(step=self.done, total_steps=self.config.total_steps)
+
+
+def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Path) -> None:
+    """One rank of it; rank 0 leaves its rows in the folder."""
+    environment: dict[str, object] = {"RANK": rank, "WORLD_SIZE": ranks}
+    environment |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    set_precision("float32")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the progress lines are written, not shown)
+    world = world_from_environment("cpu")
+    rows = []
+    with process_group(world, 300) as group:
+        for case in CASES:
+            place = folder / case.model
+            if rank == 0:
+                place.mkdir()
+            barrier(group)
+            loop = Loop(case, world, group, place)
+            warm_up_s = sum(timed(lambda: block(2))[0] for block in blocks_of(loop) * 2)  # noqa: B023
+            steps = torch.tensor(max(round(BLOCK_S / warm_up_s * 8), 2))
+            if group is not None:
+                dist.broadcast(steps, 0)
+            rows.append({"case": f"{case.model} on {ranks} ranks", "steps_a_block": int(steps)})
+            rows[-1] |= compared(group, loop, int(steps), repetitions)
+    if rank == 0:
+        torch.save(rows, folder / "rows.pt")
+
+
+def blocks_of(loop: Loop) -> list[Callable[[int], None]]:
+    """The two that are compared."""
+    return [loop.with_all, loop.without]
+
+
+def compared(group: Any, loop: Loop, steps: int, repetitions: int) -> dict[str, Any]:
+    """The blocks in turn, each first as often as second, and the bookkeeping after them."""
+    clock, processor, share, alone_ms, step_ms = [], [], [], [], []
+    for repetition in range(repetitions):
+        times = []
+        for block in blocks_of(loop)[:: -1 if repetition % 2 else 1]:
+            barrier(group)
+            times.append(timed(lambda: block(steps)))  # noqa: B023
+        (with_s, with_cpu_s), (without_s, without_cpu_s) = times[:: -1 if repetition % 2 else 1]
+        clock.append(with_s / without_s)
+        processor.append(with_cpu_s / without_cpu_s)
+        step_ms.append((1000 * without_s / steps, 1000 * without_cpu_s / steps))
+        barrier(group)
+        alone_ms.append(1000 * timed(lambda: loop.alone(ALONE_STEPS))[1] / ALONE_STEPS)
+        share.append(100 * alone_ms[-1] / step_ms[-1][1])
+    return {
+        "with_to_without": spread(clock),
+        "with_to_without_processor_time": spread(processor),
+        "step_ms": spread([on_clock for on_clock, _ in step_ms]),
+        "step_processor_ms": spread([busy for _, busy in step_ms]),
+        "alone_processor_ms_a_step": spread(alone_ms),
+        "alone_percent_of_step": spread(share),
+    }
+
+
+def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, Any]]:
+    """Rows of with / without, for each number of ranks."""
+    rows = []
+    for world_size in ranks:
+        place = folder / f"cost-{world_size}"
+        place.mkdir()
+        port = 20000 + random.SystemRandom().randrange(12000)
+        multiprocessing.spawn(
+            measure_cost, (world_size, port, repetitions, place), nprocs=world_size
+        )
+        rows += torch.load(place / "rows.pt", weights_only=False)  # written above
+    for row in rows:
+        clock, processor = (quartiles(row[f"with_to_without{kind}"]) for kind in KINDS)
+        alone, share = row["alone_processor_ms_a_step"], row["alone_percent_of_step"]
+        print(
+            f"{row['case']:20} step {row['step_ms']['median']:6.1f} ms   "
+            f"with/without {clock}, processor time {processor}   "
+            f"by itself {alone['median']:.3f} ms, {quartiles(share)} % of it"
+        )
+    return rows
+
+
+def quartiles(value: dict[str, float]) -> str:
+    """The median, and the quartiles on both sides of it."""
+    return f"{value['median']:.4f} ({value['quartile_1']:.4f}, {value['quartile_3']:.4f})"
+
+
+def main() -> None:
+    """Prints the figures; --write keeps them in benchmarks/results/bookkeeping.json."""
+    parser = benchmark_parser(__doc__, repetitions=100)
+    parser.add_argument("--ranks", default="1,2")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        ranks = [int(number) for number in options.ranks.split(",")]
+        rows = costs(ranks, options.repetitions, Path(name))
+    if options.write:
+        print(write_results("bookkeeping", {"cost": rows}, options.write))
+
+
+if __name__ == "__main__":
+    main()
