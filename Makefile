@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test soak test-cluster cluster cluster-stop check bench clean
+.PHONY: help install quickstart test soak test-cluster cluster cluster-stop check bench bench-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,8 +36,11 @@ check: $(VENV)/.test  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.quickstart  ## what this machine can measure
-	$(BIN)/python -m benchmarks.step
+bench: $(VENV)/.bench  ## what this machine can measure (IMAGES=FOLDER of JPEGs for the loaders)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks $(if $(IMAGES),--images $(IMAGES))
+
+bench-check: $(VENV)/.bench  ## whether a ratio measured by make bench is worse than the committed one
+	$(BIN)/python -m benchmarks.check
 
 clean:  ## remove .venv and caches; data/ and runs/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -54,6 +57,10 @@ $(BIN)/python:
 $(VENV)/.quickstart: setup.py | $(BIN)/python
 	@echo "installing into $(VENV): about 3.4 GB of downloads the first time (6.4 GB on disk), most of it PyTorch's CUDA build"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.bench: setup.py $(VENV)/.quickstart
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench,quickstart]'
 	@touch $@
 
 $(VENV)/.test: setup.py | $(BIN)/python
