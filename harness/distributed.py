@@ -127,8 +127,12 @@ def generation(world: World) -> str:
     torchrun's agent may keep its store when it starts the ranks again: without a name of their
     own they would find the addresses of the dead. A restart raises the count, a node that joins
     or leaves changes the world size, and a process may form one group after the other.
+
+    Where the store is rank 0's, and new, the count must not be in it: an agent counts failures of
+    its own ranks only, so that after one the nodes have different counts and would never meet.
     """
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
     return f"generation-{restarts}-{world.world_size}-{_groups_formed}"
 
 

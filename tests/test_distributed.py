@@ -153,6 +153,17 @@ def test_a_rank_that_meets_the_last_groups_store_tries_again(monkeypatch):
     assert store.get("mark") == b"the second"
 
 
+@pytest.mark.parametrize("by_agent", [False, True])
+def test_nodes_whose_agents_count_restarts_differently_meet_in_a_new_store(monkeypatch, by_agent):
+    """A failed rank raises its own agent's count; a store that outlives the ranks needs it."""
+    world = world_from_environment("cpu", {})
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(by_agent))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    other_nodes = generation(world)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert (generation(world) == other_nodes) == (not by_agent)
+
+
 def test_a_port_in_use_is_one_line_with_code_2(small):
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))
