@@ -7,9 +7,12 @@ import subprocess
 from dataclasses import dataclass
 from datetime import datetime
 
+from harness.errors import UserError
+
 PATIENCE_S = 30  # for a busy slurmctld
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 UNDER_WAY = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "RESIZING")
+UNKNOWN = "Invalid job id"
 CANNOT_WRITE = 53  # slurmd's exit signal where it cannot open a job's output file
 
 
@@ -23,6 +26,7 @@ class Job:
     preempted: bool  # its grace time runs
     nodes: str
     started_s: float  # since the epoch; 0 where it has not started
+    exit_code: int
     exit_signal: int
 
     @property
@@ -30,15 +34,26 @@ class Job:
         return self.state in WAITING + UNDER_WAY
 
 
+class Silent(UserError):
+    """SLURM does not answer: nothing is known of its jobs."""
+
+
 def find_job(job_id: str) -> Job | None:
-    """The job (12, in an array 12_3); None where SLURM knows no such job, or is silent."""
+    """The job (12, in an array 12_3); None where SLURM knows no such job (any more).
+
+    Raises Silent.
+    """
     command = ["scontrol", "--oneliner", "show", "job", job_id]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    except FileNotFoundError:
+        raise Silent("scontrol is not on PATH; ask from a login node (docs/cluster.md)") from None
+    except subprocess.TimeoutExpired:
+        raise Silent(f"scontrol: no answer in {PATIENCE_S} s (see scontrol ping)") from None
     fields = dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
-    if done.returncode or "JobState" not in fields:
+    if done.returncode and UNKNOWN not in done.stderr:
+        raise Silent(f"scontrol: {' '.join(done.stderr.split())}")
+    if "JobState" not in fields:
         return None
     return Job(
         state=fields["JobState"],
@@ -47,6 +62,7 @@ def find_job(job_id: str) -> Job | None:
         preempted=fields.get("PreemptTime", "None") != "None",
         nodes=fields.get("NodeList", ""),
         started_s=_seconds(fields.get("StartTime", "")),
+        exit_code=int(fields.get("ExitCode", "0:0").split(":")[0]),
         exit_signal=int(fields.get("ExitCode", "0:0").split(":")[1]),
     )
 

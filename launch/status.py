@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
-from launch.job import CANNOT_WRITE, WAITING, Job, find_job
+from launch.job import CANNOT_WRITE, WAITING, Job, Silent, find_job
 from launch.records import Record, read_records, records_folder
 from launch.task import read_status
 
@@ -41,7 +41,7 @@ def state_of(record: Record) -> tuple[State, Job | None, dict[str, Any]]:
         return here, None, status
     if job is not None and job.state == "CANCELLED":
         return State("cancelled", _why_cancelled(record, job)), job, status
-    if status.get("state") == "stopped":
+    if status.get("state") == "stopped" and (job is None or job.exit_code in (FINISHED, STOPPED)):
         return State("stopped", f"{status['reason']}; submit it again to go on"), job, status
     return State("failed", _why_failed(record, job, status)), job, status
 
@@ -124,12 +124,20 @@ def follow(records: list[Record]) -> int:
     """Prints the merged logs as they grow until the jobs have ended; returns the exit code."""
     read = dict.fromkeys(records, 0)
     while True:
-        active = [job for job in (find_job(r.job_id) for r in records) if job and job.active]
+        active = any(map(_is_active, records))
         for record in records:
             read[record] = _print_from(Path(record.log), read[record], len(records) > 1)
         if not active:
             return _report_end(records)
         time.sleep(POLL_S)
+
+
+def _is_active(record: Record) -> bool:
+    try:
+        job = find_job(record.job_id)
+    except Silent:  # slurmctld is busy, or being restarted
+        return True
+    return job is not None and job.active
 
 
 def _print_from(log: Path, position: int, several: bool) -> int:

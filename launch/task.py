@@ -18,14 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from harness.errors import FINISHED, STOPPED, USER_ERROR
-from launch.job import find_job, requeue
+from harness.errors import FAILED, FINISHED, STOPPED, USER_ERROR
+from launch.job import Job, Silent, find_job, requeue
 
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, scancel --signal
 STOP_SIGNALS = (signal.SIGTERM, *USER_SIGNALS)
 REPEAT_S = 0.5  # a stop signal is repeated, as a rank that still imports does not hear it
 SPARE_S = 5.0  # beyond the ranks' own grace time, before a silent rank is killed
 MAX_RESTARTS = 3  # in place, by torchrun
+AGREED = "stopped after step"  # begins the reason of a run whose ranks stopped together
 TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 BAD_LINE = re.compile(r"error:|Traceback|Fatal Python error|E\d{4} ")  # the last one: torchrun's
 
@@ -84,10 +85,14 @@ class Task:
         assert child.stdout and child.stderr
         with Pump(child.stdout, sys.stdout, log.output), Pump(child.stderr, sys.stderr, log.errors):
             grace_s = float(environment.get("HARNESS_GRACE_S", "25")) + SPARE_S
+            told = False
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return child.wait(REPEAT_S)
                 if self._signal is not None:
+                    if place.leader and not told:
+                        log.line(f"{signal.Signals(self._signal).name}: stopping")
+                    told = True
                     stop_ranks(child, self.launcher)
                     if time.monotonic() - self._signalled_at_s > grace_s:
                         log.error(f"still running {grace_s:.0f} s after the signal: killed")
@@ -127,20 +132,30 @@ class Task:
     def _end(self, code: int, place: Place, log: MergedLog) -> int:
         """Decides whether a run that has not finished goes back into the queue."""
         stopped = code in (STOPPED, FINISHED)
-        if not stopped and self._signal is not None and code != USER_ERROR:
-            # no checkpoint came of it. TERM alone also comes when another rank has failed
-            job = find_job(place.job_id)
-            stopped = self._signal in USER_SIGNALS or (job is not None and job.preempted)
-        if not stopped:
-            if not self._signal:
-                said = f": {log.complaint}" if log.complaint else ""
-                log.error(f"ended {_cause(code)}{said}")
-            return code if code > 0 else 128 - code
-        return self._requeue(place, log) if place.leader else FINISHED
+        if stopped and not place.leader:
+            return FINISHED  # the leader decides; another code would have srun kill it meanwhile
+        reason = read_status(Path(self.run)).get("reason", "")
+        if self._signal == signal.SIGTERM and not reason.startswith(AGREED) and code != USER_ERROR:
+            stopped = self._meant_for_the_job(place)
+        elif self._signal in USER_SIGNALS and code != USER_ERROR:
+            stopped = True  # also where no checkpoint came of it
+        if stopped:
+            return self._requeue(place, log) if place.leader else FINISHED
+        if not self._signal:
+            said = f": {log.complaint}" if log.complaint else ""
+            log.error(f"ended {_cause(code)}{said}")
+        elif place.leader:
+            log.error(f"ended as another rank did: {reason or _cause(code)}")
+        return FAILED if code in (STOPPED, FINISHED) else code if code > 0 else 128 - code
+
+    def _meant_for_the_job(self, place: Place) -> bool:
+        """Whether a TERM was SLURM's; else it was srun's, to all ranks when one has failed."""
+        job = _find_job(place.job_id)
+        return job is not None and (job.preempted or job.state != "RUNNING")
 
     def _requeue(self, place: Place, log: MergedLog) -> int:
         """Only a running job: one that SLURM requeues or that a user cancelled is not ours."""
-        job = find_job(place.job_id)
+        job = _find_job(place.job_id)
         if job is None or job.state != "RUNNING":
             log.line(f"stopped; SLURM has the job as {job.state if job else 'unknown'}")
             return STOPPED if job is None else FINISHED
@@ -162,6 +177,12 @@ def _ignore_stop_signals() -> None:
     """In the child: no signal is deadly while it imports; the harness then handles them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _find_job(job_id: str) -> Job | None:
+    with contextlib.suppress(Silent):
+        return find_job(job_id)
+    return None
 
 
 def _cause(code: int) -> str:
