@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        what = "no longer followed; what was submitted goes on (scancel ends it)"
+        what = "interrupted; what was submitted goes on (squeue --me shows it, scancel ends it)"
         print(what if options.cluster else "interrupted", file=sys.stderr)
         return 130
 

@@ -105,15 +105,16 @@ def submit(
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH; submit from a login node (docs/cluster.md)")
     tasks = [_task(cluster, target, one) for one in wanted]
-    with _one_line_errors(), _patience():
+    with _whole(), _one_line_errors(), _patience():
         jobs = executor(cluster, target, after, at_once).submit_array(tasks)
-    records = [
-        Record(
-            one.name, str(one.run), task.arguments[0], task.log, job.job_id, cluster.requeues, after
-        )
-        for one, task, job in zip(wanted, tasks, jobs, strict=True)
-    ]
-    write_records(target, records)
+        records = [
+            Record(
+                *(one.name, str(one.run), task.arguments[0], task.log, job.job_id),
+                *(cluster.requeues, after),
+            )
+            for one, task, job in zip(wanted, tasks, jobs, strict=True)
+        ]
+        write_records(target, records)
     return records
 
 
@@ -126,7 +127,7 @@ def _task(cluster: Cluster, target: Path, wanted: Wanted) -> Task:
         config.write_text(dump_config(wanted.config))
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written: {error.strerror}; set the cluster file's folder"
+            f"{folder}: cannot be written: {error.strerror}; take another folder"
         ) from None
     return Task(
         arguments=(str(config), *wanted.typed, "--out", str(wanted.run.absolute()), "--resume"),
@@ -155,14 +156,24 @@ def _one_line_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits until what sbatch has taken is written down: no job without a record."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
 def _patience() -> Iterator[None]:
     def give_up(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
 
     previous = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(SBATCH_PATIENCE_S)
+    timer = signal.setitimer(signal.ITIMER_REAL, SBATCH_PATIENCE_S)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # whoever had set one gets it back
         signal.signal(signal.SIGALRM, previous)
