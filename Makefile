@@ -23,7 +23,8 @@ soak: $(VENV)/.test  ## faults by the hundred, an hour or more
 	$(BIN)/python -m pytest -m soak -s --timeout 0
 
 test-cluster: $(VENV)/.test  ## the launcher on a throwaway SLURM (root, slurm-wlm, munge, iproute2)
-	$(BIN)/python -m pytest -m cluster tests/cluster -rs --durations=5
+	@# scenarios wait more than they work: three of them at a time, on a cluster each
+	$(BIN)/python -m pytest -m cluster tests/cluster -n 3 --dist worksteal -rs --durations=5
 
 cluster: $(VENV)/.test  ## start that SLURM to try things on: four nodes with two pretended GPUs each
 	@$(BIN)/python -m tests.cluster.throwaway start

@@ -1,11 +1,15 @@
-"""A throwaway SLURM for all tests of this folder, and what they do on it.
+"""A throwaway SLURM for the tests of this folder, and what they do on it.
 
-Left out of a plain run of pytest; `make test-cluster` runs them.
+Left out of a plain run of pytest; `make test-cluster` runs them, several processes side by side,
+with a cluster each. Every wait ends by itself; its limit is for a machine that is busy with other
+things too, and no measure of how long a scenario takes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
 import json
 import os
 import subprocess
@@ -20,10 +24,11 @@ import yaml
 
 from harness.checkpoint import newest_checkpoint
 from harness.journal import read_log
+from launch.__main__ import main
 from tests.cluster.throwaway import ThrowawayCluster, missing, search_path, wait_for
 from tests.conftest import SMALL, free_port
 
-COMMAND_S, JOB_S = 60, 75
+COMMAND_S, JOB_S = 240, 240
 EPOCHS = 40  # of 5 steps
 
 
@@ -34,7 +39,7 @@ def needs_slurm() -> None:
 
 
 def started(folder: Path, namespaces: bool = False) -> Iterator[ThrowawayCluster]:
-    cluster = ThrowawayCluster(folder, namespaces)
+    cluster = ThrowawayCluster(folder, namespaces, owned=True)
     cluster.start()
     try:
         yield cluster
@@ -49,7 +54,7 @@ def simple(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThrowawayCluste
 
 @pytest.fixture(scope="session")
 def config(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits for 200 steps in float64; log lines at every second one."""
+    """The digits for 200 steps in float64, a log line at every second one."""
     changes: dict[str, Any] = {
         "recipe": {"epochs": EPOCHS, "milestones": [EPOCHS // 2]},
         "run": {
@@ -69,18 +74,20 @@ def config(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def straight(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of the same config, uninterrupted, on 2 ranks of torchrun."""
-    run = tmp_path_factory.mktemp("straight") / "run"
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command = [sys.executable, *torchrun, "-m", "harness", "train", str(config), "--out", str(run)]
-    subprocess.run(command, check=True, timeout=COMMAND_S, capture_output=True)
+    """The run folder of the same config, uninterrupted, on 2 ranks of torchrun.
+
+    The first of the test processes that wants it trains it for all of them.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    run = folder / "straight"
+    with (folder / "straight.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not run.exists():
+            ranks = ["--nproc-per-node", "2", "--master-port", str(free_port())]
+            train = ["-m", "harness", "train", str(config), "--out", str(run)]
+            command = [sys.executable, "-m", "torch.distributed.run", *ranks, *train]
+            subprocess.run(command, check=True, timeout=COMMAND_S, capture_output=True)
     return run
 
 
@@ -104,14 +111,17 @@ class Launcher:
         }
 
     def __call__(self, *words: object, **keys: Any) -> subprocess.CompletedProcess[str]:
-        """Runs a command of the launcher; `keys` change the cluster file, for later ones too."""
+        """Runs a command of the launcher; `keys` change the cluster file, for later ones too.
+
+        Within this process, which has PyTorch already: importing it is most of a scenario's work.
+        """
         self.mapping |= keys
         self.file.write_text(yaml.safe_dump(self.mapping))
-        environment = os.environ | {"SLURM_CONF": str(self.cluster.conf), "PATH": search_path()}
-        arguments = [sys.executable, "-m", "launch", *map(str, words)]
-        return subprocess.run(
-            arguments, capture_output=True, text=True, timeout=COMMAND_S, env=environment
-        )
+        arguments, out, err = [str(word) for word in words], io.StringIO(), io.StringIO()
+        names = {"SLURM_CONF": str(self.cluster.conf), "PATH": search_path()}
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), variables(names):
+            code = main(arguments)
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
     def submit(self, *words: object, **keys: Any) -> str:
         """Submits the small config; returns the job's id."""
@@ -194,6 +204,15 @@ class Launcher:
         return log
 
 
+@contextlib.contextmanager
+def variables(names: dict[str, str]) -> Iterator[None]:
+    """Within: environment variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        yield
+
+
 def only(event: str, log: list[dict[str, Any]]) -> dict[str, Any]:
     """The one line of that event."""
     (line,) = (line for line in log if line["event"] == event)
@@ -228,4 +247,4 @@ def launch(simple: ThrowawayCluster, tmp_path: Path, config: Path) -> Iterator[L
 def empty_queue(cluster: ThrowawayCluster) -> None:
     for _ in range(2):  # those that were just being requeued
         cluster.command("scancel", "--user", "root")
-        wait_for("an empty queue", lambda: not cluster.command("squeue", "-h"), 40)
+        wait_for("an empty queue", lambda: not cluster.command("squeue", "-h"), JOB_S)

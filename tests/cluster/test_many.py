@@ -5,11 +5,7 @@ import json
 import pytest
 import yaml
 
-from launch.cluster import load_cluster, with_cluster
-from launch.slurm import submit
-from launch.wanted import Wanted
-
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120, func_only=True)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600, func_only=True)]
 QUICK = ("recipe.epochs=2", "recipe.milestones=[]")
 
 
@@ -46,29 +42,35 @@ def test_a_study_is_one_array_of_four_runs_two_at_once(launch, tmp_path):
     assert again.returncode == 0 and "nothing to submit" in again.stdout
 
 
-def test_a_chain_whose_first_stage_fails(launch, monkeypatch):
+def job_of(launch, name):
+    return json.loads((launch.runs / f"{name}.slurm" / "job.json").read_text())[name]["job_id"]
+
+
+def test_a_chain_whose_first_stage_fails(launch, tmp_path):
     """The second job is cancelled, with the reason; both go on when they are submitted again."""
-    monkeypatch.setenv("SLURM_CONF", str(launch.cluster.conf))
-    launch("status", launch.run, nodes=1, environment={})  # writes the cluster file
-    cluster = load_cluster(launch.file)
+    quick = yaml.safe_load(launch.config.read_text())
+    quick["recipe"] |= {"epochs": 2, "milestones": []}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(quick))
+    quick["distill"] = {"teacher": str(tmp_path / "teacher.yaml"), "precision": "float32"}
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump(quick))
+    words = ("submit", tmp_path / "student.yaml", "--cluster", launch.file)
+    keys = {"nodes": 1, "environment": {}}
 
-    def stage(name, *overrides):
-        typed = (*QUICK, *overrides)
-        config = with_cluster(cluster, str(launch.config), typed)
-        return Wanted(name, launch.runs / name, config, typed)
-
-    def submit_chain(*overrides):
-        (first,) = submit(cluster, launch.runs / "teacher", [stage("teacher", *overrides)])
-        student = launch.runs / "student"
-        return first, *submit(cluster, student, [stage("student")], after=first.job_id)
-
-    first, second = submit_chain("run.data_root=/nowhere")
-    launch.wait_for_state(second.job_id, "CANCELLED")
-    assert launch.job(first.job_id)["JobState"] == "FAILED"
+    done = launch(*words, "teacher.run.data_root=/nowhere", **keys)
+    assert done.returncode == 0, done.stderr
+    first, second = job_of(launch, "teacher"), job_of(launch, "student")
+    assert f"job {second}, after job {first}\n" in done.stdout
+    launch.wait_for_state(second, "CANCELLED")
+    assert launch.job(first)["JobState"] == "FAILED"
     row = launch("status", launch.runs / "student").stdout.splitlines()[1]
-    assert "cancelled" in row and f"job {first.job_id}, which it waited for, did not" in row
+    assert "cancelled" in row and f"job {first}, which it waited for, did not" in row
     assert "/nowhere" in launch("status", launch.runs / "teacher").stdout
-    first, second = submit_chain()
-    launch.wait_for_state(second.job_id, "COMPLETED")
-    assert launch.job(first.job_id)["JobState"] == "COMPLETED"
-    assert launch.job(first.job_id)["EndTime"] <= launch.job(second.job_id)["StartTime"]
+
+    done = launch(*words, "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = job_of(launch, "teacher"), job_of(launch, "student")
+    assert launch.job(first)["EndTime"] <= launch.job(second)["StartTime"]
+    # what the student's log begins with: its teacher's error
+    assert "teacher  error" in (launch.runs / "student.slurm" / "student.log").read_text()
+    again = launch(*words)
+    assert again.returncode == 0 and again.stdout.count("finished already") == 2

@@ -2,7 +2,7 @@ import pytest
 
 from tests.cluster.conftest import only
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120, func_only=True)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600, func_only=True)]
 
 
 def test_four_ranks_on_two_nodes_are_torchruns_curve(launch, straight):

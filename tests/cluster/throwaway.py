@@ -6,14 +6,19 @@ Daemons of the real SLURM, run as root, in a folder of their own (/tmp/throwaway
 a munged with its own key and socket, and a slurmd for each node. The nodes share the machine's
 network (n1 to n4 are names of 127.0.0.1), or, with namespaces, each has a network and a host name
 of its own (c1 to c4), so that one can be cut off. FOLDER/unshared is read-only for the nodes.
+
+Several clusters may run side by side, but one with namespaces only. A cluster that a process owns
+is stale when that process has gone without stopping it: the next start() removes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,11 +33,14 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip",
 HOSTS = Path("/etc/hosts")
 HIDDEN = "/usr/sbin:/sbin"  # where Debian keeps the daemons, not on every user's PATH
 MARK = "THROWAWAY_SLURM"  # in the environment of the daemons
+HOSTS_LINE = "{address} {node} # throwaway SLURM in {folder}\n"
+HOSTS_PATTERN = re.compile(r"\S+ ([cn])\d+ # throwaway SLURM in (.*)")
 BRIDGE, NETWORK = "throwaway0", "10.77.0"
 CONF = """\
 ClusterName=throwaway
 SlurmctldHost={host}
 SlurmctldPort={port}
+FirstJobId={first_job_id}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -50,7 +58,7 @@ JobRequeue=1
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=1
-SlurmdTimeout=10
+SlurmdTimeout={silence_s}
 MaxJobCount=100
 MinJobAge=3600
 KillWait=20
@@ -70,6 +78,8 @@ PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
 PartitionName=high PriorityTier=10 PreemptMode=OFF
 """
 REQUEUE_DELAY_S = 5  # SLURM's lifetime of a job credential; 120 unless set
+# after so long a silence a node is down: soon where a test waits for it, else not on a busy machine
+SILENCE_S, LONG_SILENCE_S = 10, 120
 
 
 def missing() -> str:
@@ -109,10 +119,14 @@ def wait_for(what: str, done: Callable[[], object], timeout_s: float) -> None:
 
 
 class ThrowawayCluster:
-    """`nodes`: their names; `conf`: what SLURM_CONF must be for commands to reach it."""
+    """`nodes`: their names; `conf`: what SLURM_CONF must be for commands to reach it.
 
-    def __init__(self, folder: Path, namespaces: bool = False) -> None:
-        self.folder, self.namespaces = folder.resolve(), namespaces
+    `owned`: this process will stop it, or, if it cannot, whoever starts the next one.
+    """
+
+    def __init__(self, folder: Path, namespaces: bool = False, owned: bool = False) -> None:
+        self.folder, self.namespaces, self.owned = folder.resolve(), namespaces, owned
+        self._lock = self.folder / "owned"  # locked by the owner; its end, of any kind, unlocks it
         self.conf = self.folder / "slurm.conf"
         self.nodes = [f"{'c' if namespaces else 'n'}{i}" for i in range(1, NODES + 1)]
 
@@ -123,12 +137,21 @@ class ThrowawayCluster:
 
     def start(self) -> None:
         """Raises where a daemon does not come up; what had come up is stopped again."""
+        for other in known_clusters():
+            if other.is_stale():
+                other.stop()
+            elif other.namespaces and self.namespaces:
+                raise RuntimeError(f"{other.folder}: has namespaces too; stop that cluster first")
         try:
+            self.folder.mkdir(parents=True)
+            if self.owned:
+                self._owner = self._lock.open("w")
+                fcntl.flock(self._owner, fcntl.LOCK_EX)
+            self._add_hosts()
             self._write_files()
             self._start_munge()
             if self.namespaces:
                 self._add_network()
-            self._add_hosts()
             self.command("slurmctld")
             for node in self.nodes:
                 self.start_node(node)
@@ -145,8 +168,20 @@ class ThrowawayCluster:
         wait_for("the daemons' end", lambda: not list(self._pids()), 20)
         if self.namespaces:
             self._remove_network()
-        HOSTS.write_text("".join(line for line in _lines(HOSTS) if self._mark() not in line))
+        with _hosts() as lines:
+            lines[:] = [line for line in lines if not line.endswith(f" in {self.folder}\n")]
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def is_stale(self) -> bool:
+        """Whether its owner has gone, or, after a reboot, all of it."""
+        try:
+            with self._lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+        except BlockingIOError:
+            return False
+        except FileNotFoundError:
+            return not self.folder.exists()
 
     def start_node(self, node: str) -> None:
         """A slurmd in a mount namespace where FOLDER/unshared is another, read-only folder."""
@@ -190,6 +225,9 @@ class ThrowawayCluster:
         port = _free_ports(NODES + 1)
         host = f"{socket.gethostname()}({NETWORK}.254)" if self.namespaces else "localhost"
         values = {"folder": self.folder, "requeue_delay_s": REQUEUE_DELAY_S}
+        values["silence_s"] = SILENCE_S if self.namespaces else LONG_SILENCE_S
+        # the port of a job's rendezvous comes from its id: clusters side by side need different ids
+        values["first_job_id"] = random.SystemRandom().randrange(1, 12000) if self.owned else 1
         nodes = "\n".join(self._node_line(i, port + i) for i in range(1, NODES + 1))
         self.conf.write_text(CONF.format(host=host, port=port, nodes=nodes, **values))
 
@@ -208,17 +246,12 @@ class ThrowawayCluster:
         options += [f"--log-file={folder}/log", f"--seed-file={folder}/seed", "--force"]
         self.command("munged", *options)
 
-    def _mark(self) -> str:
-        return f"# throwaway SLURM in {self.folder}"
-
     def _add_hosts(self) -> None:
-        """MASTER_ADDR is a node's name, so names must be known."""
-        address = f"{NETWORK}.{{}}" if self.namespaces else "127.0.0.1"
-        lines = [
-            f"{address.format(i)} {node} {self._mark()}" for i, node in enumerate(self.nodes, 1)
-        ]
-        with HOSTS.open("a") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+        """MASTER_ADDR is a node's name, so names must be known; they also tell of this cluster."""
+        with _hosts() as lines:
+            for i, node in enumerate(self.nodes, 1):
+                address = f"{NETWORK}.{i}" if self.namespaces else "127.0.0.1"
+                lines.append(HOSTS_LINE.format(address=address, node=node, folder=self.folder))
 
     def _add_network(self) -> None:
         """A bridge, and for each node a network namespace with one end of a cable (eth0)."""
@@ -251,6 +284,24 @@ class ThrowawayCluster:
                     yield int(process.name)
 
 
+def known_clusters() -> list[ThrowawayCluster]:
+    """Those that were started and not stopped, by their lines in /etc/hosts."""
+    found = {match.groups() for match in map(HOSTS_PATTERN.match, _lines(HOSTS)) if match}
+    return [ThrowawayCluster(Path(folder), namespaces=letter == "c") for letter, folder in found]
+
+
+@contextlib.contextmanager
+def _hosts() -> Iterator[list[str]]:
+    """The lines of /etc/hosts, to be changed in place; one process at a time."""
+    with HOSTS.open("r+") as file:  # not replaced: in a container it is a mount
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lines = file.readlines()
+        yield lines
+        file.seek(0)
+        file.writelines(lines)
+        file.truncate()
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines(keepends=True)
 
@@ -275,11 +326,14 @@ def main() -> None:
         sys.exit(f"error: {reason}")
     cluster = ThrowawayCluster(options.folder, options.namespaces)
     if options.action == "stop":
-        cluster.namespaces = Path(f"/sys/class/net/{BRIDGE}").exists()
-        return cluster.stop()
+        known = [other for other in known_clusters() if other.folder == cluster.folder]
+        return (known or [cluster])[0].stop()
     if options.folder.exists():
         sys.exit(f"error: {options.folder}: exists; stop that cluster first: make cluster-stop")
-    cluster.start()
+    try:
+        cluster.start()
+    except (RuntimeError, TimeoutError) as error:
+        sys.exit(f"error: {error}")
     print(f"export SLURM_CONF={cluster.conf}   # then: sinfo")
 
 
