@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from harness.config import Config
 from harness.errors import UserError
 from harness.models import build_model
+from harness.prediction import Hardware, predict, render_prediction
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
@@ -27,12 +28,17 @@ SIGMAS = 6  # a measured std may be this many of its own standard errors off
 
 
 def make_plan(
-    config: Config, ranks: int, lr_at_steps: Sequence[int] = (), teachers: Sequence[Stage] = ()
+    config: Config,
+    ranks: int,
+    lr_at_steps: Sequence[int] = (),
+    teachers: Sequence[Stage] = (),
+    hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """What `config` would run on `ranks` ranks, JSON-ready; builds the model on the CPU.
 
-    `teachers` are the stages before, whose plans are their own. Raises UserError where there are
-    more ranks than workers, or one of `lr_at_steps` is not a step of the run.
+    `teachers` are the stages before, whose plans are their own; `hardware`: what the predicted
+    times assume. Raises UserError where there are more ranks than workers, one of `lr_at_steps` is
+    not a step of the run, or a figure of the hardware is not above 0.
     """
     for step in lr_at_steps:
         if not 0 <= step < config.total_steps:
@@ -54,7 +60,8 @@ def make_plan(
         plan["lr_at"] = {str(step): lr_at(config, step) for step in lr_at_steps}
     model = build_model(config)
     facts = inspect_model(model, build_optimizer(model, config.recipe), config)
-    return plan | facts | {"checks": check_facts(facts)}
+    prediction = predict(config, model, ranks, hardware)
+    return plan | facts | {"checks": check_facts(facts), "prediction": prediction}
 
 
 def _plan_steps(config: Config) -> dict[str, Any]:
@@ -229,7 +236,8 @@ def check_facts(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def render_plan(plan: dict[str, Any]) -> str:
     """What a person reads: some 40 lines of about 100 characters at most."""
-    parts = (_summary(plan), draw_lr(plan), _lr_table(plan), _parameters(plan))
+    pages = (_summary, draw_lr, _lr_table, _parameters, render_prediction)
+    parts = (page(plan) for page in pages)
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 

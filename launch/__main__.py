@@ -91,11 +91,13 @@ def _submit(options: argparse.Namespace) -> int:
 def _submit_chain(cluster: Any, runs: list[Any], options: argparse.Namespace) -> int:
     """Each run after the one before it has succeeded; what has finished or has a job stays."""
     from harness.plan import make_plan, render_plan
+    from harness.prediction import Hardware
     from launch.slurm import active_job, executor, submit
     from launch.status import follow
 
-    for run in runs:
-        plan = make_plan(run.config, cluster.ranks)  # a wrong config never reaches the queue
+    hardware = Hardware(cluster.gpus_per_node)
+    for run in runs:  # a wrong config never reaches the queue
+        plan = make_plan(run.config, cluster.ranks, hardware=hardware)
         if not options.dry_run:
             print(render_plan(plan), end="\n\n")
     after, records = None, []

@@ -9,13 +9,13 @@ import pytest
 HARNESS = Path(__file__).parents[1] / "harness"
 # from the ground to the roof; names on one line do not import each other unless listed later
 FLOORS = [
-    ["errors", "atomic_file"],
+    ["errors", "atomic_file", "communication"],
     ["config_errors"],
     ["strict_yaml"],
     ["config"],
     ["stages", "recipe"],
     ["models"],
-    ["data"],
+    ["data", "prediction"],
     ["plan", "distributed", "interrupt", "checkpoint"],
     ["metrics", "run_folder", "watchdog"],
     ["objective"],

@@ -1,0 +1,230 @@
+"""What `harness plan` predicts: a config's time of a step, an epoch and a run on so many GPUs.
+
+By the model of communication.py, from assumed hardware: nothing here was measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.communication import (
+    Layer,
+    Link,
+    Network,
+    StepTime,
+    Workload,
+    fill_buckets,
+    step_time,
+)
+from harness.config import Config
+from harness.errors import UserError
+from harness.recipe.minibatch import Minibatch
+
+# published: ResNet-50, 224 × 224, PyTorch with mixed precision on one H200 (Lambda's benchmark)
+PUBLISHED_IMAGES_PER_S, PUBLISHED_MACS = 3060.0, 4_089_184_256
+GBIT_PER_S_A_GPU = 400.0  # an InfiniBand NDR interface for each GPU
+NVLINK_BYTES_PER_S = 450e9  # H100 and H200, in each direction
+INSIDE_LATENCY_S, BETWEEN_LATENCY_S, OVERHEAD_S = 2e-6, 5e-6, 20e-6
+BACKWARD_SHARE = 2 / 3  # gradients by input and by weight: two products for the forward's one
+EVALUATED_SHARE = 1 / 3  # an image's evaluation is the forward pass of its training
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a prediction assumes. `images_per_s`: what one GPU trains alone, of this config's
+    network and crop; None: a published figure, scaled by arithmetic. `gbit_per_s`: a GPU's
+    interface between nodes. `spread`: see Workload."""
+
+    gpus_per_node: int = 8
+    images_per_s: float | None = None
+    gbit_per_s: float = GBIT_PER_S_A_GPU
+    spread: float = 0.0
+
+    def network(self, ranks: int) -> Network:
+        """Nodes of at most `gpus_per_node` ranks, with an interface for each GPU."""
+        local = min(self.gpus_per_node, ranks)
+        return Network(
+            local,
+            inside=Link(INSIDE_LATENCY_S, NVLINK_BYTES_PER_S),
+            between=Link(BETWEEN_LATENCY_S, local * self.gbit_per_s * 1e9 / 8),
+            overhead_s=OVERHEAD_S,
+        )
+
+
+def predict(config: Config, model: nn.Module, ranks: int, hardware: Hardware) -> dict[str, Any]:
+    """JSON-ready, seconds; {} where no throughput is given and none is published for the network.
+
+    Raises UserError where a figure is not above 0.
+    """
+    for name, value in (
+        ("--images-per-second", hardware.images_per_s),
+        ("--gbit-per-second", hardware.gbit_per_s),
+        ("--gpus-per-node", hardware.gpus_per_node),
+    ):
+        if value is not None and value <= 0:
+            raise UserError(f"{name} {value:g}: must be above 0")
+    macs = multiply_adds(model, config.data.crop)
+    images_per_s = hardware.images_per_s or _published(config, sum(macs.values()))
+    if images_per_s is None:
+        return {}
+    run = _Run(config, ranks, hardware.network(ranks), gradient_layers(model, macs), hardware)
+    step = run.step(images_per_s)
+    return {
+        "images_per_s_a_gpu": images_per_s,
+        "assumed": _assumed(ranks, hardware, images_per_s),
+        "compute_s": step.compute_s,
+        "exposed_s": step.exposed_s,
+        "step_s": step.step_s,
+        "limit": step.limit,
+        "images_per_s": config.recipe.minibatch / step.step_s,
+        "efficiency": run.step(images_per_s, ranks=1).step_s / step.step_s,
+        "epoch_s": config.steps_per_epoch * step.step_s + run.evaluation_s(images_per_s),
+        "run_s": run.seconds(images_per_s),
+        "hour_needs_images_per_s_a_gpu": run.images_per_s_for(HOUR_S),
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: Config
+    ranks: int
+    network: Network
+    layers: list[Layer]
+    hardware: Hardware
+
+    def step(self, images_per_s: float, ranks: int | None = None) -> StepTime:
+        """Of the ranks with the most workers; `ranks=1`: the same work without the others."""
+        recipe = self.config.recipe
+        minibatch = Minibatch(self.config.workers, recipe.worker_batch)
+        workers = max(len(minibatch.workers_of(rank, self.ranks)) for rank in range(self.ranks))
+        size = minibatch.micro_batch_images(workers, self.config.run.micro_batch)
+        images = workers * recipe.worker_batch
+        last = images - (images - 1) // size * size  # images of the last micro-batch
+        # DDP fills buckets in float32; its communication hook may send half of the bytes
+        sent = 0.5 if self.config.run.gradient_precision == "bfloat16" else 1.0
+        work = Workload(
+            compute_s=images / images_per_s,
+            backward_s=BACKWARD_SHARE * last / images_per_s,
+            buckets=tuple(
+                replace(bucket, count=sent * bucket.count) for bucket in fill_buckets(self.layers)
+            ),
+            spread=self.hardware.spread,
+        )
+        return step_time(work, self.network, ranks or self.ranks)
+
+    def evaluation_s(self, images_per_s: float) -> float:
+        return self.config.data.val_images * EVALUATED_SHARE / images_per_s / self.ranks
+
+    def seconds(self, images_per_s: float) -> float:
+        every = self.config.run.evaluate_every_epochs
+        evaluations = -(-self.config.recipe.epochs // every)
+        training_s = self.config.total_steps * self.step(images_per_s).step_s
+        return training_s + evaluations * self.evaluation_s(images_per_s)
+
+    def images_per_s_for(self, limit_s: float) -> float | None:
+        """A GPU's least images/s for a run of `limit_s`; None where communication alone takes it.
+
+        By bisection: what is exposed grows as compute shrinks.
+        """
+        low, high = 1.0, 1e9
+        if self.seconds(high) > limit_s:
+            return None
+        for _ in range(100):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if self.seconds(middle) > limit_s else (low, middle)
+        return high
+
+
+def multiply_adds(model: nn.Module, pixels: int) -> dict[str, int]:
+    """Of each convolution and linear layer, for one image of `pixels` × `pixels`.
+
+    By a forward pass on PyTorch's meta device: shapes without data.
+    """
+    counted: dict[str, int] = {}
+    shapes = copy.deepcopy(model).to("meta").eval()
+
+    def count(name: str) -> Any:
+        def hook(layer: nn.Module, _: object, output: Tensor) -> None:
+            assert isinstance(layer.weight, Tensor)
+            # each of the output's numbers is a sum over one filter
+            counted[name] = output[0].numel() * layer.weight[0].numel()
+
+        return hook
+
+    for name, layer in shapes.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count(name))
+    with torch.no_grad():
+        shapes(torch.empty(1, 3, pixels, pixels, device="meta"))
+    return counted
+
+
+def gradient_layers(model: nn.Module, macs: dict[str, int]) -> list[Layer]:
+    """The parameters in forward order; a layer's share of the backward pass is its share of the
+    arithmetic, on its weight (a bias, and batch norm's γ and β, are ready with it at once)."""
+    total = sum(macs.values())
+
+    def layers() -> Iterator[Layer]:
+        for name, parameter in model.named_parameters():
+            owner, _, kind = name.rpartition(".")
+            share = macs.get(owner, 0) / total if kind == "weight" else 0.0
+            yield Layer(parameter.numel() * parameter.element_size(), share)
+
+    return list(layers())
+
+
+def _published(config: Config, macs: int) -> float | None:
+    """ImageNet's ResNets are alike enough to go by their arithmetic; small ones are not."""
+    if config.model.name not in ("resnet50", "resnet101", "resnet152"):
+        return None
+    return PUBLISHED_IMAGES_PER_S * PUBLISHED_MACS / macs
+
+
+def _assumed(ranks: int, hardware: Hardware, images_per_s: float) -> list[str]:
+    published = "published for ResNet-50 on an H200, scaled by arithmetic"
+    source = "as given" if hardware.images_per_s else published
+    network = hardware.network(ranks)
+    nodes, local = -(-ranks // network.ranks_per_node), network.ranks_per_node
+    return [
+        f"one GPU: {images_per_s:,.0f} images/s ({source})",
+        f"{nodes} × {local} GPUs: NVLink of {NVLINK_BYTES_PER_S / 1e9:.0f} GB/s, "
+        f"{hardware.gbit_per_s:g} Gbit/s a GPU between nodes",
+        "not counted: slow ranks, waiting for data, start-up, checkpoints",
+    ]
+
+
+def render_prediction(plan: dict[str, Any]) -> list[str]:
+    """Lines of `harness plan`."""
+    found = plan["prediction"]
+    if not found:
+        return ["predicted    nothing: give one GPU's throughput by --images-per-second X"]
+    step, compute, exposed = (_time(found[f"{part}_s"]) for part in ("step", "compute", "exposed"))
+    need = found["hour_needs_images_per_s_a_gpu"]
+    hour = (
+        f"{need:,.0f} images/s a GPU" if need else "no speed would do: communication takes longer"
+    )
+    return [
+        f"predicted    step {step}: compute {compute}, exposed communication {exposed}; "
+        f"limit: {found['limit']}",
+        f"  in all     {found['images_per_s']:,.0f} images/s, "
+        f"{100 * found['efficiency']:.1f} % of {plan['ranks']} × one GPU",
+        f"  time       epoch {_time(found['epoch_s'])}, run {_time(found['run_s'])}, "
+        "evaluations included",
+        f"  one hour   needs {hour}",
+        *(f"  {'assumed' if i == 0 else '':9}  {text}" for i, text in enumerate(found["assumed"])),
+    ]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
