@@ -1,0 +1,272 @@
+"""One rank of the scaling benchmark: the same step on the first 1, 2, … N ranks of a job.
+
+    torchrun --nproc-per-node 8 -m benchmarks.scaling_rank CONFIG [key=value …] --out FILE.json
+    srun --nodes 4 --ntasks-per-node 8 python -m benchmarks.scaling_rank CONFIG … --out FILE.json
+
+CONFIG's network is trained by the harness' own step on random images. Weak scaling keeps the
+images of a rank (those of one micro-batch), strong scaling the config's minibatch. `--waits` stands
+for CONFIG where hosts outnumber cores: layers whose compute is a wait, with real gradients, DDP and
+the harness' sum of them.
+
+Each point alternates blocks of steps with all ranks together and the same work of each rank alone,
+at the same time; a block counts for its slowest rank. What together takes longer is the exposed
+communication.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.conditions import conditions, spread
+from benchmarks.hosts import shape_this_host
+from harness.communication import MIB
+from harness.config import Config, load_config
+from harness.data.loader import Batch
+from harness.distributed import (
+    Reductions,
+    World,
+    sum_gradients,
+    use_slurm_rendezvous,
+    world_from_environment,
+)
+from harness.models import build_model
+from harness.recipe.minibatch import Minibatch
+from harness.step import BUFFER_SYNC, Step, set_precision
+
+Block = Callable[[int], None]  # so many steps
+WARM_UP_STEPS = 3  # DDP makes its buckets anew after the first
+PATIENCE = timedelta(hours=1)  # of ranks that wait for a smaller world's end
+# the waits' network: equal layers, a backward pass twice the forward
+LAYERS, GRADIENT_BYTES, BUCKET_BYTES, WAIT_S = 16, 2 * MIB, MIB // 2, 0.2
+
+
+class _Wait(torch.autograd.Function):
+    """A layer that takes its time, and gives the gradient it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor, wait_s: float) -> Tensor:
+        ctx.gradient, ctx.wait_s = gradient, 2 * wait_s
+        time.sleep(wait_s)
+        return x + weight[0]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        time.sleep(ctx.wait_s)
+        return outputs[0], ctx.gradient, None, None
+
+
+class Waits(nn.Module):
+    """LAYERS layers that together wait `WAIT_S`: a third in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        numbers = GRADIENT_BYTES // LAYERS // 4
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(numbers)) for _ in range(LAYERS))
+        self.gradient = torch.ones(numbers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = _Wait.apply(x, weight, self.gradient, WAIT_S / LAYERS / 3)
+        return x
+
+
+def wait_blocks(world: World) -> dict[str, Block]:
+    """The waits, with the ranks together and alone."""
+
+    def block_of(model: nn.Module) -> Block:
+        def block(steps: int) -> None:
+            for _ in range(steps):
+                model(torch.zeros(1)).sum().backward()
+                model.zero_grad(set_to_none=True)
+
+        return block
+
+    ddp = DistributedDataParallel(
+        Waits(),
+        **{BUFFER_SYNC: False},  # type: ignore[arg-type]
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=BUCKET_BYTES / MIB,
+    )
+    ddp.register_comm_hook(Reductions(), sum_gradients)
+    return {"together": block_of(ddp), "alone": block_of(Waits())}
+
+
+def step_blocks(config: Config, world: World) -> dict[str, Block]:
+    """The harness' step of this rank's workers, with the ranks together and alone."""
+    recipe, cuda = config.recipe, world.device.type == "cuda"
+    set_precision(config.run.precision)
+    minibatch = Minibatch(config.workers, recipe.worker_batch)
+    local_workers = len(minibatch.workers_of(world.rank, world.world_size))
+    size = minibatch.micro_batch_images(local_workers, config.run.micro_batch)
+    micro_batches = minibatch.micro_batches(world.rank, world.world_size, size)
+    alone = World(0, 1, world.local_rank, world.local_world_size, "alone", world.device)
+
+    def block_of(place: World) -> Block:
+        layout = torch.channels_last if cuda else torch.contiguous_format
+        model = build_model(config, channels_last=cuda).to(world.device).to(memory_format=layout)
+        step, numbers = Step(config, model, place, micro_batches), itertools.count()
+        batches = random_batches(config, [len(m) * recipe.worker_batch for m in micro_batches])
+
+        def block(steps: int) -> None:
+            for _ in range(steps):
+                step(next(numbers) % config.total_steps, batches)
+            if cuda:
+                torch.cuda.synchronize()
+
+        return block
+
+    return {"together": block_of(world), "alone": block_of(alone)}
+
+
+def random_batches(config: Config, sizes: list[int]) -> Iterator[Batch]:
+    """Micro-batches of these sizes, in turn, for ever: pixels drawn once."""
+    shape = (max(sizes), 3, config.data.crop, config.data.crop)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, config.data.classes, shape[:1], generator=generator)
+    for size in itertools.cycle(sizes):
+        yield Batch(images[:size], labels[:size], ids=torch.arange(size), replaced=[])
+
+
+def measure(
+    blocks: dict[str, Block], device: torch.device, repetitions: int, block_s: float
+) -> dict[str, Any]:
+    """Seconds of a step, by alternating blocks; `exposed_s` are the differences of neighbours."""
+
+    def seconds(name: str, steps: int) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        blocks[name](steps)
+        slowest = torch.tensor((time.perf_counter() - start) / steps, device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return float(slowest)
+
+    for name in blocks:
+        seconds(name, WARM_UP_STEPS)
+    steps = {name: max(round(block_s / seconds(name, 1)), 1) for name in blocks}
+    times: dict[str, list[float]] = {name: [] for name in blocks}
+    for repetition in range(repetitions):
+        for name in list(blocks)[:: 1 if repetition % 2 else -1]:
+            times[name].append(seconds(name, steps[name]))
+    differences = [a - b for a, b in zip(times["together"], times["alone"], strict=True)]
+    return {
+        "step_s": spread(times["together"]),
+        "alone_s": spread(times["alone"]),
+        "exposed_s": spread(differences),
+        "steps_a_block": steps["together"],
+    }
+
+
+def points_of_network(options: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
+    """Weak and strong scaling of the config on the ranks of the process group."""
+    given = load_config(options.config, options.overrides)
+    local_images = Minibatch(given.workers, given.recipe.worker_batch).micro_batch_images(
+        given.workers, given.run.micro_batch
+    )
+    weak = f"recipe.minibatch={local_images * world.world_size}"
+    for scaling, changed in (("weak", [weak]), ("strong", [])):
+        config = load_config(options.config, [*options.overrides, *changed])
+        if config.workers < world.world_size:
+            continue  # a rank hosts at least one worker
+        blocks = step_blocks(config, world)
+        found = measure(blocks, world.device, options.repetitions, options.block_seconds)
+        images = config.recipe.minibatch
+        yield {
+            "scaling": scaling,
+            "ranks": world.world_size,
+            "images": images,
+            "images_per_s": images / found["step_s"]["median"],
+            **found,
+        }
+
+
+def points_of_waits(options: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
+    """The waits on the ranks of the process group, at each speed of the hosts' links."""
+    for mbit_per_s in options.mbit_per_s:
+        shape_this_host(mbit_per_s)
+        found = measure(
+            wait_blocks(world), world.device, options.repetitions, options.block_seconds
+        )
+        place = {"ranks": world.world_size, "mbit_per_s": mbit_per_s, "delay_ms": options.delay_ms}
+        yield place | found
+
+
+def measure_worlds(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The points of each number of ranks, in a process group of their own; rank 0 has them."""
+    world = world_from_environment("cpu" if options.waits else options.device)
+    if world.launcher == "slurm":
+        use_slurm_rendezvous()
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.world_size, timeout=PATIENCE))
+    points: list[dict[str, Any]] = []
+    for ranks in options.ranks or rank_counts(world.world_size):
+        if world.rank < ranks:
+            part = World(
+                world.rank,
+                ranks,
+                world.local_rank,
+                min(world.local_world_size, ranks),
+                world.launcher,
+                world.device,
+            )
+            dist.init_process_group(
+                "nccl" if world.device.type == "cuda" else "gloo",
+                store=dist.PrefixStore(f"ranks-{ranks}", store),
+                rank=world.rank,
+                world_size=ranks,
+            )
+            of_kind = points_of_waits if options.waits else points_of_network
+            points += of_kind(options, part)
+            dist.destroy_process_group()
+        store.add(f"measured-{ranks}", 1)
+        _wait_for(store, f"measured-{ranks}", world.world_size)
+    store.add("left", 1)
+    if world.rank > 0:
+        return []
+    _wait_for(store, "left", world.world_size)  # the store may be in this process
+    return points
+
+
+def _wait_for(store: dist.Store, key: str, count: int) -> None:
+    while store.add(key, 0) < count:  # rare enough to cost the ranks that measure nothing
+        time.sleep(0.2)
+
+
+def rank_counts(most: int) -> list[int]:
+    """1, 2, 4, … and `most`."""
+    return sorted({1 << bit for bit in range(most.bit_length())} | {most})
+
+
+def main() -> None:
+    """Measures; rank 0 writes the points to --out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", metavar="CONFIG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--waits", action="store_true", help="timed waits instead of a network")
+    parser.add_argument("--mbit-per-s", type=float, nargs="*", default=[1000.0])
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="only noted")
+    parser.add_argument("--ranks", type=int, nargs="*", help="default: 1, 2, 4, … and all")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--block-seconds", type=float, default=2.0)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    options = parser.parse_args()
+    if points := measure_worlds(options):
+        options.out.write_text(json.dumps(conditions() | {"points": points}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
