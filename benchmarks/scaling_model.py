@@ -1,0 +1,98 @@
+"""Fits the model of harness/communication.py to a part of what was measured, predicts the rest."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy.optimize import least_squares
+
+from benchmarks.scaling_rank import BUCKET_BYTES, GRADIENT_BYTES, LAYERS
+from harness.communication import Layer, Link, Network, Workload, fill_buckets, step_time
+
+BACKWARD_SHARE = 2 / 3  # of a step's wait
+BUCKETS = tuple(
+    fill_buckets([Layer(GRADIENT_BYTES // LAYERS, 1 / LAYERS)] * LAYERS, BUCKET_BYTES, BUCKET_BYTES)
+)
+NO_LINK = Link(0.0, float("inf"))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """`latency_s`: of a ring's step, beside the delay that was set; `rate`: what arrives of a
+    link's set bytes/s; `overhead_s`: of an all-reduce."""
+
+    latency_s: float
+    rate: float
+    overhead_s: float
+
+
+def predicted_step_s(point: dict[str, Any], fitted: Fitted) -> float:
+    """The step of a point of scaling.py, from its rank count, its link and its measured wait."""
+    link = Link(
+        fitted.latency_s + point["delay_ms"] / 1000,
+        fitted.rate * point["mbit_per_s"] * 1e6 / 8,
+    )
+    network = Network(1, NO_LINK, link, fitted.overhead_s, algorithm="ring")  # Gloo's
+    compute_s = point["alone_s"]["median"]
+    work = Workload(compute_s, BACKWARD_SHARE * compute_s, BUCKETS)
+    return step_time(work, network, point["ranks"]).step_s
+
+
+def is_fitted(point: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
+    """Only the least and the most hosts, at every other speed, without delay, are fitted to."""
+    speeds = sorted({other["mbit_per_s"] for other in points})
+    ends = {extreme(other["ranks"] for other in points) for extreme in (min, max)}
+    return point["ranks"] in ends and point["mbit_per_s"] in speeds[::2] and not point["delay_ms"]
+
+
+def fit(points: Sequence[dict[str, Any]]) -> Fitted:
+    """The parameters with the least squares of the steps' relative errors."""
+
+    def errors(parameters: Sequence[float]) -> list[float]:
+        fitted = Fitted(*parameters)
+        return [predicted_step_s(p, fitted) / p["step_s"]["median"] - 1 for p in points]
+
+    found = least_squares(
+        errors,
+        x0=[1e-3, 0.9, 1e-3],
+        bounds=([0, 0.3, 0], [0.1, 1.1, 0.1]),
+        x_scale=[1e-3, 0.1, 1e-3],
+    )
+    return Fitted(*map(float, found.x))
+
+
+def judge(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The fit, each point's prediction and error, and the median error of the held-out ones."""
+    fitted = fit([point for point in points if is_fitted(point, points)])
+    rows = []
+    for point in points:
+        measured_s, predicted_s = point["step_s"]["median"], predicted_step_s(point, fitted)
+        exposed_s = measured_s - point["alone_s"]["median"]
+        rows.append(
+            {
+                **{key: point[key] for key in ("ranks", "mbit_per_s", "delay_ms")},
+                "held_out": not is_fitted(point, points),
+                "measured_step_s": measured_s,
+                "predicted_step_s": predicted_s,
+                "error_percent": 100 * (predicted_s / measured_s - 1),
+                "measured_exposed_s": exposed_s,
+                "predicted_exposed_s": predicted_s - point["alone_s"]["median"],
+            }
+        )
+    return {
+        "fitted": asdict(fitted),
+        "predictions": rows,
+        "median_error_percent": _median_error(rows, "step"),
+        "median_exposed_error_percent": _median_error(rows, "exposed"),
+    }
+
+
+def _median_error(rows: Sequence[dict[str, Any]], part: str) -> float:
+    return statistics.median(
+        100 * abs(row[f"predicted_{part}_s"] / row[f"measured_{part}_s"] - 1)
+        for row in rows
+        if row["held_out"]
+    )
