@@ -45,8 +45,15 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # benchmarks/loaders.py and step.py; mosaicml (composer) needs torch below 2.7.1
-        "bench": ["timm>=1.0", "simplejpeg>=1.8", "lightning>=2.5", "accelerate>=1.10"],
+        # benchmarks/loaders.py, step.py and scaling.py; mosaicml (composer) needs torch below 2.7.1
+        "bench": [
+            "timm>=1.0",
+            "simplejpeg>=1.8",
+            "lightning>=2.5",
+            "accelerate>=1.10",
+            "matplotlib>=3.8",
+            "scipy>=1.11",
+        ],
         "dali": DALI,
         "dali-cuda12": DALI_CUDA12,
         "quickstart": QUICKSTART,

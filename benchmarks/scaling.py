@@ -69,7 +69,7 @@ def measure_hosts(options: argparse.Namespace, folder: Path) -> list[dict[str, A
                 network.start(
                     rank,
                     [*command, *_measuring(options, out)],
-                    ONE_THREAD | _place(network, rank, options.hosts),
+                    ONE_THREAD | place(network, rank, options.hosts),
                 )
                 for rank in range(options.hosts)
             ]
@@ -79,7 +79,8 @@ def measure_hosts(options: argparse.Namespace, folder: Path) -> list[dict[str, A
     return points
 
 
-def _place(network: hosts.Hosts, rank: int, world_size: int) -> dict[str, str]:
+def place(network: hosts.Hosts, rank: int, world_size: int) -> dict[str, str]:
+    """The environment of a rank on a host of its own."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),

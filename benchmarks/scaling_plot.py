@@ -56,14 +56,14 @@ def _draw_hosts(axes: Any, found: dict[str, Any]) -> None:
     _label(axes[1], "hosts (dashed: the model)", "efficiency")
 
 
-def _bars(axis: Any, points: Sequence[Point], label: str) -> str:
+def _bars(axis: Any, points: Sequence[Point], label: str) -> Any:
     """Medians with their quartiles; the line's colour."""
     middle = [point["step_s"]["median"] for point in points]
     low = [point["step_s"]["median"] - point["step_s"]["quartile_1"] for point in points]
     high = [point["step_s"]["quartile_3"] - point["step_s"]["median"] for point in points]
     ranks = [point["ranks"] for point in points]
     drawn = axis.errorbar(ranks, middle, [low, high], fmt="o-", capsize=3, label=label)
-    return str(drawn.lines[0].get_color())
+    return drawn.lines[0].get_color()
 
 
 def _curve(axis: Any, points: Sequence[Point], label: str, value: Callable[[Point], float]) -> None:

@@ -175,9 +175,10 @@ def points_of_network(options: argparse.Namespace, world: World) -> Iterator[dic
     local_images = Minibatch(given.workers, given.recipe.worker_batch).micro_batch_images(
         given.workers, given.run.micro_batch
     )
-    weak = f"recipe.minibatch={local_images * world.world_size}"
-    for scaling, changed in (("weak", [weak]), ("strong", [])):
-        config = load_config(options.config, [*options.overrides, *changed])
+    others = [typed for typed in options.overrides if not typed.startswith("recipe.minibatch=")]
+    weak = [*others, f"recipe.minibatch={local_images * world.world_size}"]
+    for scaling, overrides in (("weak", weak), ("strong", options.overrides)):
+        config = load_config(options.config, overrides)
         if config.workers < world.world_size:
             continue  # a rank hosts at least one worker
         blocks = step_blocks(config, world)
