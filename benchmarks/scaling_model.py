@@ -16,6 +16,7 @@ BACKWARD_SHARE = 2 / 3  # of a step's wait
 BUCKETS = tuple(
     fill_buckets([Layer(GRADIENT_BYTES // LAYERS, 1 / LAYERS)] * LAYERS, BUCKET_BYTES, BUCKET_BYTES)
 )
+GLOO_SEGMENTS = 2  # of each step of its ring, for buckets of this size
 NO_LINK = Link(0.0, float("inf"))
 
 
@@ -35,7 +36,7 @@ def predicted_step_s(point: dict[str, Any], fitted: Fitted) -> float:
         fitted.latency_s + point["delay_ms"] / 1000,
         fitted.rate * point["mbit_per_s"] * 1e6 / 8,
     )
-    network = Network(1, NO_LINK, link, fitted.overhead_s, algorithm="ring")  # Gloo's
+    network = Network(1, NO_LINK, link, fitted.overhead_s, "ring", GLOO_SEGMENTS)
     compute_s = point["alone_s"]["median"]
     work = Workload(compute_s, BACKWARD_SHARE * compute_s, BUCKETS)
     return step_time(work, network, point["ranks"]).step_s

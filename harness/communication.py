@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
+from typing import Literal
 
 MIB = 2**20
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 * MIB, 25 * MIB  # DDP's: the first starts the network early
@@ -27,10 +28,18 @@ class Link:
     bytes_per_s: float
 
 
-def ring_s(count: float, ranks: int, link: Link) -> float:
-    """A ring all-reduce of `count` bytes: 2(p - 1) steps, 2(p - 1)/p of the bytes (section 4)."""
-    steps = 2 * (ranks - 1)
-    return steps * link.latency_s + steps / ranks * count / link.bytes_per_s
+def ring_s(count: float, ranks: int, link: Link, segments: int = 1) -> float:
+    """A ring all-reduce of `count` bytes: 2(p - 1) steps, 2(p - 1)/p of the bytes (section 4).
+
+    In each step a rank sends a p-th, in `segments` messages: while one is on its way, the next is
+    sent, and what has come is passed on at once. Then latency shows only as far as it is longer
+    than sending the others.
+    """
+    steps, sent_s = 2 * (ranks - 1), count / ranks / link.bytes_per_s
+    if steps == 0:
+        return 0.0
+    step_s = max(sent_s, sent_s / segments + link.latency_s)
+    return (steps - 1) * step_s + sent_s + link.latency_s
 
 
 def halving_doubling_s(count: float, ranks: int, link: Link) -> float:
@@ -48,13 +57,6 @@ def halving_doubling_s(count: float, ranks: int, link: Link) -> float:
     return steps * link.latency_s + sent * count / link.bytes_per_s
 
 
-ALGORITHMS: dict[str, Callable[[float, int, Link], float]] = {
-    "ring": ring_s,
-    "halving_doubling": halving_doubling_s,
-    "faster": lambda *a: min(ring_s(*a), halving_doubling_s(*a)),  # as a library would choose
-}
-
-
 @dataclass(frozen=True)
 class Network:
     """Nodes of `ranks_per_node` ranks. `inside`: a rank's link to its node; `between`: a node's to
@@ -64,7 +66,8 @@ class Network:
     inside: Link
     between: Link
     overhead_s: float = 0.0
-    algorithm: str = "faster"  # between nodes; inside it is a ring
+    algorithm: Literal["ring", "halving_doubling", "faster"] = "faster"  # between nodes
+    segments: int = 1  # of a ring's steps; Gloo: 2, NCCL pipelines too
 
     def all_reduce_s(self, count: float, ranks: int) -> float:
         """Seconds of an all-reduce of `count` bytes: reduced inside each node, summed between the
@@ -72,8 +75,14 @@ class Network:
         if ranks == 1:
             return 0.0
         local, nodes = min(ranks, self.ranks_per_node), -(-ranks // self.ranks_per_node)
-        between_s = ALGORITHMS[self.algorithm](count, nodes, self.between) if nodes > 1 else 0.0
-        return self.overhead_s + ring_s(count, local, self.inside) + between_s
+        inside_s = ring_s(count, local, self.inside, self.segments)
+        between_s = {
+            "ring": ring_s(count, nodes, self.between, self.segments),
+            "halving_doubling": halving_doubling_s(count, nodes, self.between),
+        }
+        if self.algorithm == "faster":  # as a library would choose
+            return self.overhead_s + inside_s + min(between_s.values())
+        return self.overhead_s + inside_s + between_s[self.algorithm]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,14 @@ def test_ring() -> None:
     assert ring_s(800, 2, LINK) == pytest.approx(10)  # 2 steps of 1 s + 4 s
 
 
+def test_a_ring_of_segments_hides_latency() -> None:
+    # in halves of 1 s: a step's second half is sent while the first is on its way for 1 s; so it
+    # is passed on without a pause: 6 steps of 2 s, and the last half's way
+    assert ring_s(800, 4, LINK, segments=2) == pytest.approx(13)
+    # on its way for 3 s: from one step to the next 1 s + 3 s; the last: 2 s + 3 s
+    assert ring_s(800, 4, replace(LINK, latency_s=3), segments=2) == pytest.approx(5 * 4 + 5)
+
+
 def test_halving_and_doubling() -> None:
     # 4 ranks: 400, 200 bytes out and back in 4 steps: 4 s + 12 s; the ring's bytes, fewer steps
     assert halving_doubling_s(800, 4, LINK) == pytest.approx(16)

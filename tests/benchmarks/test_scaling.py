@@ -58,15 +58,16 @@ def test_efficiency_is_by_images_of_a_rank() -> None:
 def test_the_predicted_step() -> None:
     """0.24 s of compute, the last 0.16 s backward; 4 buckets of 0.5 MiB, ready at 1/4, 2/4, …
 
-    2 hosts, 8 MiB/s: each bucket crosses the link once, 0.0625 s, and 2 · 1 ms + 0.5 ms:
-    0.065 s. They start at 0.04 s, one after the other, and end at 0.3 s: 0.14 s after.
+    2 hosts, 8 MiB/s: each bucket crosses the link once, 0.0625 s; in quarters, whose way of 1 ms
+    is hidden but for the last; and 1.5 ms: 0.065 s. They start at 0.04 s, one after the other, and
+    end at 0.3 s: 0.14 s after the backward pass.
     """
-    fitted = scaling_model.Fitted(latency_s=1e-3, rate=0.8, overhead_s=0.5e-3)
+    fitted = scaling_model.Fitted(latency_s=1e-3, rate=0.8, overhead_s=1.5e-3)
     mbit_per_s = 10 * 2**20 * 8 / 1e6  # of which 0.8
     predicted_s = scaling_model.predicted_step_s(point(2, mbit_per_s), fitted)
     assert predicted_s == pytest.approx(0.24 + 0.14)
-    # a delay of 5 ms for each of the ring's 2 steps: 0.075 s a bucket, 0.34 s in all
-    delayed_s = scaling_model.predicted_step_s(point(2, mbit_per_s, delay_ms=5), fitted)
+    # on its way for 10 ms more: 0.075 s a bucket, 0.34 s in all
+    delayed_s = scaling_model.predicted_step_s(point(2, mbit_per_s, delay_ms=10), fitted)
     assert delayed_s == pytest.approx(0.24 + 0.18)
 
 
