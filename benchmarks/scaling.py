@@ -155,24 +155,27 @@ def main() -> None:
     parser.add_argument("--block-seconds", type=float, default=2.0)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    found: dict[str, Any] = {"config": options.config}
-    reason = "measured elsewhere" if options.measured else hosts.missing()
-    with tempfile.TemporaryDirectory() as folder:
-        if options.measured:
-            found = json.loads(options.measured.read_text())
-        else:
-            found["points"] = measure_machine(options, Path(folder))
-        add_efficiency(found["points"])
-        print_machine(found["points"])
-        if options.hosts and not reason:
-            found["hosts"] = measure_hosts(options, Path(folder))
-            found["model"] = judge(found["hosts"])
-            print_hosts(found["model"], found["hosts"])
-        elif options.hosts:
-            print(f"hosts: not measured: {reason}")
+    found = json.loads(options.measured.read_text()) if options.measured else measure(options)
+    add_efficiency(found["points"])
+    print_machine(found["points"])
+    if "hosts" in found:
+        found["model"] = judge(found["hosts"])
+        print_hosts(found["model"], found["hosts"])
     if options.write:
         path = write_results("scaling", found)
         print(path, draw(found, RESULTS / "scaling.svg"))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """`points` of this machine, and its `hosts` where it can have any."""
+    found: dict[str, Any] = {"config": options.config, "load_average": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as folder:
+        found["points"] = measure_machine(options, Path(folder))
+        if options.hosts and (reason := hosts.missing()):
+            print(f"hosts: not measured: {reason}")
+        elif options.hosts:
+            found["hosts"] = measure_hosts(options, Path(folder))
+    return found
 
 
 if __name__ == "__main__":

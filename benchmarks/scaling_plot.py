@@ -26,6 +26,8 @@ def draw(found: dict[str, Any], path: Path) -> Path:
     _ideal(axes[0][1], found["points"])
     _label(axes[0][0], "ranks", "s a step")
     _label(axes[0][1], "ranks", "images/s")
+    for axis in axes[0]:
+        axis.set_ylim(bottom=0)
     if rows == 2:
         _draw_hosts(axes[1], found)
     figure.tight_layout()
@@ -51,6 +53,7 @@ def _draw_hosts(axes: Any, found: dict[str, Any]) -> None:
             ranks, [a / p for a, p in zip(alone, predicted, strict=True)], "--", color=colour
         )
     axes[0].set_yscale("log")
+    axes[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
     axes[1].set_ylim(0, 1.05)
     _label(axes[0], "hosts (dashed: the model)", "s a step, compute a timed wait")
     _label(axes[1], "hosts (dashed: the model)", "efficiency")

@@ -146,6 +146,16 @@ def test_the_figure(tmp_path: Path) -> None:
         assert f"<!-- {words} -->" in text
 
 
+def test_the_documented_errors_are_those_of_the_results() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text())
+    judged = scaling_model.judge(results["hosts"])
+    documented = (ROOT / "docs" / "scaling.md").read_text()
+    assert judged["median_error_percent"] <= 15
+    assert f"| step | {judged['median_error_percent']:.1f} % |" in documented
+    exposed = judged["median_exposed_error_percent"]
+    assert f"the step less its wait | {exposed:.1f} % |" in documented
+
+
 def test_the_documented_forecast_is_what_the_model_gives() -> None:
     documented = (ROOT / "docs" / "scaling.md").read_text()
     for lines in (forecast.paper_lines, forecast.gpu_lines, forecast.limit_lines):
