@@ -73,21 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_data(commands)
 
-    plan = commands.add_parser("plan", help="what would be run, without data or GPU")
-    _add_config(plan)
-    plan.add_argument("--ranks", type=int, default=1, metavar="W", help="world size (default 1)")
-    plan.add_argument("--json", action="store_true")
-    plan.add_argument("--lr-at", default="", metavar="STEP,…", help="learning rate at these steps")
-    assumed = plan.add_argument_group("what the predicted times assume (docs/scaling.md)")
-    assumed.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
-    assumed.add_argument(
-        "--images-per-second", type=float, metavar="X", help="of one GPU alone, as measured"
-    )
-    assumed.add_argument(
-        "--gbit-per-second", type=float, default=400, metavar="B", help="a GPU; default 400"
-    )
-    plan.set_defaults(command=_plan)
-
+    _add_plan(commands)
     train = commands.add_parser("train", help="train, alone or as a rank of torchrun or srun")
     _add_config(train)
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/…)")
@@ -130,6 +116,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=_export)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="what would be run, without data or GPU")
+    _add_config(plan)
+    plan.add_argument("--ranks", type=int, default=1, metavar="W", help="world size (default 1)")
+    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--lr-at", default="", metavar="STEP,…", help="learning rate at these steps")
+    assumed = plan.add_argument_group("what the predicted times assume (docs/scaling.md)")
+    assumed.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
+    assumed.add_argument(
+        "--images-per-second", type=float, metavar="X", help="of one GPU alone, as measured"
+    )
+    assumed.add_argument(
+        "--gbit-per-second", type=float, default=400, metavar="B", help="a GPU; default 400"
+    )
+    plan.set_defaults(command=_plan)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

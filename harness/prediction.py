@@ -78,7 +78,7 @@ def predict(config: Config, model: nn.Module, ranks: int, hardware: Hardware) ->
     step = run.step(images_per_s)
     return {
         "images_per_s_a_gpu": images_per_s,
-        "assumed": _assumed(ranks, hardware, images_per_s),
+        "assumed": _assumed(ranks, hardware, images_per_s, config.distill is not None),
         "compute_s": step.compute_s,
         "exposed_s": step.exposed_s,
         "step_s": step.step_s,
@@ -187,7 +187,7 @@ def _published(config: Config, macs: int) -> float | None:
     return PUBLISHED_IMAGES_PER_S * PUBLISHED_MACS / macs
 
 
-def _assumed(ranks: int, hardware: Hardware, images_per_s: float) -> list[str]:
+def _assumed(ranks: int, hardware: Hardware, images_per_s: float, distilled: bool) -> list[str]:
     published = "published for ResNet-50 on an H200, scaled by arithmetic"
     source = "as given" if hardware.images_per_s else published
     network = hardware.network(ranks)
@@ -196,7 +196,8 @@ def _assumed(ranks: int, hardware: Hardware, images_per_s: float) -> list[str]:
         f"one GPU: {images_per_s:,.0f} images/s ({source})",
         f"{nodes} × {local} GPUs: NVLink of {NVLINK_BYTES_PER_S / 1e9:.0f} GB/s, "
         f"{hardware.gbit_per_s:g} Gbit/s a GPU between nodes",
-        "not counted: slow ranks, waiting for data, start-up, checkpoints",
+        "not counted: slow ranks, waiting for data, start-up, checkpoints"
+        + (", the teacher" if distilled else ""),
     ]
 
 
