@@ -14,6 +14,7 @@ from torchvision import models as torchvision_models
 
 from harness.errors import UserError
 from harness.models.cifar_resnet import DEPTHS, CifarResNet
+from harness.models.fused_blocks import fuse_blocks
 from harness.models.ghost_batch_norm import convert_batch_norms
 from harness.recipe.initialization import initialize
 
@@ -42,6 +43,7 @@ def build_model(config: Config, channels_last: bool = False) -> nn.Module:
     """
     model = _bare_model(config.model, config.data.classes)
     convert_batch_norms(model, config.recipe.worker_batch, channels_last)
+    fuse_blocks(model)
     initialize(model, config.seed, config.model.last_gamma)
     if config.model.weights is not None:
         load_weights(model, Path(config.model.weights))

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+@cache
+def kernel_device() -> str:
+    """The type of device that the fused kernel (ghost_batch_norm_triton.py) runs on.
+
+    "cuda" where there is a GPU and Triton, "cpu" in Triton's interpreter (TRITON_INTERPRET=1, for
+    tests), "" for none: plain PyTorch then computes the same.
+    """
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        return ""  # Triton takes a while to import
+    try:
+        from harness.models import ghost_batch_norm_triton
+    except ImportError:
+        return ""
+    return ghost_batch_norm_triton.DEVICE
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -13,7 +32,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     In training, x is (m*n, C, H, W), in the order of `Minibatch.places`: channels_last worker by
     worker, else image i of worker j at i*m + j. The statistics of every worker are summed until
     `RunningStatistics` applies them; `forward` leaves the running statistics alone.
-    Evaluation, parameters and state dict are those of plain batch norm.
+    Evaluation, parameters and state dict are those of plain batch norm. With `residual` (like x)
+    and `relu`, `forward` also adds and rectifies: in channels_last on a GPU one fused operation.
 
     Raises ValueError in training where the batch is no multiple of n.
     """
@@ -37,18 +57,28 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum)
         self.worker_batch = worker_batch
         self.channels_last = channels_last
+        self.fused_on = kernel_device() if channels_last else ""
         self.register_buffer("sums", torch.zeros(2, num_features), persistent=False)
         self.register_buffer("one_worker", torch.zeros(2, num_features), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, worker_batch={self.worker_batch}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return add_relu(super().forward(x), residual, relu)
         workers = x.shape[0] // self.worker_batch
         if workers == 0 or x.shape[0] % self.worker_batch:
             raise ValueError(f"{x.shape[0]} images are no multiple of n = {self.worker_batch}")
+        if x.device.type == self.fused_on and (residual is None or residual.dtype == x.dtype):
+            y, statistics, _ = torch.ops.harness.ghost_batch_norm(
+                x, residual, self.weight, self.bias, self.worker_batch, self.eps, relu
+            )
+            self.sums.add_(statistics.detach().sum(1))
+            return y
+        return add_relu(self._plain(x, workers), residual, relu)
+
+    def _plain(self, x: Tensor, workers: int) -> Tensor:
         if workers == 1:
             # the kernels of plain batch norm, in either layout
             y = self._normalise(x, self.one_worker[0], self.one_worker[1], self.weight, self.bias)
@@ -88,6 +118,13 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         """
         workers = zip(x.split(self.worker_batch), means, variances, strict=True)
         return torch.cat([self._normalise(*w, self.weight, self.bias) for w in workers])
+
+
+def add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """y + residual, rectified: in place, as torchvision's blocks do."""
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True) if relu else y
 
 
 def ghost_batch_norms(model: nn.Module) -> list[GhostBatchNorm2d]:
