@@ -4,10 +4,11 @@
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.models.ghost_batch_norm import ghost_batch_norms
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,14 @@ def min_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def first_ranks(value: T, group: dist.ProcessGroup | None) -> T:
+    """Rank 0's `value`, on all ranks."""
+    values = [value]
+    if group is not None:
+        dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
 def barrier(group: dist.ProcessGroup | None) -> None:
     """Waits until all ranks of the group have come here; nothing for a single rank."""
     if group is not None:
@@ -238,20 +249,34 @@ def barrier(group: dist.ProcessGroup | None) -> None:
 
 @dataclass
 class Reductions:
-    """How many gradient buckets this rank has sent: where it stands in a backward pass."""
+    """How this rank sends its gradients, and how many buckets of them it has sent: where it stands
+    in a backward pass."""
 
+    dtype: torch.dtype | None = None  # that gradients are sent and summed in; None: their own
     sent: int = 0
+    all_made: Callable[[], object] = lambda: None  # called when the last gradient is there
 
 
 def sum_gradients(reductions: Reductions, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP communication hook: gradients are summed, not averaged, over all ranks.
 
     Remark 3 (section 3): each image's loss is divided by kn, so the all-reduce sums; the backward
-    pass of an image then knows nothing of the number of ranks, in float16 too.
+    pass of an image then knows nothing of the number of ranks, in float16 too. In bfloat16
+    (`run.gradient_precision`) each rank's gradients and their partial sums are rounded to 8 bits.
     """
     reductions.sent += 1
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+    if bucket.is_last():
+        reductions.all_made()
+    gradients = bucket.buffer()
+    own_type = reductions.dtype in (None, gradients.dtype)
+    sent = gradients if own_type else gradients.to(reductions.dtype)
+    work = dist.all_reduce(sent, async_op=True)
+
+    def received(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        summed = future.value()[0]
+        return summed if own_type else gradients.copy_(summed)
+
+    return work.get_future().then(received)
 
 
 @contextmanager

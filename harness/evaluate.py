@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from harness.config import Config
 from harness.data.loader import Batch
 from harness.distributed import sum_over_ranks
-from harness.step import Pixels, autocast
+from harness.step import Pixels, autocast, uncompiled
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,13 @@ def evaluate(
     local_loss = torch.zeros((), dtype=torch.float64, device=pixels.device)
     for batch in batches:
         labels = batch.labels.to(pixels.device, non_blocking=True)
-        with autocast(config, pixels.device):
+        with uncompiled(config), autocast(config, pixels.device):
             logits = model(pixels(batch.images))
         logits = logits.double() if config.run.precision == "float64" else logits.float()
         top = logits.topk(min(5, logits.shape[1])).indices
         hits = top == labels[:, None]
-        local_counts += torch.stack(
-            [hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels)).to(labels)]
-        )
+        local_counts[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
+        local_counts[2] += len(labels)
         local_loss += F.cross_entropy(logits, labels, reduction="sum")
         if watch is not None:
             watch(batch, logits)

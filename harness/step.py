@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 
@@ -17,6 +17,7 @@ from harness.distributed import Reductions, World, sum_gradients
 from harness.metrics import Metrics
 from harness.models.ghost_batch_norm import RunningStatistics
 from harness.objective import Objective, build_objective
+from harness.recipe.initialization import residual_blocks
 from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
 
@@ -26,6 +27,8 @@ BUFFER_SYNC = (
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
+# each kind of residual block (8 in ResNet-50) at each size of micro-batch is compiled by itself
+RECOMPILES = 64
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,6 +82,32 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Non
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """torch.compile, residual block by residual block, in place.
+
+    Blocks of one kind share their code, and gradients come block by block, so that DDP sends the
+    first while others are made: a model compiled as one hands all over at the end. State dict and
+    module names stay as they are. A block that cannot be compiled runs as it is, with a warning.
+    """
+    import torch._dynamo as dynamo  # takes a second
+
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILES)
+    dynamo.config.suppress_errors = True
+    for _, block in residual_blocks(model):
+        block.compile(dynamic=False, backend=backend)
+
+
+def uncompiled(config: Config) -> AbstractContextManager[object]:
+    """Within: blocks run as they are, as evaluation's batches are not worth compiling for."""
+    compiled = config.run.compile is True
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def no_part(name: str) -> AbstractContextManager[object]:
+    """A part of a step that nobody measures."""
+    return nullcontext()
+
+
 class Step:
     """Runs optimizer steps of this rank.
 
@@ -96,13 +125,17 @@ class Step:
         objective: Objective | None = None,
     ) -> None:
         self.config, self.device = config, world.device
-        self.micro_batches = len(micro_batches)
+        self.micro_batches = len(micro_batches)  # may be set anew between two steps
         self.local_workers = sum(map(len, micro_batches))
         self.network = model
         self.objective = objective or build_objective(config, None)
         self.running_statistics = RunningStatistics(model)
-        self.reductions = Reductions()
-        self.model: nn.Module = torch.compile(model) if config.run.compile is True else model  # type: ignore[assignment]
+        self.reductions = Reductions(
+            torch.bfloat16 if config.run.gradient_precision == "bfloat16" else None
+        )
+        if config.run.compile is True:
+            compile_blocks(model)
+        self.model: nn.Module = model
         if world.world_size > 1:
             # workers keep their own statistics, so no rank's are sent to others (section 2.3)
             ddp = DistributedDataParallel(
@@ -119,6 +152,7 @@ class Step:
         )
         self.pixels = Pixels(config, self.device)
         self.metrics = Metrics(self.device, config.recipe.minibatch)
+        self.part: Callable[[str], AbstractContextManager[object]] = no_part
         self.data_wait_s = 0.0
         self.replaced: list[tuple[int, int, int]] = []  # local: step, bad image id, id in its place
 
@@ -127,26 +161,45 @@ class Step:
         set_lr(self.optimizer, lr_at(self.config, step))
         for number in range(self.micro_batches):
             waited_from_s = time.perf_counter()
-            batch = next(batches)
+            with self.part("data wait"):
+                batch = next(batches)
             self.data_wait_s += time.perf_counter() - waited_from_s
             self.replaced += [(step, bad, other) for bad, other in batch.replaced]
             with self._gradients_stay_local(number < self.micro_batches - 1):
                 self._forward_backward(step, batch)
-        self.scaler.step(self.optimizer)
-        self.metrics.end_step(step, self._overflow())
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.running_statistics.update(self.local_workers)
+        with self.part("optimizer"):
+            self.scaler.step(self.optimizer)
+            self.metrics.end_step(step, self._overflow())
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.running_statistics.update(self.local_workers)
 
     def _forward_backward(self, step: int, batch: Batch) -> None:
-        labels = batch.labels.to(self.device, non_blocking=True)
-        loss_of = self.objective(step, batch)
-        images = self.pixels(batch.images)
-        with autocast(self.config, self.device):
-            logits = self.model(images)
-        loss = loss_of(logits, labels)
-        self.scaler.scale(loss).backward()
+        with self.part("forward"):
+            labels = batch.labels.to(self.device, non_blocking=True)
+            loss_of = self.objective(step, batch)
+            images = self.pixels(batch.images)
+            with autocast(self.config, self.device):
+                logits = self.model(images)
+            loss = loss_of(logits, labels)
+        with self.part("backward"):
+            self.scaler.scale(loss).backward()
         self.metrics.add_micro_batch(loss, logits, labels)
+
+    def rehearse(self, pixels: Tensor) -> None:
+        """Forward and backward pass of images (B, 3, H, W) uint8, which no other rank hears of.
+
+        After `forget_rehearsal` the run is as if it had not been.
+        """
+        with self._gradients_stay_local(True):
+            with autocast(self.config, self.device):
+                logits = self.model(self.pixels(pixels))
+            self.scaler.scale(logits.float().logsumexp(1).mean()).backward()
+
+    def forget_rehearsal(self) -> None:
+        """Drops the gradients and sums that rehearsals have left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.running_statistics.forget()
 
     def _gradients_stay_local(self, local: bool) -> AbstractContextManager[None]:
         if local and isinstance(self.model, DistributedDataParallel):

@@ -164,6 +164,45 @@ def test_nodes_whose_agents_count_restarts_differently_meet_in_a_new_store(monke
     assert (generation(world) == other_nodes) == (not by_agent)
 
 
+ROUNDED = """
+import torch
+from torch import nn
+from harness.distributed import *
+
+def gradients(world, dtype):
+    torch.manual_seed(world.rank)
+    images = torch.randn(8, 50)
+    torch.manual_seed(9)
+    model = nn.Sequential(nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 40))
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp.register_comm_hook(Reductions(dtype), sum_gradients)
+    ddp(images).square().sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+def main():
+    world = world_from_environment("cpu")
+    with process_group(world, 60):
+        exact = gradients(world, None)
+        rounded = gradients(world, torch.bfloat16)
+        everywhere = sum_over_ranks(rounded.double().clone())
+        assert torch.equal(everywhere, world.world_size * rounded.double())  # equal on all ranks
+        difference = (rounded - exact).norm() / exact.norm()
+        print(rounded.dtype, torch.equal(rounded, rounded.bfloat16().float()), difference.item())
+
+main()
+"""
+
+
+def test_a_bfloat16_sum_is_the_float32_one_within_its_rounding():
+    processes = start_ranks(2, ["-c", ROUNDED])
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    dtype, is_bfloat16, difference = outputs[0][0].split()
+    assert (dtype, is_bfloat16) == ("torch.float32", "True")
+    # each addend and the sum are rounded to 8 bits, by up to 2**-9, half of that on average
+    assert 2**-12 < float(difference) < 2**-8
+
+
 def test_a_port_in_use_is_one_line_with_code_2(small):
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))

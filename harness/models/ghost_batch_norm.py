@@ -193,5 +193,10 @@ class RunningStatistics:
         (momentum,) = self._momenta
         self._running.mul_(1 - momentum).add_(torch.cat(self._sums), alpha=momentum / workers)
         self._updates += 1
-        # a statistic that overflowed must not stay in the scratch either, as 0 * inf is NaN there
-        torch._foreach_zero_(self._scratch)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what the layers have seen since the last update."""
+        if self._scratch:
+            # one_worker too: a statistic that overflowed must not stay, as 0 * inf is NaN there
+            torch._foreach_zero_(self._scratch)

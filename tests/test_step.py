@@ -1,0 +1,85 @@
+"""Variants of the step: compiled blocks, and a GPU that is not waited for."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+
+from harness import load_config
+from harness.data.loader import Batch
+from harness.distributed import World
+from harness.models import build_model
+from harness.step import Step, compile_blocks, uncompiled
+
+N, PIXELS = 4, 8
+
+
+def batches(device, sizes):
+    generator = torch.Generator().manual_seed(0)
+    for workers in itertools.cycle(sizes):
+        count = workers * N
+        images = torch.randint(
+            0, 256, (count, 3, PIXELS, PIXELS), dtype=torch.uint8, generator=generator
+        )
+        labels = torch.randint(0, 10, (count,), generator=generator)
+        yield Batch(images.to(device), labels.to(device), torch.arange(count), [])
+
+
+def make_step(small, device, **run):
+    """A step of 5 workers in micro-batches of m = 2, 2 and m' = 1."""
+    path = small(recipe__minibatch=5 * N, recipe__worker_batch=N)
+    config = load_config(path, ["run.micro_batch=8", *(f"run.{k}={v}" for k, v in run.items())])
+    cuda = device.type == "cuda"
+    dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+    model = build_model(config, channels_last=cuda).to(device, dtype)
+    model = model.to(memory_format=torch.channels_last) if cuda else model
+    world = World(0, 1, 0, 1, "alone", device)
+    return Step(config, model, world, [range(2), range(2, 4), range(4, 5)])
+
+
+def run_steps(step, steps=2):
+    source = batches(step.device, [2, 2, 1])
+    for number in range(steps):
+        step(number, source)
+    return {name: value.clone() for name, value in step.network.state_dict().items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_blocks_are_the_same_step(small, device, monkeypatch):
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    if device == "cpu":  # all but the C++ compiler's minute
+        by_parts = partial(compile_blocks, backend="aot_eager")
+        monkeypatch.setattr("harness.step.compile_blocks", by_parts)
+    device = torch.device(device)
+    plain = run_steps(make_step(small, device, precision="float64", compile=False))
+    step = make_step(small, device, precision="float64", compile=True)
+    compiled = run_steps(step)
+    assert list(compiled) == list(plain)
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    # ResNet-8 has 3 blocks of 3 shapes, at m = 2 and m' = 1
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 6
+    assert not dynamo.utils.counters["graph_break"]
+    with uncompiled(step.config):
+        step.network.eval()(torch.zeros(3, 3, PIXELS, PIXELS, dtype=torch.float64, device=device))
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_no_step_waits_for_the_gpu(small, precision):
+    step = make_step(small, torch.device("cuda"), precision=precision, compile=False)
+    source = batches(torch.device("cuda"), [2, 2, 1])
+    for number in range(3):
+        step(number, source)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3, 6):
+            step(number, source)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.metrics.read().loss > 0
