@@ -38,6 +38,8 @@ ColourScale = Annotated[tuple[Positive, Positive, Positive], Strict(False)]
 Epochs = Annotated[tuple[Count, ...], Strict(False)]
 Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
 
+# steps of run.profile_steps: before those that are timed, and traced after them at most
+PROFILE_WARM_UP, PROFILE_TRACED = 5, 3
 SMALL_RESNETS = ("resnet8", "resnet20", "resnet32", "resnet56")
 
 
@@ -257,6 +259,13 @@ class Config(Section):
                 "data.unlabelled_images: such images have the soft term of distill only, and "
                 "there is none; set 0, or distill with a soft weight above 0"
             )
+        if timed := self.run.profile_steps:
+            needed = PROFILE_WARM_UP + timed + min(timed, PROFILE_TRACED)
+            if needed > self.total_steps > 0:
+                yield (
+                    f"run.profile_steps: {timed} needs a run of {needed} steps, this one has "
+                    f"{self.total_steps}; lower it"
+                )
         if micro_batch != "auto" and micro_batch % n:
             yield f"run.micro_batch: {micro_batch} is not a multiple of recipe.worker_batch {n}"
 
@@ -265,22 +274,6 @@ class Config(Section):
         if problems := list(self.problems()):
             raise ValueError("\n".join(problems))
         return self
-
-
-def _refuse_unbuilt(mapping: dict[str, Any]) -> list[str]:
-    """What the schema already holds and the harness does not do yet."""
-
-    def written(section: str, key: str) -> Any:
-        keys = mapping.get(section)
-        return keys.get(key) if isinstance(keys, dict) else None
-
-    unbuilt = {
-        "run.gradient_precision: bfloat16 is not built yet; set float32": (
-            written("run", "gradient_precision") == "bfloat16"
-        ),
-        "run.profile_steps: not built yet; set 0": bool(written("run", "profile_steps")),
-    }
-    return [message for message, asked in unbuilt.items() if asked]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -311,14 +304,10 @@ def config_from_mapping(
     """The config of a parsed file or a stored one; ConfigError names `source` and the key."""
     for override in overrides:
         mapping = _with_override(mapping, override)
-    problems = _refuse_unbuilt(mapping)
     try:
-        config = Config.model_validate(mapping)
+        return Config.model_validate(mapping)
     except ValidationError as error:
-        problems += explain(error, _known_keys())
-    if problems:
-        raise config_error(source, problems)
-    return config
+        raise config_error(source, explain(error, _known_keys())) from None
 
 
 def dump_config(config: Config) -> str:

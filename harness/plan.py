@@ -109,6 +109,7 @@ def _plan_ranks(config: Config, ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "shares": [[count, workers] for workers, count in sorted(Counter(shares).items())][::-1],
         "micro_batch": size,
+        "micro_batch_measured": config.run.micro_batch == "auto",  # when the run starts
         "micro_batches": len(minibatch.micro_batches(largest, ranks, size)),
     }
 
@@ -251,6 +252,7 @@ def _summary(plan: dict[str, Any]) -> list[str]:
         f"n = {_count(plan['worker_batch'], 'image')} each: "
         f"kn = {plan['minibatch']:,} images",
         f"ranks        {_ranks_line(plan)}",
+        *["             unless the run finds another size faster"] * plan["micro_batch_measured"],
         f"steps        {plan['steps_per_epoch']:,} an epoch, {plan['total_steps']:,} in all",
         f"images       {plan['images_used_per_epoch']:,} used in an epoch, "
         f"{plan['images_unused_per_epoch']:,} left over (others each time)",

@@ -27,6 +27,7 @@ from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import StopRequest
 from harness.journal import Journal
+from harness.profiling import Profile
 from harness.recipe.schedule import lr_at
 from harness.run_folder import RunFolder
 from harness.step import Step
@@ -56,6 +57,7 @@ class Run:
     watchdog: Watchdog
     teacher: AnyTeacher | None = None
     journal: Journal = field(init=False)
+    profile: Profile = field(init=False)
     writer: CheckpointWriter = field(init=False)
     first_step: int = 0
     done: int = 0  # steps
@@ -71,6 +73,15 @@ class Run:
         )
         path = self.folder.path if self.world.rank == 0 else None
         self.journal = Journal(path, self.config, self.first_step)
+        self.profile = Profile(
+            self.config.run.profile_steps,
+            self.first_step,
+            self.step,
+            self.world,
+            self.control,
+            self.folder.path,
+            self.journal,
+        )
         self.journal.event(
             # also from step 0: what an incarnation without a checkpoint logged is superseded
             "start" if self.folder.incarnation <= 1 else "resume",
@@ -79,6 +90,8 @@ class Run:
             world_size=self.world.world_size,
             device=self.world.device.type,
             precision=self.config.run.precision,
+            compile=self.config.run.compile,
+            gradient_precision=self.config.run.gradient_precision,
             loader=self.loader.name,
             micro_batch=self.feed.micro_batch,
         )

@@ -24,9 +24,10 @@ import torch
 
 from harness.atomic_file import write_atomically
 from harness.config import Config, curve_differences, dump_config, load_config
+from harness.distributed import World
 from harness.errors import RunFailed, UserError
 
-ROUNDING = ("precision", "compile", "loader")  # keys of run: that change rounding
+ROUNDING = ("precision", "compile", "gradient_precision", "loader")  # keys of run: they change it
 HEARTBEAT_S = 10.0
 NEWS_S = 1.0  # so old may the step in status.json be
 STALE_S = 60.0  # a heartbeat this old is of a dead process: several beats, and a network's delay
@@ -135,6 +136,19 @@ class RunFolder:
             self._check_not_in_use(status)
         self._check_rounding(stored, config, typed)
         return True
+
+    def recorded_micro_batch(self, environment: dict[str, Any]) -> int | None:
+        """`run.micro_batch` as it was found fastest, if that was on as many ranks of this hardware.
+
+        `environment` is that of this process, as `open` is given it.
+        """
+        try:
+            recorded = json.loads((self.path / "environment.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+        here, there = ((e["hardware"]["gpu"], e.get("ranks")) for e in (environment, recorded))
+        micro_batch = load_config(self.path / "config.yaml").run.micro_batch
+        return micro_batch if here == there and micro_batch != "auto" else None
 
     def _check_not_in_use(self, status: dict[str, Any]) -> None:
         if status.get("state") == "running" and _is_fresh(status):
@@ -289,8 +303,8 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware, git commit and command of this process."""
+def describe_environment(world: World) -> dict[str, Any]:
+    """Versions, hardware, git commit and command of this process, and its ranks."""
     import numpy
     import torchvision
 
@@ -302,7 +316,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         text=True,
         check=False,
     )
-    cuda = device.type == "cuda"
+    device, cuda = world.device, world.device.type == "cuda"
     return {
         "versions": {
             "harness": __version__,
@@ -319,6 +333,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name(device) if cuda else None,
             "gpus": torch.cuda.device_count() if cuda else 0,
         },
+        "ranks": world.world_size,
         "git_commit": commit.stdout.strip() or None,
         "command": sys.argv,
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from harness.config import Config, curve_differences, load_config
@@ -19,6 +20,7 @@ from harness.data.loader import Feed, open_loader, resolve_loader, resolve_threa
 from harness.distributed import (
     World,
     barrier,
+    first_ranks,
     idle_gpus,
     lost_rank,
     process_group,
@@ -26,6 +28,7 @@ from harness.distributed import (
 )
 from harness.errors import FAILED, STOPPED, RunFailed, UserError
 from harness.interrupt import Agreement, Stopped, StopRequest
+from harness.micro_batch import fastest_micro_batch
 from harness.models import build_model
 from harness.objective import build_objective
 from harness.recipe.minibatch import Minibatch
@@ -55,6 +58,7 @@ def run_steps(run: Run) -> None:
         run.watchdog.at(step, Doing.LOADING)
         run.step(step, batches)
         done = run.done = step + 1
+        run.profile.after_step(done)  # synchronises, in its few steps
         stop, save = agreement.after_step(run.stop.signal is not None, run.checkpoint_is_due())
         epoch_ends = done % config.steps_per_epoch == 0
         if stop or save or epoch_ends or done % config.run.log_every_steps == 0:
@@ -90,6 +94,7 @@ def train(
     if resume and (result := finished_result(folder, config)):
         return result
     set_precision(config.run.precision)
+    measured = config.run.micro_batch == "auto"
     feed, config = prepare(config, world)
     going_on = world.rank == 0 and folder.check(config, resume, set(typed))
     cuda = world.device.type == "cuda"
@@ -110,10 +115,15 @@ def train(
             teacher.to(world.device)
         step = Step(config, model, world, feed.micro_batches, build_objective(config, teacher))
         watchdog.reductions = step.reductions
+        environment = describe_environment(world)
+        if measured:
+            keep = going_on and "run.micro_batch" not in typed
+            kept = folder.recorded_micro_batch(environment) if keep else None
+            config = settle_micro_batch(config, kept, step, feed, world, control, watchdog)
         if world.rank == 0:
             if idle := idle_gpus(world):
                 print(idle, flush=True)
-            folder.open(config, describe_environment(world.device))
+            folder.open(config, environment)
         barrier(control)
         checkpoint = choose_checkpoint(folder, going_on, control)
         run = Run(config, world, folder, step, feed, loader, control, stop, watchdog, teacher)
@@ -190,16 +200,44 @@ def prepare(config: Config, world: World) -> tuple[Feed, Config]:
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
     train_index, val_index = load_indices(config)
     micro_batch = minibatch.micro_batch_images(local_workers, run.micro_batch)
+    cuda = world.device.type == "cuda"
     resolved = {
         "loader": resolve_loader(run.loader, world.rank),
         "loader_threads": resolve_threads(run.loader_threads, world.local_world_size),
         "micro_batch": micro_batch,
-        "compile": run.compile is True,  # "auto" is off until it is measured on a GPU
+        "compile": cuda if run.compile == "auto" else run.compile,
     }
     config = config.model_copy(update={"run": run.model_copy(update=resolved)})
-    cuda = world.device.type == "cuda"
     ranks, crops = (world.rank, world.world_size), crop_epochs(config)
     return Feed(config, train_index, val_index, *ranks, micro_batch, cuda, crops), config
+
+
+def settle_micro_batch(
+    config: Config,
+    kept: int | None,
+    step: Step,
+    feed: Feed,
+    world: World,
+    control: dist.ProcessGroup | None,
+    watchdog: Watchdog,
+) -> Config:
+    """`config` with run.micro_batch as `kept` of rank 0 says, else as measured by all ranks.
+
+    Sets it in `step` and `feed`.
+    """
+    images = first_ranks(kept, control)
+    if images is None:
+        images = fastest_micro_batch(
+            step,
+            feed.minibatch,
+            world.world_size,
+            control,
+            lambda tried: watchdog.at(0, Doing.STARTING, tried),
+        )
+    feed.use_micro_batch(images)
+    step.micro_batches = len(feed.micro_batches)
+    run = config.run.model_copy(update={"micro_batch": feed.micro_batch})
+    return config.model_copy(update={"run": run})
 
 
 def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

@@ -72,6 +72,7 @@ SMALL = {
     "run": {
         "device": "cpu",
         "loader": "memory",  # every process would import DALI
+        "micro_batch": 256,  # "auto" is measured, so two runs may round differently
         "log_every_steps": 2,
         "keep_checkpoints": 100,
     },

@@ -68,12 +68,19 @@ class Feed:
         self.config, self.train, self.val = config, train, val
         self._crop_epochs = crop_epochs or config.recipe.epochs
         self._rank, self._world_size = rank, world_size
-        minibatch = Minibatch(config.workers, config.recipe.worker_batch)
-        self.micro_batch = micro_batch
-        self.share = len(minibatch.workers_of(rank, world_size)) / config.workers
-        self.micro_batches = minibatch.micro_batches(rank, world_size, micro_batch)
-        self._places = [minibatch.places(workers, channels_last) for workers in self.micro_batches]
+        self._channels_last = channels_last
+        self.minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+        self.share = len(self.minibatch.workers_of(rank, world_size)) / config.workers
+        self.use_micro_batch(micro_batch)
         self._executor = ThreadPoolExecutor(1, "permutation")
+
+    def use_micro_batch(self, images: int) -> None:
+        """Sets the images of a micro-batch, at most all of the rank, for training from then on."""
+        minibatch, local_workers = self.minibatch, round(self.share * self.config.workers)
+        self.micro_batch = minibatch.micro_batch_images(local_workers, images)
+        ranks = self._rank, self._world_size
+        self.micro_batches = minibatch.micro_batches(*ranks, self.micro_batch)
+        self._places = [minibatch.places(w, self._channels_last) for w in self.micro_batches]
 
     def training(self, first_step: int) -> Iterator[Crops]:
         """Micro-batch after micro-batch, from the global step `first_step` to the run's last."""

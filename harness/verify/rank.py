@@ -144,7 +144,7 @@ class Rank:
         config, step = in_precision(self.config, "float64"), self._step("float64")
         going_on = self.world.rank == 0 and folder.path.exists()
         if self.world.rank == 0:
-            folder.open(config, describe_environment(self.world.device))
+            folder.open(config, describe_environment(self.world))
         barrier(self.control)
         checkpoint = choose_checkpoint(folder, going_on, self.control)
         ways = self.feed, self.loader, self.control, self.stopping, self.watchdog

@@ -1,0 +1,117 @@
+"""run.micro_batch: auto."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from harness import load_config
+from harness.distributed import World
+from harness.errors import RunFailed
+from harness.journal import read_log
+from harness.micro_batch import candidates, fastest_micro_batch, random_pixels
+from harness.models import build_model
+from harness.recipe.minibatch import Minibatch
+from harness.run_folder import RunFolder
+from harness.step import Step
+from harness.train import train
+from tests.conftest import harness
+from tests.test_train import final_weights
+
+ALONE = World(0, 1, 0, 1, "alone", torch.device("cpu"))
+
+
+def test_candidates_are_doubled_up_to_a_ranks_share():
+    paper = Minibatch(256, 32)
+    assert candidates(paper, 1, "cuda") == [32, 64, 128, 256, 512, 1024]
+    assert candidates(paper, 1, "cpu") == [32, 64, 128, 256]
+    assert candidates(paper, 256, "cuda") == [32]
+    assert candidates(Minibatch(8, 32), 3, "cpu") == [32, 64, 96]  # shares 3, 3, 2
+    assert candidates(Minibatch(2, 512), 1, "cpu") == [512]
+
+
+class Timed:
+    """In the place of a step whose passes take as long as they are told, or do not fit."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(data=SimpleNamespace(crop=2))
+
+    def __init__(self, monkeypatch, ms_an_image):
+        self.ms_an_image, self.clock_s, self.asked, self.forgotten = ms_an_image, 0.0, [], 0
+        monkeypatch.setattr("harness.micro_batch.time.perf_counter", lambda: self.clock_s)
+
+    def rehearse(self, pixels):
+        images = len(pixels)
+        self.asked.append(images)
+        if images not in self.ms_an_image:
+            raise torch.OutOfMemoryError("out of memory")
+        self.clock_s += images * self.ms_an_image[images] / 1000
+
+    def forget_rehearsal(self):
+        self.forgotten += 1
+
+
+@pytest.mark.parametrize(
+    ("ms_an_image", "chosen", "last_asked"),
+    [
+        ({32: 4.0, 64: 3.0, 128: 2.0, 256: 1.9}, 256, 256),
+        ({32: 4.0, 64: 3.0, 128: 2.97, 256: 1.0}, 64, 128),  # 1 % is no gain
+        ({32: 2.0, 64: 2.5}, 32, 64),
+        ({32: 4.0, 64: 3.0}, 64, 128),  # 128 does not fit
+    ],
+)
+def test_the_smallest_that_no_larger_one_beats(monkeypatch, ms_an_image, chosen, last_asked):
+    step = Timed(monkeypatch, ms_an_image)
+    told = []
+    assert fastest_micro_batch(step, Minibatch(256, 32), 1, None, told.append) == chosen
+    assert step.asked[-1] == told[-1] == last_asked
+    assert step.forgotten == len(told)
+
+
+def test_one_worker_that_does_not_fit_says_what_to_do(monkeypatch):
+    step = Timed(monkeypatch, {})
+    with pytest.raises(RunFailed, match="one worker's 32 images do not fit"):
+        fastest_micro_batch(step, Minibatch(256, 32), 1, None, lambda images: None)
+
+
+def test_a_rehearsal_leaves_no_trace(small):
+    config = load_config(small())
+    model = build_model(config)
+    step = Step(config, model, ALONE, [range(8)])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for images in (32, 64):
+        step.rehearse(random_pixels(images, 8, step.device))
+    assert any(p.grad is not None for p in model.parameters())
+    step.forget_rehearsal()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(buffer.any() for name, buffer in model.named_buffers() if "sums" in name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_auto_is_the_same_run_as_the_size_it_found(small, tmp_path, ranks):
+    # measured by all ranks, recorded, kept by a resume, and then bit for bit as if it were typed
+    config, auto = small(run__micro_batch="auto"), tmp_path / "auto"
+    assert harness("train", config, "--out", auto, ranks=ranks).returncode == 0
+    found = yaml.safe_load((auto / "config.yaml").read_text())["run"]["micro_batch"]
+    assert found in candidates(Minibatch(8, 32), ranks, "cpu")
+    assert read_log(auto / "log.jsonl")[0]["micro_batch"] == found
+    assert json.loads((auto / "environment.json").read_text())["ranks"] == ranks
+    typed = tmp_path / "typed"
+    ended = harness("train", config, f"run.micro_batch={found}", "--out", typed, ranks=ranks)
+    assert ended.returncode == 0
+    for a, b in zip(final_weights(auto).values(), final_weights(typed).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_resume_keeps_what_was_found_on_the_same_hardware(small, tmp_path):
+    out = tmp_path / "run"
+    train(load_config(small(run__micro_batch=64)), out)
+    here = json.loads((out / "environment.json").read_text())
+    folder = RunFolder(out)
+    assert folder.recorded_micro_batch(here) == 64
+    assert folder.recorded_micro_batch(here | {"ranks": 2}) is None
+    gpu = {"hardware": here["hardware"] | {"gpu": "another"}}
+    assert folder.recorded_micro_batch(here | gpu) is None
