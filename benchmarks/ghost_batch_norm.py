@@ -1,0 +1,155 @@
+"""A training pass with ghost batch norm against plain batch norm over the whole micro-batch.
+
+    python -m benchmarks.ghost_batch_norm [--repetitions 30] [--block-seconds 0.5] [--write]
+
+Forward and backward pass of one network on the same images, alternating in one process; on a GPU
+ResNet-50 at 224 pixels in bfloat16 and channels_last, where ghost batch norm is the fused kernel,
+on a CPU ResNet-18 at 64 pixels in float32, in plain PyTorch. Both as they are and compiled block by
+block, as a run does it: then plain batch norm is fused with addition and ReLU by the compiler.
+The figure is time of plain / time of ghost of each pair of neighbouring blocks: 0.97 is 3 % slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.conditions import spread, write_results
+from harness.config import config_from_mapping
+from harness.models import build_model
+from harness.models.ghost_batch_norm import RunningStatistics, ghost_batch_norms, kernel_device
+from harness.step import compile_blocks, set_precision
+
+WORKER_BATCH = 32  # n
+# model, pixels, workers a micro-batch (m)
+CASES = {
+    "cuda": [("resnet50", 224, 1), ("resnet50", 224, 4), ("resnet50", 224, 8)],
+    "cpu": [("resnet18", 64, 1), ("resnet18", 64, 4)],
+}
+
+
+def network(name: str, pixels: int, ghost: bool, compiled: bool, device: torch.device) -> nn.Module:
+    """The harness' model; with plain batch norm in the place of each ghost one unless `ghost`."""
+    config = config_from_mapping(
+        {
+            "expect": {"error": 100, "source": "no training"},
+            "data": {
+                "train_images": 10**6,
+                "val_images": 1,
+                "classes": 1000,
+                "crop": pixels,
+                "resize": pixels,
+            },
+            "model": {"name": name},
+            "recipe": {"minibatch": 256, "worker_batch": WORKER_BATCH, "epochs": 90},
+        },
+        "benchmarks/ghost_batch_norm.py",
+    )
+    cuda = device.type == "cuda"
+    model = build_model(config, channels_last=cuda)
+    if not ghost:
+        names = {id(module): name for name, module in model.named_modules()}
+        for norm in ghost_batch_norms(model):
+            model.set_submodule(names[id(norm)], nn.BatchNorm2d(norm.num_features))
+    layout = torch.channels_last if cuda else torch.contiguous_format
+    model = model.to(device).to(memory_format=layout)
+    if compiled:
+        compile_blocks(model)
+    return model
+
+
+def make_block(model: nn.Module, images: torch.Tensor) -> Callable[[int], float]:
+    """Seconds of so many passes, the device's work included."""
+    cuda = images.device.type == "cuda"
+    workers = len(images) // WORKER_BATCH
+    statistics = RunningStatistics(model)
+
+    def block(passes: int) -> float:
+        start = time.perf_counter()
+        for _ in range(passes):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=cuda):
+                loss = model(images).float().logsumexp(1).mean()
+            loss.backward()
+            statistics.update(workers)
+            model.zero_grad(set_to_none=True)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return block
+
+
+def compare(
+    case: tuple[str, int, int], compiled: bool, repetitions: int, block_s: float
+) -> dict[str, Any]:
+    """Alternating blocks; ratio > 1 means that ghost batch norm is faster."""
+    name, pixels, workers = case
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    images = torch.randn(workers * WORKER_BATCH, 3, pixels, pixels, device=device)
+    images = images.to(memory_format=layout)
+    ghost, plain = (
+        make_block(network(name, pixels, kind, compiled, device), images) for kind in (True, False)
+    )
+    slowest_s = max([block(2) for block in (ghost, plain, ghost, plain)][2:])
+    passes = max(round(block_s / slowest_s * 2), 1)
+    ratios, ghost_s, plain_s = [], [], []
+    for repetition in range(repetitions):
+        times = {}
+        for block in (ghost, plain) if repetition % 2 else (plain, ghost):
+            times[block] = block(passes)
+        ghost_s.append(times[ghost])
+        plain_s.append(times[plain])
+        ratios.append(times[plain] / times[ghost])
+    count = passes * len(images)
+    return {
+        "model": name,
+        "pixels": pixels,
+        "workers_a_micro_batch": workers,
+        "compiled": compiled,
+        "passes_a_block": passes,
+        "ratio": spread(ratios),
+        "ghost_images_per_s": count / spread(ghost_s)["median"],
+        "plain_images_per_s": count / spread(plain_s)["median"],
+    }
+
+
+def main() -> None:
+    """Prints a table; --write keeps it in benchmarks/results/ghost_batch_norm.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--block-seconds", type=float, default=0.5)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    set_precision("float32")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel = "fused kernel" if kernel_device() == device else "plain PyTorch"
+    print(f"ghost batch norm: {kernel}, n = {WORKER_BATCH}")
+    print(
+        "model     pixels   m  compiled   plain / ghost   (quartiles)      images/s: ghost, plain"
+    )
+    rows = []
+    for case in CASES[device]:
+        for compiled in (False, True):
+            row = compare(case, compiled, options.repetitions, options.block_seconds)
+            rows.append(row)
+            ratio = row["ratio"]
+            print(
+                f"{row['model']:9} {row['pixels']:6} {row['workers_a_micro_batch']:3}  "
+                f"{row['compiled']!s:8} {ratio['median']:15.3f}   "
+                f"({ratio['quartile_1']:.3f}, {ratio['quartile_3']:.3f})   "
+                f"{row['ghost_images_per_s']:9.0f}, {row['plain_images_per_s']:9.0f}",
+                flush=True,
+            )
+    if options.write:
+        precision = "bfloat16" if device == "cuda" else "float32"
+        print(write_results("ghost_batch_norm", {"precision": precision, "cases": rows}))
+
+
+if __name__ == "__main__":
+    main()
