@@ -23,6 +23,7 @@ ARGUMENTS = {
     "bookkeeping": ["--repetitions", "10"],
     "interruption": ["--repetitions", "2"],
     "sampling": ["--repetitions", "5"],
+    "scaling": ["--repetitions", "2", "--block-seconds", "0.5"],
     "loaders": ["--repetitions", "3"],
 }
 

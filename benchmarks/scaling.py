@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import hosts
-from benchmarks.conditions import RESULTS, write_results
+from benchmarks.conditions import benchmark_parser, write_results
 from benchmarks.scaling_model import judge
 from benchmarks.scaling_plot import draw
 from benchmarks.scaling_rank import BUCKET_BYTES, GRADIENT_BYTES, WAIT_S
@@ -147,13 +147,11 @@ def print_hosts(judged: dict[str, Any], points: Sequence[dict[str, Any]]) -> Non
 
 def main() -> None:
     """Prints the tables; --write keeps them in benchmarks/results/scaling.json, drawn beside it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = benchmark_parser(__doc__, repetitions=5)
     parser.add_argument("--config", nargs="+", default=[CONFIG], metavar="CONFIG [key=value …]")
     parser.add_argument("--measured", type=Path, metavar="FILE.json", help="measure nothing")
     parser.add_argument("--hosts", type=int, default=4, help="default 4; 0: none")
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--block-seconds", type=float, default=2.0)
-    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     found = json.loads(options.measured.read_text()) if options.measured else measure(options)
     add_efficiency(found["points"])
@@ -162,8 +160,8 @@ def main() -> None:
         found["model"] = judge(found["hosts"])
         print_hosts(found["model"], found["hosts"])
     if options.write:
-        path = write_results("scaling", found)
-        print(path, draw(found, RESULTS / "scaling.svg"))
+        path = write_results("scaling", found, options.write)
+        print(path, draw(found, path.with_suffix(".svg")))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -160,11 +160,12 @@ def measure(
     for repetition in range(repetitions):
         for name in list(blocks)[:: 1 if repetition % 2 else -1]:
             times[name].append(seconds(name, steps[name]))
-    differences = [a - b for a, b in zip(times["together"], times["alone"], strict=True)]
+    pairs = list(zip(times["together"], times["alone"], strict=True))
     return {
         "step_s": spread(times["together"]),
         "alone_s": spread(times["alone"]),
-        "exposed_s": spread(differences),
+        "exposed_s": spread([together - alone for together, alone in pairs]),
+        "cost_ratio": spread([together / alone for together, alone in pairs]),
         "steps_a_block": steps["together"],
     }
 
@@ -185,6 +186,7 @@ def points_of_network(options: argparse.Namespace, world: World) -> Iterator[dic
         found = measure(blocks, world.device, options.repetitions, options.block_seconds)
         images = config.recipe.minibatch
         yield {
+            "case": f"{scaling} scaling, {world.world_size} ranks",
             "scaling": scaling,
             "ranks": world.world_size,
             "images": images,
@@ -201,7 +203,8 @@ def points_of_waits(options: argparse.Namespace, world: World) -> Iterator[dict[
             wait_blocks(world), world.device, options.repetitions, options.block_seconds
         )
         place = {"ranks": world.world_size, "mbit_per_s": mbit_per_s, "delay_ms": options.delay_ms}
-        yield place | found
+        case = f"{world.world_size} hosts, {mbit_per_s:g} Mbit/s, {options.delay_ms:g} ms"
+        yield {"case": case} | place | found
 
 
 def measure_worlds(options: argparse.Namespace) -> list[dict[str, Any]]:
