@@ -1,1 +1,1 @@
-"""Runs `harness train` on a SLURM cluster: python -m launch submit | status | study."""
+"""Runs `harness train`, on a SLURM cluster or here: python -m launch submit | status | study."""

@@ -52,6 +52,7 @@ def table(folder, capsys):
     return {row.split()[0]: row for row in capsys.readouterr().out.splitlines()}
 
 
+@pytest.mark.timeout(480)  # six processes that import PyTorch
 def test_side_by_side_interrupted_and_gone_on_with(study, tmp_path, capsys, monkeypatch):
     """A stopped run goes on where it stood; a failed one is told and stops nobody; a finished one
     is not run again."""
