@@ -24,11 +24,12 @@ from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from launch.cluster import RANK_VARIABLES
 from launch.records import Record, read_records, records_folder, write_records
 from launch.status import tail
-from launch.task import BAD_LINE, REPEAT_S, read_status
+from launch.task import BAD_LINE, read_status
 from launch.wanted import Wanted
 
 POLL_S = 0.2
 PROGRESS_S = 30.0
+BEGUN = "--- "  # before the time at which a run was started, in its log
 STOP_SIGNALS = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
     *(signal.SIGUSR1, signal.SIGUSR2),
@@ -93,22 +94,31 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     begun_s: float = field(default_factory=time.monotonic)
+    told: bool = False  # to stop
 
     def outcome(self) -> tuple[str, str]:
         """finished, stopped or failed; and what a person is told of it."""
         code, status = self.process.returncode, read_status(self.wanted.run)
-        if code == FINISHED:
+        if code == FINISHED or (self.told and status.get("state") == "finished"):
             took = timedelta(seconds=round(time.monotonic() - self.begun_s))
             return "finished", f"error {status['error']:.2f} %, in {took}"
         if code == STOPPED:
             return "stopped", status.get("reason", "")
-        lines = [line.strip() for line in tail(self.log) if line.strip()]
-        said = [line for line in lines if BAD_LINE.match(line)] or lines
+        if code == -signal.SIGTERM and self.told:  # the harness had not yet taken the signal over
+            return "stopped", "before its first step"
         how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
-        why = f"ended {how}: {said[-1].removeprefix('error: ') if said else 'it said nothing'}"
+        why = f"ended {how}: {self._complaint()}"
         with self.log.open("a") as log:
             log.write(f"error: {why}\n")  # the last line is what `status` shows
         return "failed", why
+
+    def _complaint(self) -> str:
+        """What it said last of what is wrong, since it was started."""
+        lines = [line.strip() for line in tail(self.log)]
+        begun = max((i for i, line in enumerate(lines) if line.startswith(BEGUN)), default=-1)
+        said = [line for line in lines[begun + 1 :] if line] or ["it said nothing"]
+        bad = [line for line in said if BAD_LINE.match(line)]
+        return (bad or said)[-1].removeprefix("error: ")
 
 
 class LocalStudy:
@@ -129,10 +139,10 @@ class LocalStudy:
             while self.children or (self.waiting and not stop.asked):
                 while self.waiting and self.free and not stop.asked:
                     self._start(self.waiting.pop(0), self.free.pop(0))
-                time.sleep(REPEAT_S if stop.asked else POLL_S)
+                time.sleep(POLL_S)
                 self._collect()
                 if stop.asked:
-                    self._stop(signal.SIGKILL if stop.killed else signal.SIGTERM)
+                    self._stop(stop.killed)
                 elif time.monotonic() - self._told_s > PROGRESS_S:
                     self._progress()
         return self._end()
@@ -156,7 +166,7 @@ class LocalStudy:
         config.write_text(dump_config(wanted.config.model_copy(update={"run": run})))
         words = [sys.executable, "-m", "harness", "train", str(config), *wanted.typed]
         with log_path.open("ab") as log:
-            log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            log.write(f"{BEGUN}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             log.flush()
             process = _start_process([*words, "--out", str(wanted.run), "--resume"], device, log)
         self.children.append(Child(wanted, device, process, log_path))
@@ -174,10 +184,14 @@ class LocalStudy:
             self.ended[state] += 1
             print(f"{child.wanted.name} {state}: {what}{self._count()}", flush=True)
 
-    def _stop(self, number: signal.Signals) -> None:
-        # again and again, as a process that still imports does not hear it
+    def _stop(self, kill: bool) -> None:
+        """TERM once, as a second one would be deadly to a run that has its checkpoint."""
         for child in self.children:
-            child.process.send_signal(number)
+            if kill:
+                child.process.kill()
+            elif not child.told:
+                child.process.terminate()
+                child.told = True
 
     def _count(self) -> str:
         return f" ({self.ended['finished']} of {len(self.wanted)} finished)"
@@ -224,7 +238,7 @@ def _start_process(words: list[str], device: Device, log: IO[bytes]) -> subproce
     parent = os.getpid()
 
     def settle() -> None:  # no thread of ours runs
-        for number in STOP_SIGNALS:  # not deadly while it imports; the harness handles them later
+        for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's; this process decides
             signal.signal(number, signal.SIG_IGN)
         if sys.platform == "linux":  # should this process be killed, its runs stop too
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
