@@ -31,7 +31,7 @@ def refusal(*overrides):
         ("recipe.minibatch=64.0", "recipe.minibatch: expected a whole number, found 64.0"),
         ("recipe.minibatch='64'", "recipe.minibatch: expected a whole number, found '64'"),
         ("recipe.minibatch=true", "recipe.minibatch: expected a whole number, found true"),
-        ("recipe.minibatch=", "recipe.minibatch: expected a whole number, found null"),
+        ("recipe.minibatch=", "recipe.minibatch: missing, and has no default; add it"),
         ("recipe.momentum=true", "recipe.momentum: expected a number, found true"),
         ("recipe.momentum=.nan", "recipe.momentum: expected a finite number, found nan"),
         ("recipe.nesterov=1", "recipe.nesterov: expected true or false, found 1"),
