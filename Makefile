@@ -17,7 +17,7 @@ quickstart: $(VENV)/.quickstart  ## train a small ResNet on real digits by the w
 
 test: $(VENV)/.test  ## the whole test suite
 	@# tests mostly wait for processes that start: three files at a time suit two cores
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.test  ## faults by the hundred, an hour or more
 	$(BIN)/python -m pytest -m soak -s --timeout 0

@@ -26,8 +26,18 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
+# files of a minute and more, which begin first, so that none is left to one process at the end
+LONG = (
+    *("test_verify.py", "test_faults.py", "test_elastic.py", "test_one_curve.py"),
+    *("test_watchdog.py", "test_train.py", "test_ghost_batch_norm_triton.py", "test_stages.py"),
+    *("test_local.py", "test_happenings.py", "test_bad_input.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none."""
+    """Long files first. Tests that need a GPU are skipped where there is none."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))  # stable
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords hold the names of folders too
