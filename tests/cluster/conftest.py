@@ -180,7 +180,7 @@ class Launcher:
         try:
             wait_for(what, done, timeout_s)
         except TimeoutError as error:
-            queue = self.cluster.command("squeue")
+            queue = self.cluster.command("squeue") + self.cluster.command("sinfo", "-N", "-l")
             raw = "".join(p.read_text()[-2000:] for p in self.runs.glob("*.slurm/*_log.*"))
             raise AssertionError(f"{error}\n{queue}\n{self.log[-3000:]}\n{raw[-6000:]}") from None
 

@@ -195,7 +195,9 @@ class ThrowawayCluster:
     def configure(self, **values: str) -> None:
         """Sets keys of slurm.conf while the cluster runs."""
         lines = [line for line in _lines(self.conf) if line.partition("=")[0] not in values]
-        self.conf.write_text("".join(f"{k}={v}\n" for k, v in values.items() if v) + "".join(lines))
+        new = self.conf.with_suffix(".new")
+        new.write_text("".join(f"{k}={v}\n" for k, v in values.items() if v) + "".join(lines))
+        new.replace(self.conf)  # whole: a slurmd that reads half a file, for the last call, ends
         self.command("scontrol", "reconfigure")
 
     def cut_off(self, node: str) -> None:
