@@ -1,13 +1,13 @@
 """What being interruptible costs a step: agreement, counters, watchdog and log lines.
 
-    python -m benchmarks.bookkeeping [--ranks 1,2] [--repetitions 100] [--write]
+    python -m benchmarks.bookkeeping [--ranks 1,2] [--repetitions 20] [--write]
 
 - The loop with them against the same loop without: blocks of steps that alternate in one process a
   rank, with / without of neighbouring blocks, on the clock and in processor time. On shared cores
   both vary by more than is looked for.
-- The calls by themselves, in processor time of all threads of rank 0 (Gloo's and the watchdog's
-  too), as a share of a step's. A pause stands for the step, so that the answer of the agreement
-  has come when it is read, as in the loop. This is the figure to hold to 1 %.
+- Part by part, in the loop as it is: processor time of the loop's thread in these calls, of all
+  threads at a log line, and of the threads that are there for nothing else (the control group's,
+  the watchdog's, TensorBoard's), as a share of a step's. This is the figure to hold to 1 %.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ from harness.watchdog import Doing, Watchdog
 
 CASES = [Case("resnet8", 16, 32, 8, 8), Case("resnet20", 32, 32, 4, 4)]
 BLOCK_S = 0.25  # short, so that what else the machine does is the same for both of a pair
-ALONE_STEPS = 2 * LOG_EVERY_STEPS
-PAUSE_S = 0.005  # several times what an agreement of ranks on one machine takes
+METERED_STEPS = LOG_EVERY_STEPS
 KINDS = "", "_processor_time"  # of the figure
+PARTS = "counters", "agreement", "log lines", "threads"
 
 
 class NoMetrics(Metrics):
@@ -57,23 +58,71 @@ class NoMetrics(Metrics):
         """Nothing."""
 
 
+class MeteredMetrics(Metrics):
+    """Metrics whose calls in a step are timed."""
+
+    meter: Meter
+
+    def add_micro_batch(self, *arguments: Any) -> None:
+        """Timed."""
+        with self.meter("counters"):
+            super().add_micro_batch(*arguments)
+
+    def end_step(self, *arguments: Any) -> None:
+        """Timed."""
+        with self.meter("counters"):
+            super().end_step(*arguments)
+
+
+class Meter:
+    """Processor seconds by name of what was done; `on`: whether it counts."""
+
+    def __init__(self, group: Any) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.on = False
+        # threads have growing numbers: the control group's are the last that are there so far
+        loops = [t for t in threads() if (TASKS / t / "comm").read_text() == "gloo_tcp_loop\n"]
+        self._first = int(loops[-1]) if group is not None else int(threads()[-1]) + 1
+
+    @contextmanager
+    def __call__(self, name: str, clock: Callable[[], float] = time.thread_time) -> Iterator[None]:
+        """Counts what is done within, once it is on."""
+        begun_s = clock()
+        yield
+        if self.on:
+            self.seconds[name] += clock() - begun_s
+
+    def threads_s(self) -> float:
+        """What the threads beside the loop have used that are there for the bookkeeping only."""
+        mine = [t for t in threads() if int(t) >= self._first]
+        return sum(int((TASKS / t / "schedstat").read_text().split()[0]) for t in mine) / 1e9
+
+
+TASKS = Path("/proc/self/task")
+
+
+def threads() -> list[str]:
+    """This process's, the oldest first."""
+    return sorted((path.name for path in TASKS.iterdir()), key=int)
+
+
 class Loop:
-    """One rank's loop with everything, without, and everything without the loop."""
+    """One rank's loop with everything, and without."""
 
     def __init__(self, case: Case, world: World, group: Any, folder: Path) -> None:
         self.config, self.world, self.group = case_config(*case), world, group
+        self.meter = Meter(group)
         minibatch = Minibatch(self.config.workers, self.config.recipe.worker_batch)
         ranks = world.rank, world.world_size
         micro_batches = minibatch.micro_batches(*ranks, int(self.config.run.micro_batch))
         model = build_model(self.config).to(world.device)
         self.step = Step(self.config, model, world, micro_batches)
-        self.counted = self.step.metrics
+        self.counted = MeteredMetrics(world.device, self.config.recipe.minibatch)
+        self.counted.meter = self.meter
         self.uncounted = NoMetrics(world.device, self.config.recipe.minibatch)
         size = len(micro_batches[0]) * self.config.recipe.worker_batch
         run = self.config.run.model_copy(update={"micro_batch": size})
         self.batches = itertools.cycle(make_batches(self.config.model_copy(update={"run": run})))
-        self.logits = torch.zeros(size, self.config.data.classes)
-        self.labels = torch.zeros(size, dtype=torch.int64)
         self.folder = RunFolder(folder / "run")
         if world.rank == 0:
             self.folder.open(self.config, {})
@@ -84,13 +133,22 @@ class Loop:
     def with_all(self, steps: int) -> None:
         """As in `harness train`."""
         self.step.metrics, agreement = self.counted, Agreement(self.group)
-        with self._watched() as watchdog:
+        with Watchdog(self.world, 300.0, self.stop) as watchdog:
+            watchdog.join_ranks()
             watched = watchdog.watch(self.batches, lambda: self.done, Doing.COMPUTING)
+            threads_s = self.meter.threads_s()
             for _ in range(steps):
-                watchdog.at(self.done, Doing.LOADING)
+                with self.meter("agreement"):
+                    watchdog.at(self.done, Doing.LOADING)
                 self.step(self.done, watched)
-                self._after_step(agreement)
+                self.done += 1
+                with self.meter("agreement"):
+                    agreement.after_step(self.stop.signal is not None, False)
+                if self.done % LOG_EVERY_STEPS == 0:
+                    with self.meter("log lines", time.process_time):
+                        self._log_line()
             agreement.close()
+            self.meter.seconds["threads"] = self.meter.threads_s() - threads_s
 
     def without(self, steps: int) -> None:
         """The step, its all-reduce and its update."""
@@ -99,30 +157,19 @@ class Loop:
             self.step(self.done, self.batches)
             self.done += 1
 
-    def alone(self, steps: int) -> None:
-        """All that `with_all` does, with a pause for the step."""
-        agreement = Agreement(self.group)
-        with self._watched() as watchdog:
-            for _ in range(steps):
-                watchdog.at(self.done, Doing.LOADING)
-                watchdog.at(self.done, Doing.COMPUTING)
-                self.counted.add_micro_batch(self.logits[0, 0], self.logits, self.labels)
-                self.counted.end_step(self.done)
-                self._after_step(agreement)
-                time.sleep(PAUSE_S)
-            agreement.close()
+    def metered_ms(self) -> dict[str, float]:
+        """Processor milliseconds a step of the parts, in `with_all` between two log lines."""
+        self.done, self.meter.on = 0, True
+        self.meter.seconds.update(dict.fromkeys(PARTS, 0.0))
+        self.with_all(METERED_STEPS)
+        self.meter.on = False
+        return {name: 1000 * s / METERED_STEPS for name, s in self.meter.seconds.items()}
 
-    def _watched(self) -> Watchdog:
-        return Watchdog(self.world, 300.0, self.stop)
-
-    def _after_step(self, agreement: Agreement) -> None:
-        self.done += 1
-        agreement.after_step(self.stop.signal is not None, False)
-        if self.done % LOG_EVERY_STEPS == 0:
-            reading, lr = self.counted.read(), lr_at(self.config, self.done)
-            self.journal.train_line(self.done, reading, lr, self.step.data_wait_s)
-            if self.world.rank == 0:
-                self.folder.report(step=self.done, total_steps=self.config.total_steps)
+    def _log_line(self) -> None:
+        reading, lr = self.counted.read(), lr_at(self.config, self.done)
+        self.journal.train_line(self.done, reading, lr, self.step.data_wait_s)
+        if self.world.rank == 0:
+            self.folder.report(step=self.done, total_steps=self.config.total_steps)
 
 
 def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Path) -> None:
@@ -159,8 +206,8 @@ def blocks_of(loop: Loop) -> list[Callable[[int], None]]:
 
 
 def compared(group: Any, loop: Loop, steps: int, repetitions: int) -> dict[str, Any]:
-    """The blocks in turn, each first as often as second, and the bookkeeping after them."""
-    clock, processor, share, alone_ms, step_ms = [], [], [], [], []
+    """The blocks in turn, each first as often as second, and the parts after them."""
+    clock, processor, parts_ms, share, step_ms = [], [], [], [], []
     for repetition in range(repetitions):
         times = []
         for block in blocks_of(loop)[:: -1 if repetition % 2 else 1]:
@@ -171,15 +218,17 @@ def compared(group: Any, loop: Loop, steps: int, repetitions: int) -> dict[str, 
         processor.append(with_cpu_s / without_cpu_s)
         step_ms.append((1000 * without_s / steps, 1000 * without_cpu_s / steps))
         barrier(group)
-        alone_ms.append(1000 * timed(lambda: loop.alone(ALONE_STEPS))[1] / ALONE_STEPS)
-        share.append(100 * alone_ms[-1] / step_ms[-1][1])
+        parts_ms.append(loop.metered_ms())
+        share.append(100 * sum(parts_ms[-1].values()) / step_ms[-1][1])
     return {
         "with_to_without": spread(clock),
         "with_to_without_processor_time": spread(processor),
         "step_ms": spread([on_clock for on_clock, _ in step_ms]),
         "step_processor_ms": spread([busy for _, busy in step_ms]),
-        "alone_processor_ms_a_step": spread(alone_ms),
-        "alone_percent_of_step": spread(share),
+        "parts_processor_ms_a_step": {
+            part: spread([ms[part] for ms in parts_ms]) for part in PARTS
+        },
+        "percent_of_step": spread(share),
     }
 
 
@@ -196,11 +245,12 @@ def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, An
         rows += torch.load(place / "rows.pt", weights_only=False)  # written above
     for row in rows:
         clock, processor = (quartiles(row[f"with_to_without{kind}"]) for kind in KINDS)
-        alone, share = row["alone_processor_ms_a_step"], row["alone_percent_of_step"]
+        parts = row["parts_processor_ms_a_step"].items()
         print(
             f"{row['case']:20} step {row['step_ms']['median']:6.1f} ms   "
             f"with/without {clock}, processor time {processor}   "
-            f"by itself {alone['median']:.3f} ms, {quartiles(share)} % of it"
+            f"part by part {quartiles(row['percent_of_step'])} % of it: "
+            + ", ".join(f"{part} {ms['median']:.3f} ms" for part, ms in parts)
         )
     return rows
 
@@ -212,7 +262,7 @@ def quartiles(value: dict[str, float]) -> str:
 
 def main() -> None:
     """Prints the figures; --write keeps them in benchmarks/results/bookkeeping.json."""
-    parser = benchmark_parser(__doc__, repetitions=100)
+    parser = benchmark_parser(__doc__, repetitions=20)
     parser.add_argument("--ranks", default="1,2")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

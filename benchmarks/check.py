@@ -23,7 +23,7 @@ NEW = Path("build/benchmarks")
 LABELS = ("case", "loop", "contender", "start")  # what a row is about
 # names of ratios begin so, and are better when higher, or lower
 HIGHER = ("ratio",)
-LOWER = ("cost_ratio", "with_to_without", "alone_percent")
+LOWER = ("cost_ratio", "with_to_without", "percent_of_step")
 CONDITIONS = ("cpu", "cores", "gpu", "threads", "torch")
 
 

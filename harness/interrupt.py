@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 FORWARDED_S = 2.0  # torchrun hands a terminal's Ctrl-C on, so one key press comes as two signals
+# a message costs a millisecond or two of a core: little beside what is done in a second
+ASK_EVERY_S = 1.0
+MOST_STEPS = 20  # also where the next steps take much longer than the last ones
 
 
 class Stopped(Exception):
@@ -48,32 +51,54 @@ class StopRequest:
 class Agreement:
     """What all ranks do after a step: stop, write a checkpoint, or neither.
 
-    Each step sends this rank's wishes on their way and reads the answer to those of the step
-    before, which has long arrived: no rank waits, and all ranks read the same answer at the
-    same step.
+    Every so many steps, `every_s` seconds of them, each rank sends its wishes on their way and
+    reads the answer to those it sent before, which has long arrived: no rank waits, and all ranks
+    read the same answer at the same step. The slowest rank's steps say how many that are.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self._wishes = [torch.zeros(2, dtype=torch.int32) for _ in range(2)]
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        every_s: float = ASK_EVERY_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._group, self._every_s, self._clock = group, every_s, clock
+        # stop, checkpoint, - steps to the next message: the most of each is what is agreed
+        self._wishes = [torch.zeros(3, dtype=torch.int32) for _ in range(2)]
         self._sent: dist.Work | None = None
         self._turn = 0
+        self._steps, self._left = 1, 1  # from one message to the next; to go
+        self._sent_at_s: float | None = None
 
     def after_step(self, stop: bool, checkpoint: bool) -> tuple[bool, bool]:
-        """Returns (stop, checkpoint) as agreed; one step late where there are several ranks."""
+        """Returns (stop, checkpoint) as agreed: at once where there is one rank, else late by one
+        or two times `every_s` (one step, where that takes longer)."""
         if self._group is None:
             return stop, checkpoint
+        self._left -= 1
+        if self._left > 0:
+            return False, False
+        wanted_steps = self._wanted_steps()
         answer = (False, False)
         if self._sent is not None:
             self._sent.wait()
-            agreed = self._wishes[1 - self._turn].tolist()
-            answer = bool(agreed[0]), bool(agreed[1])
-        wishes = self._wishes[self._turn]
+            stops, saves, steps = self._wishes[1 - self._turn].tolist()
+            answer, self._steps = (bool(stops), bool(saves)), -steps
         # what was just agreed is done now, and not asked for again
-        wishes[0], wishes[1] = int(stop and not answer[0]), int(checkpoint and not answer[1])
-        self._sent = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._turn = 1 - self._turn
+        wishes = [stop and not answer[0], checkpoint and not answer[1], -wanted_steps]
+        message = self._wishes[self._turn].copy_(torch.tensor(wishes))
+        self._sent = dist.all_reduce(message, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._turn, self._left = 1 - self._turn, self._steps
         return answer
+
+    def _wanted_steps(self) -> int:
+        """How many steps this rank takes in `every_s`, as it has found since the last message."""
+        now_s, sent_at_s = self._clock(), self._sent_at_s
+        self._sent_at_s = now_s
+        if sent_at_s is None:
+            return 1
+        step_s = max((now_s - sent_at_s) / self._steps, 1e-9)
+        return min(max(int(self._every_s / step_s), 1), MOST_STEPS)
 
     def close(self) -> None:
         """Takes in the last message, so that no rank leaves while another still sends."""

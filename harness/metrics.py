@@ -1,4 +1,4 @@
-"""Sums over training steps, kept on the device and read only when a line is logged."""
+"""What training steps have given, kept on the device and summed when a line is logged."""
 
 from __future__ import annotations
 
@@ -28,60 +28,74 @@ class Reading:
 
 
 class Metrics:
-    """Local sums of the steps since the last reading; adding to them never synchronises."""
+    """Of the steps since the last reading; adding to it never synchronises.
+
+    Nothing is summed before it is read: each small operation in a step costs as much as it does
+    at a log line, where one takes the place of those of many steps.
+    """
 
     def __init__(self, device: torch.device, minibatch: int) -> None:
-        self.minibatch, self.steps = minibatch, 0
-        self.local_sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.local_step = torch.zeros(3, dtype=torch.float64, device=device)
-        self.step_loss, self.step_correct, self.step_labelled = self.local_step.unbind()  # views
-        self.local_labelled: list[Tensor] = []  # of each step
-        self.overflows = torch.zeros((), dtype=torch.float64, device=device)
-        self.overflows_in_row = torch.zeros((), dtype=torch.float64, device=device)
-        self.local_first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self.device, self.minibatch = device, minibatch
+        self._steps: list[int] = []
+        self._overflows: list[Tensor] = []  # of each step in float16
+        # of each micro-batch: loss, correct images, labelled images
+        self._local: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._overflows_in_row = 0
 
     def add_micro_batch(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """`loss`: the micro-batch's share of the step's loss, Σ/(kn); `logits`: (B, K)."""
-        self.step_loss.add_(loss.detach())
-        self.step_correct.add_((logits.detach().argmax(1) == labels).sum())
-        self.step_labelled.add_((labels != UNLABELLED).sum())
+        correct = (logits.argmax(1) == labels).sum()
+        self._local.append((loss.detach(), correct, (labels != UNLABELLED).sum()))
 
     def end_step(self, step: int, overflow: Tensor | None = None) -> None:
         """`overflow`: 1.0 where float16 gradients overflowed, so that the update was skipped.
 
         Such a step is counted by itself: it is no divergence, and its loss is in no mean.
         """
-        fine = self.step_loss.isfinite()
+        self._steps.append(step)
         if overflow is not None:
-            self.overflows += overflow
-            self.overflows_in_row.add_(overflow).mul_(overflow)
-            fine |= overflow > 0
-            self.local_step.masked_fill_(overflow > 0, 0.0)
-        self.local_first_bad_step.clamp_(max=torch.where(fine, NEVER, step))
-        self.local_sums += self.local_step
-        self.local_labelled.append(self.step_labelled.clone())
-        self.local_step.zero_()
-        self.steps += 1
+            self._overflows.append(overflow)
 
     def read(self, local_replaced: int = 0) -> Reading:
         """Means over the ranks since the last reading. Synchronises device and ranks."""
-        first_bad_step = int(min_over_ranks(self.local_first_bad_step.clone()))
-        replaced = self.local_sums.new_tensor([local_replaced])
-        local = torch.cat([self.local_sums, replaced, *(n[None] for n in self.local_labelled)])
-        loss, correct, labelled, replaced, *by_step = sum_over_ranks(local).tolist()
-        overflows = int(self.overflows)
-        counted = max(self.steps - overflows, 1)
+        overflowed = self._overflowed()
+        local = self._local_by_step().masked_fill_(overflowed.to(self.device), 0.0)
+        replaced = local.new_tensor([local_replaced])
+        sums = sum_over_ranks(torch.cat([local[:2].sum(1), replaced, local[2]]))
+        loss, correct, images_replaced, *labelled = sums.tolist()
+        counted = max(len(self._steps) - int(overflowed.sum()), 1)
         reading = Reading(
             loss=loss / counted,
-            error=100.0 * (1.0 - correct / labelled) if labelled else math.nan,
-            labelled_shares=[images / self.minibatch for images in by_step],
-            replaced=int(replaced),
-            overflows=overflows,
-            overflows_in_row=int(self.overflows_in_row),
-            first_bad_step=None if first_bad_step == NEVER else first_bad_step,
+            error=100.0 * (1.0 - correct / sum(labelled)) if any(labelled) else math.nan,
+            labelled_shares=[images / self.minibatch for images in labelled],
+            replaced=int(images_replaced),
+            overflows=int(overflowed.sum()),
+            overflows_in_row=self._overflows_in_row,
+            # a sum that is not finite is seen by all ranks
+            first_bad_step=None if math.isfinite(loss) else self._first_bad_step(local[0]),
         )
-        self.local_sums.zero_()
-        self.overflows.zero_()
-        self.local_labelled.clear()
-        self.steps = 0
+        self._steps.clear()
+        self._overflows.clear()
+        self._local.clear()
         return reading
+
+    def _local_by_step(self) -> Tensor:
+        """(3, steps) float64: this rank's loss, correct and labelled images."""
+        columns = [torch.stack(column).double() for column in zip(*self._local, strict=True)]
+        return torch.stack(columns).view(3, len(self._steps), -1).sum(2)
+
+    def _overflowed(self) -> Tensor:
+        """(steps,) bool, on the host. Counts those in a row, over readings."""
+        if not self._overflows:
+            return torch.zeros(len(self._steps), dtype=torch.bool)
+        overflowed = (torch.stack(self._overflows) > 0).cpu()
+        for yes in overflowed.tolist():
+            self._overflows_in_row = self._overflows_in_row + 1 if yes else 0
+        return overflowed
+
+    def _first_bad_step(self, local_losses: Tensor) -> int:
+        """Of any rank."""
+        finite = local_losses.isfinite().tolist()
+        bad = [step for step, fine in zip(self._steps, finite, strict=True) if not fine]
+        first = torch.tensor(bad[0] if bad else NEVER, device=self.device)
+        return int(min_over_ranks(first))

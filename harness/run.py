@@ -25,7 +25,7 @@ from harness.data.loader import Batch, Feed, Loader
 from harness.distributed import World, global_running_statistics
 from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
-from harness.interrupt import StopRequest
+from harness.interrupt import ASK_EVERY_S, StopRequest
 from harness.journal import Journal
 from harness.profiling import Profile
 from harness.recipe.schedule import lr_at
@@ -56,6 +56,7 @@ class Run:
     stop: StopRequest
     watchdog: Watchdog
     teacher: AnyTeacher | None = None
+    ask_every_s: float = ASK_EVERY_S  # seconds of steps between two messages of the agreement
     journal: Journal = field(init=False)
     profile: Profile = field(init=False)
     writer: CheckpointWriter = field(init=False)

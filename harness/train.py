@@ -52,7 +52,7 @@ class Result:
 def run_steps(run: Run) -> None:
     """The loop, from the run's first step to its last. Raises Stopped and Diverged."""
     config = run.config
-    agreement = Agreement(run.control)
+    agreement = Agreement(run.control, run.ask_every_s)
     batches = run.batches()
     for step in range(run.first_step, config.total_steps):
         run.watchdog.at(step, Doing.LOADING)

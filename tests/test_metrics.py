@@ -19,7 +19,8 @@ def test_means_over_steps_and_images():
     add(metrics, 0.5, correct=3, images=4)  # step 0: loss 0.5 + 0.25
     add(metrics, 0.25, correct=1, images=2)
     metrics.end_step(0)
-    add(metrics, 0.25, correct=2, images=6)  # step 1: loss 0.25
+    add(metrics, 0.125, correct=2, images=4)  # step 1: loss 0.25
+    add(metrics, 0.125, correct=0, images=2)
     metrics.end_step(1)
     reading = metrics.read()
     assert reading.loss == pytest.approx(0.5)  # (0.75 + 0.25) / 2

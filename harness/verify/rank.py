@@ -148,7 +148,8 @@ class Rank:
         barrier(self.control)
         checkpoint = choose_checkpoint(folder, going_on, self.control)
         ways = self.feed, self.loader, self.control, self.stopping, self.watchdog
-        run = Run(config, self.world, folder, step, *ways)
+        # asked after every step, so that the stop falls in mid-epoch
+        run = Run(config, self.world, folder, step, *ways, ask_every_s=0.0)
         if checkpoint is not None:
             run.restore(checkpoint)
         run.open_journal()
