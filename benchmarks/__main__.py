@@ -20,7 +20,7 @@ ARGUMENTS = {
     "step": ["--repetitions", "12", "--block-seconds", "0.3"],
     "memory": ["--repetitions", "2"],
     "startup": ["--repetitions", "2"],
-    "bookkeeping": ["--repetitions", "10"],
+    "bookkeeping": ["--repetitions", "4"],
     "interruption": ["--repetitions", "2"],
     "sampling": ["--repetitions", "5"],
     "scaling": ["--repetitions", "2", "--block-seconds", "0.5"],

@@ -95,7 +95,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 def benchmark_parser(documentation: str | None, repetitions: int) -> argparse.ArgumentParser:
     """What all benchmarks have: --repetitions and --write."""
     parser = argparse.ArgumentParser(description=(documentation or "").splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument("--repetitions", type=at_least_two, default=repetitions)
     parser.add_argument(
         "--write",
         nargs="?",
@@ -105,6 +105,13 @@ def benchmark_parser(documentation: str | None, repetitions: int) -> argparse.Ar
         help="keep the figures as JSON in FOLDER (benchmarks/results, those that are committed)",
     )
     return parser
+
+
+def at_least_two(text: str) -> int:
+    """Of repetitions: one has no spread."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: give 2 or more, as one has no spread")
+    return int(text)
 
 
 def write_results(name: str, content: dict[str, Any], folder: Path | None = None) -> Path:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.conditions import spread, write_results
+from benchmarks.conditions import at_least_two, spread, write_results
 from benchmarks.step import case_config, make_batches
 from harness.config import Config, Distill, load_config
 from harness.data.loader import Batch, open_loader
@@ -190,7 +190,7 @@ def main() -> None:
     """--write keeps the figures in benchmarks/results/distillation.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--teacher", type=Path, nargs="*", default=[], help="run folders")
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--repetitions", type=at_least_two, default=20)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     set_precision("float32")

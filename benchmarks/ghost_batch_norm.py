@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.conditions import spread, write_results
+from benchmarks.conditions import at_least_two, spread, write_results
 from harness.config import config_from_mapping
 from harness.models import build_model
 from harness.models.ghost_batch_norm import RunningStatistics, ghost_batch_norms, kernel_device
@@ -122,7 +122,7 @@ def compare(
 def main() -> None:
     """Prints a table; --write keeps it in benchmarks/results/ghost_batch_norm.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--repetitions", type=at_least_two, default=30)
     parser.add_argument("--block-seconds", type=float, default=0.5)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()

@@ -26,7 +26,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conditions import spread, write_results
+from benchmarks.conditions import at_least_two, spread, write_results
 from harness.config import Config, config_from_mapping, dump_config
 from harness.recipe.schedule import lr_at
 
@@ -118,7 +118,7 @@ def seconds(study: Path, to: Path) -> tuple[float, float]:
 def main() -> None:
     """Prints seconds; --write keeps them in benchmarks/results/report.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=at_least_two, default=5)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--folder", type=Path, metavar="DIR")
     options = parser.parse_args()

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.conditions import conditions, spread
+from benchmarks.conditions import at_least_two, conditions, spread
 from benchmarks.hosts import shape_this_host
 from harness.communication import MIB
 from harness.config import Config, load_config
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=0.0, help="only noted")
     parser.add_argument("--ranks", type=int, nargs="*", help="default: 1, 2, 4, … and all")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=at_least_two, default=5)
     parser.add_argument("--block-seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     options = parser.parse_args()

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import check
+from benchmarks.conditions import benchmark_parser
 
 
 def spread(low: float, median: float, high: float) -> dict[str, float]:
@@ -73,3 +74,13 @@ def test_every_committed_result_has_figures_or_none_that_are_ratios():
         content = json.loads((check.RESULTS / f"{name}.json").read_text())
         labels = [label for label, _, _ in check.figures(content)]
         assert labels and len(labels) == len(set(labels)), name
+
+
+@pytest.mark.parametrize("text", ["1", "0", "-3", "many"])
+def test_a_spread_needs_two_repetitions(text, capsys):
+    parser = benchmark_parser("Something.", repetitions=6)
+    assert parser.parse_args(["--repetitions", "2"]).repetitions == 2
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--repetitions", text])
+    assert ended.value.code == 2
+    assert f"{text}: give 2 or more" in capsys.readouterr().err
