@@ -87,8 +87,9 @@ def harness_loop(
     """What `harness train` runs on one rank, on batches that are given to it."""
     world, stop = World(0, 1, 0, 1, "alone", device), StopRequest()
     images = config.data.train_images
-    none = np.zeros(images, np.int32)  # nothing of an image is looked at
-    index = Index(Path("none"), ("none",), none.astype("S1"), none.astype(np.int64), none, none)
+    # nothing of an image is looked at: zeros that are never touched take no memory
+    names, labels, sizes = (np.zeros(images, dtype) for dtype in ("S1", np.int64, np.int32))
+    index = Index(Path("none"), ("none",), names, labels, sizes, sizes)
     cuda = device.type == "cuda"
     feed = Feed(config, index, index, 0, 1, int(config.run.micro_batch), channels_last=cuda)
     with tempfile.TemporaryDirectory() as name, Watchdog(world, 300.0, stop) as watchdog:
