@@ -15,7 +15,7 @@ FLOORS = [
     ["config"],
     ["stages", "recipe"],
     ["models"],
-    ["data", "prediction"],
+    ["data", "prediction", "lr_picture"],
     ["plan", "distributed", "interrupt", "checkpoint"],
     ["metrics", "run_folder", "watchdog"],
     ["objective"],

@@ -11,12 +11,10 @@ from torch import nn
 from harness.cli import main
 from harness.config import Config, config_from_mapping, load_config
 from harness.errors import UserError
+from harness.lr_picture import COLUMNS, ROWS, draw_lr
 from harness.models import build_model
 from harness.plan import (
-    COLUMNS,
-    ROWS,
     check_facts,
-    draw_lr,
     inspect_model,
     make_plan,
     render_plan,

@@ -190,6 +190,7 @@ def class_folders(folder: Path) -> dict[str, int]:
 
 
 def image_names(folder: Path) -> list[str]:
+    """The images that lie in `folder` itself, sorted by their names."""
     try:
         with os.scandir(folder) as entries:
             return sorted(

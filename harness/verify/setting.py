@@ -126,4 +126,5 @@ def check_setting(
 
 
 def plural(ranks: int) -> str:
+    """1 rank, 2 ranks."""
     return f"{ranks} rank{'s' * (ranks != 1)}"
