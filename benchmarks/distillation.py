@@ -13,7 +13,6 @@ epoch of RUN's config (the quickstart's run, or any other): half the sum of |p -
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.conditions import at_least_two, spread, write_results
+from benchmarks.conditions import benchmark_parser, spread, write_results
 from benchmarks.step import case_config, make_batches
 from harness.config import Config, Distill, load_config
 from harness.data.loader import Batch, open_loader
@@ -188,17 +187,15 @@ def _first_epoch(run: Path) -> Tensor:
 
 def main() -> None:
     """--write keeps the figures in benchmarks/results/distillation.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = benchmark_parser(__doc__, repetitions=20)
     parser.add_argument("--teacher", type=Path, nargs="*", default=[], help="run folders")
-    parser.add_argument("--repetitions", type=at_least_two, default=20)
-    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     set_precision("float32")
     torch.set_num_threads(1)
     content: dict[str, Any] = {"rounding": [rounding(run) for run in options.teacher]}
     content["cost"] = cost(options.repetitions)
     if options.write:
-        print(write_results("distillation", content))
+        print(write_results("distillation", content, options.write))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The figure is time of plain / time of ghost of each pair of neighbouring blocks:
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.conditions import at_least_two, spread, write_results
+from benchmarks.conditions import benchmark_parser, spread, write_results
 from harness.config import config_from_mapping
 from harness.models import build_model
 from harness.models.ghost_batch_norm import RunningStatistics, ghost_batch_norms, kernel_device
@@ -121,10 +120,8 @@ def compare(
 
 def main() -> None:
     """Prints a table; --write keeps it in benchmarks/results/ghost_batch_norm.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repetitions", type=at_least_two, default=30)
+    parser = benchmark_parser(__doc__, repetitions=30)
     parser.add_argument("--block-seconds", type=float, default=0.5)
-    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     set_precision("float32")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,7 +145,11 @@ def main() -> None:
             )
     if options.write:
         precision = "bfloat16" if device == "cuda" else "float32"
-        print(write_results("ghost_batch_norm", {"precision": precision, "cases": rows}))
+        print(
+            write_results(
+                "ghost_batch_norm", {"precision": precision, "cases": rows}, options.write
+            )
+        )
 
 
 if __name__ == "__main__":

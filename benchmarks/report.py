@@ -12,7 +12,6 @@ run folders, or takes those that are there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -26,7 +25,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conditions import at_least_two, spread, write_results
+from benchmarks.conditions import benchmark_parser, spread, write_results
 from harness.config import Config, config_from_mapping, dump_config
 from harness.recipe.schedule import lr_at
 
@@ -117,9 +116,7 @@ def seconds(study: Path, to: Path) -> tuple[float, float]:
 
 def main() -> None:
     """Prints seconds; --write keeps them in benchmarks/results/report.json."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--repetitions", type=at_least_two, default=5)
-    parser.add_argument("--write", action="store_true")
+    parser = benchmark_parser(__doc__, repetitions=5)
     parser.add_argument("--folder", type=Path, metavar="DIR")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +136,7 @@ def main() -> None:
                 f"({processor['median']:.2f} s of processors), {size_mb:.1f} MB"
             )
     if options.write:
-        print(write_results("report", {"runs": RUNS, "epochs": EPOCHS} | results))
+        print(write_results("report", {"runs": RUNS, "epochs": EPOCHS} | results, options.write))
 
 
 if __name__ == "__main__":

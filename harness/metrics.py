@@ -80,7 +80,10 @@ class Metrics:
         return reading
 
     def _local_by_step(self) -> Tensor:
-        """(3, steps) float64: this rank's loss, correct and labelled images."""
+        """(3, steps) float64: this rank's loss, correct and labelled images.
+
+        A rank has as many micro-batches in each step: their number is settled before the first.
+        """
         columns = [torch.stack(column).double() for column in zip(*self._local, strict=True)]
         return torch.stack(columns).view(3, len(self._steps), -1).sum(2)
 

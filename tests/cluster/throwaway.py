@@ -28,6 +28,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from harness.atomic_file import write_atomically
+
 NODES = 4
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip", "nsenter")
 HOSTS = Path("/etc/hosts")
@@ -195,9 +197,9 @@ class ThrowawayCluster:
     def configure(self, **values: str) -> None:
         """Sets keys of slurm.conf while the cluster runs."""
         lines = [line for line in _lines(self.conf) if line.partition("=")[0] not in values]
-        new = self.conf.with_suffix(".new")
-        new.write_text("".join(f"{k}={v}\n" for k, v in values.items() if v) + "".join(lines))
-        new.replace(self.conf)  # whole: a slurmd that reads half a file, for the last call, ends
+        text = "".join(f"{k}={v}\n" for k, v in values.items() if v) + "".join(lines)
+        # a slurmd may still read it for the last call, and ends where it reads half a file
+        write_atomically(self.conf, text.encode())
         self.command("scontrol", "reconfigure")
 
     def cut_off(self, node: str) -> None:
