@@ -36,7 +36,7 @@ from harness.models.ghost_batch_norm import GhostBatchNorm2d
 from harness.run import Run
 from harness.run_folder import RunFolder
 from harness.step import Step, autocast
-from harness.train import on_device, run_steps
+from harness.train import on_device, run_steps, settle_graphs
 from harness.watchdog import Watchdog
 
 OURS, BARE = "this project", "bare PyTorch"
@@ -96,6 +96,7 @@ def harness_loop(
         folder = RunFolder(Path(name) / "run")
         folder.open(config, {})
         step = Step(config, model, world, feed.micro_batches)
+        settle_graphs(step, feed, None, watchdog)
         run = Run(config, world, folder, step, feed, Given(batches), None, stop, watchdog)
         folder.write_status("running")
         run.open_journal()

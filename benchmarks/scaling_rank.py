@@ -41,6 +41,7 @@ from harness.distributed import (
     use_slurm_rendezvous,
     world_from_environment,
 )
+from harness.graph_trial import try_graphs
 from harness.models import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.step import BUFFER_SYNC, Step, set_precision
@@ -106,18 +107,23 @@ def wait_blocks(world: World) -> dict[str, Block]:
 def step_blocks(config: Config, world: World) -> dict[str, Block]:
     """The harness' step of this rank's workers, with the ranks together and alone."""
     recipe, cuda = config.recipe, world.device.type == "cuda"
+    compile = cuda if config.run.compile == "auto" else config.run.compile
+    config = config.model_copy(update={"run": config.run.model_copy(update={"compile": compile})})
     set_precision(config.run.precision)
     minibatch = Minibatch(config.workers, recipe.worker_batch)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
     size = minibatch.micro_batch_images(local_workers, config.run.micro_batch)
     micro_batches = minibatch.micro_batches(world.rank, world.world_size, size)
+    sizes = [len(workers) * recipe.worker_batch for workers in micro_batches]
     alone = World(0, 1, world.local_rank, world.local_world_size, "alone", world.device)
 
     def block_of(place: World) -> Block:
         layout = torch.channels_last if cuda else torch.contiguous_format
         model = build_model(config, channels_last=cuda).to(world.device).to(memory_format=layout)
         step, numbers = Step(config, model, place, micro_batches), itertools.count()
-        batches = random_batches(config, [len(m) * recipe.worker_batch for m in micro_batches])
+        if cuda and compile:
+            try_graphs(step, sizes, messages_of(place))
+        batches = random_batches(config, sizes)
 
         def block(steps: int) -> None:
             for _ in range(steps):
@@ -128,6 +134,15 @@ def step_blocks(config: Config, world: World) -> dict[str, Block]:
         return block
 
     return {"together": block_of(world), "alone": block_of(alone)}
+
+
+def messages_of(world: World) -> dist.ProcessGroup | None:
+    """The group of small CPU messages, as a run has it."""
+    if world.world_size == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+    return group
 
 
 def random_batches(config: Config, sizes: list[int]) -> Iterator[Batch]:

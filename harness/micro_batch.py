@@ -79,10 +79,8 @@ def seconds_an_image(step: Step, images: int) -> float:
             if cuda:
                 torch.cuda.synchronize(step.device)
             seconds.append(time.perf_counter() - start_s)
-        if cuda:
-            free, total = torch.cuda.mem_get_info(step.device)
-            if free < FREE * total:
-                return math.inf
+        if too_little_memory(step.device):
+            return math.inf
     except torch.OutOfMemoryError:
         return math.inf
     finally:
@@ -92,9 +90,17 @@ def seconds_an_image(step: Step, images: int) -> float:
     return min(seconds) / images
 
 
-def random_pixels(images: int, crop: int, device: torch.device) -> torch.Tensor:
+def too_little_memory(device: torch.device) -> bool:
+    """Whether less than 15 % of a GPU's memory is free, with what PyTorch keeps for later."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return free < FREE * total
+
+
+def random_pixels(images: int, crop: int, device: torch.device, seed: int = 0) -> torch.Tensor:
     """(images, 3, crop, crop) uint8, in memory as a loader gives them."""
-    generator = torch.Generator(device).manual_seed(0)  # no other numbers of the run move
+    generator = torch.Generator(device).manual_seed(seed)  # no other numbers of the run move
     shape = images, crop, crop, 3
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
     return pixels.permute(0, 3, 1, 2)

@@ -92,6 +92,7 @@ class Run:
             device=self.world.device.type,
             precision=self.config.run.precision,
             compile=self.config.run.compile,
+            graphs=self.step.graphs,
             gradient_precision=self.config.run.gradient_precision,
             loader=self.loader.name,
             micro_batch=self.feed.micro_batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from inspect import signature
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.config import Config
 from harness.data.loader import Batch
 from harness.distributed import Reductions, World, sum_gradients
+from harness.graphs import Capture, GraphedModel
 from harness.metrics import Metrics
 from harness.models.ghost_batch_norm import RunningStatistics
 from harness.objective import Objective, build_objective
@@ -112,8 +114,8 @@ class Step:
     """Runs optimizer steps of this rank.
 
     `model` is on the device; `micro_batches` are the workers of each of the rank's micro-batches.
-    `self.model` is what these go through (DDP, compiled), `self.network` the bare model, which is
-    saved and evaluated. `objective` is what is minimised; plain training needs none.
+    `self.model` is what these go through (DDP, replayed, compiled), `self.network` the bare model,
+    which is saved and evaluated. `objective` is what is minimised; plain training needs none.
     """
 
     def __init__(
@@ -135,7 +137,9 @@ class Step:
         )
         if config.run.compile is True:
             compile_blocks(model)
-        self.model: nn.Module = model
+        self.graphed = GraphedModel(model)
+        self.graphs = "none"  # CUDA graphs: whether they are used, in words for the log
+        self.model: nn.Module = self.graphed
         if world.world_size > 1:
             # workers keep their own statistics, so no rank's are sent to others (section 2.3)
             ddp = DistributedDataParallel(
@@ -186,15 +190,24 @@ class Step:
             self.scaler.scale(loss).backward()
         self.metrics.add_micro_batch(loss, logits, labels)
 
-    def rehearse(self, pixels: Tensor) -> None:
+    def rehearse(self, pixels: Tensor, local: bool = True) -> None:
         """Forward and backward pass of images (B, 3, H, W) uint8, which no other rank hears of.
 
+        Not `local`: gradients are summed over the ranks, which all rehearse at once.
         After `forget_rehearsal` the run is as if it had not been.
         """
-        with self._gradients_stay_local(True):
+        with self._gradients_stay_local(local):
             with autocast(self.config, self.device):
                 logits = self.model(self.pixels(pixels))
             self.scaler.scale(logits.float().logsumexp(1).mean()).backward()
+
+    def capture(self, pixels: Tensor, capture: Capture) -> None:
+        """Micro-batches like these (B, 3, H, W) uint8 are replayed from now on.
+
+        To be forgotten like a rehearsal. Raises RuntimeError where they cannot be captured.
+        """
+        precision = partial(autocast, self.config, self.device)
+        self.graphed.capture(self.pixels(pixels), capture, precision)
 
     def forget_rehearsal(self) -> None:
         """Drops the gradients and sums that rehearsals have left."""

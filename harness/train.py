@@ -27,6 +27,7 @@ from harness.distributed import (
     world_from_environment,
 )
 from harness.errors import FAILED, STOPPED, RunFailed, UserError
+from harness.graph_trial import try_graphs
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
 from harness.models import build_model
@@ -120,6 +121,7 @@ def train(
             keep = going_on and "run.micro_batch" not in typed
             kept = folder.recorded_micro_batch(environment) if keep else None
             config = settle_micro_batch(config, kept, step, feed, world, control, watchdog)
+        settle_graphs(step, feed, control, watchdog)
         if world.rank == 0:
             if idle := idle_gpus(world):
                 print(idle, flush=True)
@@ -238,6 +240,15 @@ def settle_micro_batch(
     step.micro_batches = len(feed.micro_batches)
     run = config.run.model_copy(update={"micro_batch": feed.micro_batch})
     return config.model_copy(update={"run": run})
+
+
+def settle_graphs(
+    step: Step, feed: Feed, control: dist.ProcessGroup | None, watchdog: Watchdog
+) -> None:
+    """On GPUs, where `run.compile` is on: passes are replayed if that is faster."""
+    if step.device.type == "cuda" and step.config.run.compile is True:
+        watchdog.at(0, Doing.STARTING, 2 * feed.micro_batch)  # after what settle_micro_batch tried
+        try_graphs(step, feed.sizes, control)
 
 
 def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

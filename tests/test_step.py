@@ -69,6 +69,23 @@ def test_compiled_blocks_are_the_same_step(small, device, monkeypatch):
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 6
 
 
+def test_no_step_reads_a_number_back(small, monkeypatch):
+    # tensors of the meta device have shapes and no numbers: whatever asks for one fails.
+    # PyTorch's fused SGD has no kernel for it: not in the test
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(
+        "harness.recipe.optimizer.torch.optim.SGD",
+        lambda groups, **how: sgd(groups, **how | {"fused": False}),
+    )
+    step = make_step(small, torch.device("meta"), compile=False)
+    source = batches(torch.device("cpu"), [2, 2, 1])
+    for number in range(2):
+        step(number, source)
+    assert next(step.network.parameters()).is_meta
+    with pytest.raises(RuntimeError, match="meta"):  # a log line reads
+        step.metrics.read()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_no_step_waits_for_the_gpu(small, precision):

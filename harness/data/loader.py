@@ -81,12 +81,12 @@ class Feed:
         ranks = self._rank, self._world_size
         self.micro_batches = minibatch.micro_batches(*ranks, self.micro_batch)
         self._places = [minibatch.places(w, self._channels_last) for w in self.micro_batches]
+        self.sizes = [len(places) for places in self._places]  # images of each micro-batch
 
     def training(self, first_step: int) -> Iterator[Crops]:
         """Micro-batch after micro-batch, from the global step `first_step` to the run's last."""
         config, train = self.config, self.train
         places = np.concatenate(self._places)  # of a step: its micro-batches, one after another
-        sizes = [len(of_one) for of_one in self._places]
         steps_at_once = max(DRAWN_AT_ONCE // len(places), 1)
         first_epoch, step_of_epoch = divmod(first_step, config.steps_per_epoch)
         following = self._executor.submit(self._permutation, first_epoch)
@@ -98,7 +98,7 @@ class Feed:
                 ids = np.concatenate([self._step_of_epoch(order, step)[places] for step in steps])
                 sizes_of = train.heights[ids], train.widths[ids]
                 windows = crops(config.seed, epoch % self._crop_epochs, ids, *sizes_of, config.data)
-                ends = np.cumsum(sizes * len(steps)).tolist()
+                ends = np.cumsum(self.sizes * len(steps)).tolist()
                 for start, end in zip([0, *ends], ends, strict=False):
                     yield windows.part(start, end)
             step_of_epoch = 0

@@ -163,14 +163,15 @@ class RunningStatistics:
     """The running statistics of all ghost batch norms of a model, updated once a step.
 
     They become views of one tensor, so that an update is a few operations however many layers
-    there are (53 in ResNet-50). Build it when the model is on its device.
+    there are (53 in ResNet-50). Build it when the model is on its device. `sums`, one of a layer,
+    are what the layers have seen since the last update.
     """
 
     def __init__(self, model: nn.Module) -> None:
         norms = ghost_batch_norms(model)
         self._momenta = {norm.momentum for norm in norms}
         self._scratch = [norm.one_worker for norm in norms] + [norm.sums for norm in norms]
-        self._sums = [norm.sums.view(-1) for norm in norms]
+        self.sums = [norm.sums.view(-1) for norm in norms]
         if not norms:
             return
         self._running = torch.cat([r for n in norms for r in (n.running_mean, n.running_var)])
@@ -188,10 +189,10 @@ class RunningStatistics:
         Every layer has seen each of the workers once since the last call. Does not wait for the
         device.
         """
-        if not self._sums:
+        if not self.sums:
             return
         (momentum,) = self._momenta
-        self._running.mul_(1 - momentum).add_(torch.cat(self._sums), alpha=momentum / workers)
+        self._running.mul_(1 - momentum).add_(torch.cat(self.sums), alpha=momentum / workers)
         self._updates += 1
         self.forget()
 

@@ -1,0 +1,212 @@
+"""Passes that are replayed as CUDA graphs. On a CPU tests/recorded_graph.py stands for CUDA's."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+
+from harness import load_config
+from harness.graph_trial import try_graphs
+from harness.graphs import GraphedModel
+from harness.journal import read_log
+from harness.models import build_model
+from harness.step import Step
+from tests.conftest import free_port
+from tests.faults import start
+from tests.recorded_graph import RecordedCapture
+from tests.test_step import N, batches, make_step
+from tests.test_train import assert_same, final_weights
+
+CPU = torch.device("cpu")
+SIZES = [2 * N, 2 * N, N]  # as make_step's
+
+
+def states(step, steps):
+    """The whole state after steps of m = 2, 2 and m' = 1."""
+    source = batches(step.device, [2, 2, 1])
+    for number in range(steps):
+        step(number, source)
+    optimizer = step.optimizer.state_dict()["state"]
+    return step.network.state_dict(), [s["momentum_buffer"] for s in optimizer.values()]
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "float16"])
+def test_replayed_passes_are_the_same_steps(small, precision):
+    plain = states(make_step(small, CPU, precision=precision), 3)
+    step, recorded = make_step(small, CPU, precision=precision), RecordedCapture()
+    try_graphs(step, SIZES, None, recorded)
+    step.graphed.replays = True
+    for images in (2 * N, N):  # whatever the trial found to be faster
+        step.capture(torch.zeros(images, 3, 8, 8, dtype=torch.uint8), recorded)
+    step.forget_rehearsal()
+    before = recorded.replays
+    replayed = states(step, 3)
+    assert recorded.replays - before == 3 * 3 * 2  # steps, micro-batches, forward and backward
+    for name, value in plain[0].items():
+        assert torch.equal(replayed[0][name], value), name
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], replayed[1], strict=True))
+
+
+def test_a_gradient_is_never_the_graphs_own_memory(small):
+    # else the next replay would overwrite what is to be added to
+    model = GraphedModel(build_model(load_config(small())))
+    model.capture(torch.rand(64, 3, 8, 8), RecordedCapture())
+    (passes,) = model._passes.values()
+    model(torch.rand(64, 3, 8, 8)).sum().backward()
+    own = {gradient.data_ptr() for gradient in passes.gradients}
+    assert not own & {parameter.grad.data_ptr() for parameter in model.parameters()}
+
+
+def test_evaluation_and_other_sizes_are_not_replayed(small):
+    network = build_model(load_config(small()))
+    plain, recorded = GraphedModel(copy.deepcopy(network)), RecordedCapture()
+    model = GraphedModel(network)
+    model.capture(torch.rand(64, 3, 8, 8), recorded)
+    network.load_state_dict(plain.network.state_dict())
+    images = torch.rand(96, 3, 8, 8)
+    assert torch.equal(model(images), plain(images))
+    for either in (model, plain):
+        either.network.eval()
+    assert torch.equal(model(images[:64]), plain(images[:64]))
+    assert recorded.replays == 0
+
+
+def timed(monkeypatch, plain_s, replayed_s):
+    """A clock by which a step's passes take so long."""
+    clock = {"s": 0.0}
+    monkeypatch.setattr("harness.graph_trial.time.perf_counter", lambda: clock["s"])
+    rehearse = Step.rehearse
+
+    def slowly(step, pixels, local=True):
+        rehearse(step, pixels, local)
+        clock["s"] += (replayed_s if step.graphed.replays else plain_s) / len(SIZES)
+
+    monkeypatch.setattr(Step, "rehearse", slowly)
+
+
+@pytest.mark.parametrize(
+    ("replayed_ms", "found"),
+    [
+        (5, "used: 5.00 ms a step's passes, 9.00 ms without"),
+        (8.9, "not used: no faster, 8.90 ms a step's passes, 9.00 ms without"),  # 1 %
+    ],
+)
+def test_they_are_used_where_they_are_faster(small, monkeypatch, replayed_ms, found):
+    timed(monkeypatch, 0.009, replayed_ms / 1000)
+    step, recorded = make_step(small, CPU), RecordedCapture()
+    before = copy.deepcopy(step.network.state_dict())
+    try_graphs(step, SIZES, None, recorded)
+    assert step.graphs == found
+    # nothing of the trial stays
+    assert all(torch.equal(before[k], v) for k, v in step.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in step.network.parameters())
+    assert not any(sums.any() for sums in step.running_statistics.sums)
+    replays = recorded.replays
+    step(0, batches(CPU, [2, 2, 1]))
+    assert (recorded.replays > replays) == found.startswith("used")
+
+
+class Frozen(RecordedCapture):
+    """Graphs that run once, so that later images and weights are not seen."""
+
+    def __call__(self, work):
+        result, replay = super().__call__(work)
+        return result, cache(replay)
+
+
+class Refused(RecordedCapture):
+    def __call__(self, work):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+
+class Unfilled(RecordedCapture):
+    """Graphs whose replay does nothing."""
+
+    def __call__(self, work):
+        return super().__call__(work)[0], lambda: None
+
+
+@pytest.mark.parametrize(
+    ("capture", "why"),
+    [
+        (Frozen, "not used: gradients of 8 images differ by"),
+        (Unfilled, "not used: gradients of 8 images differ by inf"),
+        (Refused, "not used: not captured: CUDA out of memory. Tried to allocate"),
+    ],
+)
+def test_graphs_that_are_wrong_are_found_out(small, capture, why):
+    plain = states(make_step(small, CPU), 2)[0]
+    step = make_step(small, CPU)
+    try_graphs(step, SIZES, None, capture())
+    assert step.graphs.startswith(why)
+    found = states(step, 2)[0]
+    assert all(torch.equal(plain[name], value) for name, value in found.items())
+
+
+def test_weights_that_were_cast_before_the_capture_are_found_out(small, monkeypatch):
+    # what autocast does of itself within one context: the graph then holds no cast of the weights
+    capture = Step.capture
+
+    def within_one_context(step, pixels, recorded):
+        with torch.autocast("cpu", torch.bfloat16):
+            capture(step, pixels, recorded)
+
+    monkeypatch.setattr(Step, "capture", within_one_context)
+    step = make_step(small, CPU, precision="bfloat16")
+    try_graphs(step, SIZES, None, RecordedCapture())
+    assert step.graphs.startswith("not used: gradients of 8 images differ by")
+
+
+def test_without_a_trial_there_are_none(small):
+    assert make_step(small, CPU).graphs == "none"
+
+
+REPLAYED = """
+import harness.graph_trial as trial
+import harness.train
+from tests.test_graphs import RecordedCapture, Refused
+trial.GAIN = -1e9  # what only pretends to be a graph is slower
+capture = Refused() if rank == {refused} else RecordedCapture()
+harness.train.settle_graphs = lambda step, feed, control, watchdog: trial.try_graphs(
+    step, feed.sizes, control, capture
+)
+"""
+
+
+def trained(config, out, ranks, plant=""):
+    """The final weights, and what the log says of graphs."""
+    port = free_port()
+    arguments = ["train", config, "run.micro_batch=64", "run.precision=float64", "--out", out]
+    processes = [start(arguments, rank, ranks, port, plant) for rank in range(ranks)]
+    said = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, said
+    return final_weights(out), read_log(out / "log.jsonl")[0]["graphs"]
+
+
+def test_a_run_of_three_ranks_is_the_same_with_and_without(small, tmp_path):
+    # shares of 3, 3 and 2 workers in micro-batches of m = 2: two ranks capture two sizes
+    plain, none = trained(small(), tmp_path / "plain", 3)
+    replayed, used = trained(small(), tmp_path / "replayed", 3, REPLAYED.format(refused=None))
+    assert none == "none" and used.startswith("used: ")
+    # DDP orders its buckets by the first gradient to come, so sums may round in another order
+    assert_same(plain, replayed, 1e-9)
+
+
+def test_a_rank_that_cannot_capture_decides_for_all(small, tmp_path):
+    plain, _ = trained(small(), tmp_path / "plain", 2)
+    found, graphs = trained(small(), tmp_path / "found", 2, REPLAYED.format(refused=1))
+    assert graphs == "not used: not captured: CUDA out of memory. Tried to allocate"
+    assert_same(plain, found, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_cuda_graphs_are_the_same_steps(small, precision):
+    device = torch.device("cuda")
+    plain = states(make_step(small, device, precision=precision, compile=False), 3)
+    step = make_step(small, device, precision=precision, compile=True)
+    try_graphs(step, SIZES, None)
+    assert step.graphs.startswith("used"), step.graphs  # a small network is bound by launching
+    for name, value in states(step, 3)[0].items():
+        torch.testing.assert_close(value, plain[0][name], rtol=0.02, atol=0.01, msg=name)
