@@ -12,6 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.communication import (
+    BUCKET_BYTES,
+    FIRST_BUCKET_BYTES,
+    MIB,
     Bucket,
     Link,
     Network,
@@ -35,20 +38,22 @@ PAPER_BETWEEN_LATENCY_S, PAPER_INSIDE = 20e-6, Link(5e-6, 20e9)
 PUBLISHED = {"H200, PyTorch": 3060.0, "H100, MLPerf": 7160.0, "H200, MLPerf": 7945.0}
 GPUS = (1, 8, 16, 64, 256, 1024, 4096)
 WORKER_BATCHES = (32, 64, 128, 256)
+BUCKETS_MIB = (1, 5, 10, 25, 50, 100)
 SPREAD = 0.01
 
 
-def resnet50_buckets(first_bytes: int | None = None) -> tuple[Bucket, ...]:
-    """DDP's; `first_bytes=1`: each gradient by itself, as the paper sums them."""
+def resnet50_buckets(
+    bucket_bytes: int = BUCKET_BYTES, first_bytes: int = FIRST_BUCKET_BYTES
+) -> tuple[Bucket, ...]:
+    """DDP's; of a byte each: every gradient by itself, as the paper sums them."""
     model = build_model(load_config(CONFIG))
     layers = gradient_layers(model, multiply_adds(model, 224))
-    sizes = () if first_bytes is None else (first_bytes, first_bytes)
-    return tuple(fill_buckets(layers, *sizes))
+    return tuple(fill_buckets(layers, first_bytes, bucket_bytes))
 
 
 def paper_lines() -> Iterator[str]:
     """Section 4's estimate, and figures 7 and 8, as the model gives them."""
-    buckets = resnet50_buckets(first_bytes=1)
+    buckets = resnet50_buckets(1, 1)
     count = sum(bucket.count for bucket in buckets)
     yield "| servers | Gbit/s to sum 100 MB in 0.125 s | 102.2 MB in 0.120 s |"
     yield "| --- | --- | --- |"
@@ -125,6 +130,20 @@ def limit_lines() -> Iterator[str]:
             )
 
 
+def bucket_lines() -> Iterator[str]:
+    """Milliseconds of exposed communication by the size of DDP's buckets, 32 images a GPU."""
+    yield "| one GPU | GPUs | Gbit/s a GPU | " + " | ".join(f"{m} MiB" for m in BUCKETS_MIB) + " |"
+    yield "| --- " * (3 + len(BUCKETS_MIB)) + "|"
+    sizes = [resnet50_buckets(mib * MIB) for mib in BUCKETS_MIB]
+    for name, gbit_per_s in (("H200, PyTorch", 400), ("H200, MLPerf", 400), ("H200, MLPerf", 100)):
+        for gpus in (8, 256, 4096):
+            network = Hardware(gbit_per_s=gbit_per_s).network(gpus)
+            works = [worker(PUBLISHED[name], 32, buckets) for buckets in sizes]
+            exposed_ms = [1e3 * step_time(work, network, gpus).exposed_s for work in works]
+            cells = " | ".join(f"{ms:.2f}" for ms in exposed_ms)
+            yield f"| {name} | {gpus} | {gbit_per_s} | {cells} |"
+
+
 def slowest_gbit_per_s(work: Workload, gpus: int, wanted: float = 0.95) -> float:
     """The least bandwidth a GPU at which efficiency is as wanted; inf where none is enough."""
     low, high = 1e-3, 1e6
@@ -136,9 +155,12 @@ def slowest_gbit_per_s(work: Workload, gpus: int, wanted: float = 0.95) -> float
     return high
 
 
+TABLES = (paper_lines, gpu_lines, limit_lines, bucket_lines)
+
+
 def main() -> None:
-    """Prints the three tables of docs/scaling.md."""
-    for lines in (paper_lines, gpu_lines, limit_lines):
+    """Prints the tables of docs/scaling.md."""
+    for lines in TABLES:
         print(*lines(), sep="\n", end="\n\n")
 
 

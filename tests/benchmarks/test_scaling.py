@@ -158,5 +158,5 @@ def test_the_documented_errors_are_those_of_the_results() -> None:
 
 def test_the_documented_forecast_is_what_the_model_gives() -> None:
     documented = (ROOT / "docs" / "scaling.md").read_text()
-    for lines in (forecast.paper_lines, forecast.gpu_lines, forecast.limit_lines):
+    for lines in forecast.TABLES:
         assert "\n".join(lines()) in documented
