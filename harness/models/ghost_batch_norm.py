@@ -108,7 +108,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         wide = x.reshape(n, m * self.num_features, *image)
         weight, bias = self.weight.repeat(m), self.bias.repeat(m)
         y = self._normalise(wide, means.view(-1), variances.view(-1), weight, bias)
-        return y.view(x.shape)
+        # no view to autograd, which would copy the gradient of what add_relu does in place to one
+        return torch.ops.aten._unsafe_view(y, x.shape)
 
     def _by_worker(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
         """channels_last: worker after worker, by the kernels of plain batch norm.
