@@ -17,13 +17,13 @@ from benchmarks.check import NEW
 
 # modest: about a quarter of an hour in all on 2 free cores
 ARGUMENTS = {
-    "step": ["--repetitions", "12", "--block-seconds", "0.3"],
+    "step": ["--processes", "3", "--repetitions", "4", "--block-seconds", "0.3"],
     "memory": ["--repetitions", "2"],
     "startup": ["--repetitions", "2"],
     "bookkeeping": ["--repetitions", "4"],
     "interruption": ["--repetitions", "2"],
     "sampling": ["--repetitions", "5"],
-    "scaling": ["--repetitions", "2", "--block-seconds", "0.5"],
+    "scaling": ["--repetitions", "3", "--block-seconds", "0.5"],
     "loaders": ["--repetitions", "3"],
 }
 

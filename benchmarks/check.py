@@ -4,7 +4,8 @@
 
 FOLDER is what `python -m benchmarks` wrote (build/benchmarks). A figure is worse where its median
 lies beyond the committed quartiles and the committed median beyond its own, on the worse side, so
-that what varies more has to change by more. Exit code 1 where one is worse, 2 where nothing could
+that what varies more has to change by more; and by 5 % at least, as few repetitions of the same
+code have differed by. Exit code 1 where one is worse, 2 where nothing could
 be compared.
 """
 
@@ -24,6 +25,7 @@ LABELS = ("case", "loop", "contender", "start")  # what a row is about
 # names of ratios begin so, and are better when higher, or lower
 HIGHER = ("ratio",)
 LOWER = ("cost_ratio", "with_to_without", "percent_of_step")
+LEAST = 0.05  # of the committed median
 CONDITIONS = ("cpu", "cores", "gpu", "threads", "torch")
 
 
@@ -43,7 +45,10 @@ def figures(content: Any, label: str = "") -> Iterator[tuple[str, bool, dict[str
 
 
 def is_worse(new: dict[str, float], old: dict[str, float], higher_is_better: bool) -> bool:
-    """Whether each median lies beyond the other's quartiles, the new one on the worse side."""
+    """Whether each median lies beyond the other's quartiles, the new one on the worse side, and
+    they are 5 % apart."""
+    if abs(new["median"] - old["median"]) < LEAST * old["median"]:
+        return False
     if higher_is_better:
         return new["median"] < old["quartile_1"] and new["quartile_3"] < old["median"]
     return new["median"] > old["quartile_3"] and new["quartile_1"] > old["median"]

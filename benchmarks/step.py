@@ -1,13 +1,14 @@
-"""Images/s of the harness' training loop against others, alternating in one process.
+"""Images/s of the harness' training loop against others, alternating in the same process.
 
-    python -m benchmarks.step [--repetitions 30] [--block-seconds 0.5] [--write]
+    python -m benchmarks.step [--processes 3] [--repetitions 10] [--block-seconds 0.5] [--write]
 
 All train the same network from the same uint8 batches in memory, in the same precision, with the
 same number of threads (`OMP_NUM_THREADS`); `loops.py` has the loops and says what each does beside
 that. Each goes on in blocks of the same number of steps, forwards and backwards in turn. The figure
 is the time of the other's block over that of the harness' in the same round (above 1: the harness
-is faster), on the clock and in processor time. On a CPU a worker a step (k = m = 1), and the
-quickstart's 8; on a GPU 8 workers of 32 images, in bfloat16.
+is faster), on the clock and in processor time. Rounds of several processes are taken together, as
+where a process happens to have its memory favours one loop or another by some percent. On a CPU a
+worker a step (k = m = 1), and the quickstart's 8; on a GPU 8 workers of 32 images, in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import statistics
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
@@ -120,43 +124,59 @@ def start(names: Sequence[str], config: Config) -> tuple[dict[str, Runner], dict
     return runners, absent
 
 
-def compare(
-    config: Config, names: Sequence[str], repetitions: int, block_s: float
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Alternating blocks of all loops; also why some did not run."""
+class Rounds(NamedTuple):
+    """Of each loop the (seconds, seconds of processor time) of its blocks, all of so many images;
+    and why other loops did not run."""
+
+    images: int
+    times: dict[str, list[tuple[float, float]]]
+    absent: dict[str, str]
+
+
+def alternate(case: Case, options: argparse.Namespace) -> Rounds:
+    """Alternating blocks of all loops, in this process."""
+    set_precision(options.precision)
+    config = case_config(*case, options.precision, options.compile)
     quiet = open(os.devnull, "w")  # noqa: SIM115 (their log lines are written, not shown)
     with contextlib.redirect_stdout(quiet):
-        runners, absent = start(names, config)
+        runners, absent = start(list(LOOPS), config)
         warm_up = WARM_UP_STEPS["cuda" if torch.cuda.is_available() else "cpu"]
         for runner in runners.values():
             runner.run(warm_up)
         slowest_s = max(timed(lambda r=r: r.run(2))[0] / 2 for r in runners.values())  # type: ignore[misc]
-        steps = max(round(block_s / slowest_s), 2)
+        steps = max(round(options.block_seconds / slowest_s), 2)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-        for repetition in range(repetitions):
+        for repetition in range(options.repetitions):
             for name in list(runners)[:: -1 if repetition % 2 else 1]:
                 times[name].append(timed(lambda name=name: runners[name].run(steps)))  # type: ignore[misc]
         for runner in runners.values():
             runner.end()
-    images = steps * config.recipe.minibatch
-    rows = [row(name, times[name], times[OURS], images) for name in runners]
-    return {"steps_a_block": steps, "loops": rows}, absent
+    return Rounds(steps * config.recipe.minibatch, times, absent)
 
 
-def row(
-    name: str, theirs: list[tuple[float, float]], ours: list[tuple[float, float]], images: int
-) -> dict[str, Any]:
+def compare(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """A row for each loop, of the rounds of all processes; also why some did not run."""
+    found = []
+    for _ in range(options.processes):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found.append(pool.submit(alternate, case, options).result())
+    rows = [row(name, found) for name in found[0].times]
+    return {"processes": options.processes, "loops": rows, "not_run": found[0].absent}
+
+
+def row(name: str, found: Sequence[Rounds]) -> dict[str, Any]:
     """A loop's rate, and its times over the harness' of the same rounds."""
-    pairs = list(zip(theirs, ours, strict=True))
+    pairs = [p for one in found for p in zip(one.times[name], one.times[OURS], strict=True)]
+    rates = [one.images / seconds for one in found for seconds, _ in one.times[name]]
     return {
         "loop": name,
-        "images_per_s": images / spread([seconds for seconds, _ in theirs])["median"],
+        "images_per_s": statistics.median(rates),
         "ratio": spread([their[0] / our[0] for their, our in pairs]),
         "ratio_processor_time": spread([their[1] / our[1] for their, our in pairs]),
     }
 
 
-def print_case(title: str, result: dict[str, Any], absent: dict[str, str]) -> None:
+def print_case(title: str, result: dict[str, Any]) -> None:
     """A line for each loop."""
 
     def cell(value: dict[str, float]) -> str:
@@ -167,14 +187,15 @@ def print_case(title: str, result: dict[str, Any], absent: dict[str, str]) -> No
     for line in result["loops"]:
         ratios = f"{cell(line['ratio'])}   {cell(line['ratio_processor_time'])}"
         print(f"  {line['loop']:14} {ratios}   {line['images_per_s']:10.0f}")
-    for name, reason in absent.items():
+    for name, reason in result["not_run"].items():
         print(f"  {name:14} not run: {reason}")
 
 
 def main() -> None:
     """Prints a table; --write keeps it in benchmarks/results/step.json."""
     cuda = torch.cuda.is_available()
-    parser = benchmark_parser(__doc__, repetitions=30)
+    parser = benchmark_parser(__doc__, repetitions=10)
+    parser.add_argument("--processes", type=int, default=3, help="default 3")
     parser.add_argument("--block-seconds", type=float, default=0.5)
     parser.add_argument("--models", nargs="*", help="such as resnet8; all by default")
     parser.add_argument("--precision", default="bfloat16" if cuda else "float32")
@@ -185,15 +206,13 @@ def main() -> None:
         help="every loop's model; this project's is replayed as CUDA graphs too, if that is faster",
     )
     options = parser.parse_args()
-    set_precision(options.precision)
     cases = []
     for case in GPU_CASES if cuda else CPU_CASES:
         if options.models and case.model not in options.models:
             continue
-        config = case_config(*case, options.precision, options.compile)
-        result, absent = compare(config, list(LOOPS), options.repetitions, options.block_seconds)
-        print_case(str(case), result, absent)
-        cases.append({"case": str(case)} | case._asdict() | result | {"not_run": absent})
+        result = compare(case, options)
+        print_case(str(case), result)
+        cases.append({"case": str(case)} | case._asdict() | result)
     if options.write:
         about = {"precision": options.precision, "compile": options.compile}
         about["versions"] = versions("lightning", "accelerate")

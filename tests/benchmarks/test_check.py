@@ -21,8 +21,10 @@ def spread(low: float, median: float, high: float) -> dict[str, float]:
         (spread(0.88, 0.90, 0.93), spread(0.95, 1.00, 1.02), False, False),
         (spread(0.88, 0.90, 1.01), spread(0.95, 1.00, 1.02), True, False),  # varies too much now
         (spread(0.88, 0.90, 0.93), spread(0.89, 1.00, 1.02), True, False),  # varied too much then
-        (spread(1.04, 1.05, 1.06), spread(0.98, 1.00, 1.02), False, True),
-        (spread(1.04, 1.05, 1.06), spread(0.98, 1.00, 1.02), True, False),
+        (spread(1.04, 1.06, 1.07), spread(0.98, 1.00, 1.02), False, True),
+        (spread(1.04, 1.06, 1.07), spread(0.98, 1.00, 1.02), True, False),
+        (spread(1.04, 1.04, 1.05), spread(0.98, 1.00, 1.02), False, False),  # by 4 % only
+        (spread(0.93, 0.94, 0.95), spread(0.98, 1.00, 1.02), True, True),  # by 6 %
         (spread(1.0, 1.0, 1.0), spread(1.0, 1.0, 1.0), True, False),
     ],
 )
