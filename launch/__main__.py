@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,53 +71,49 @@ def _add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from harness.stages import load_stages
     from launch.cluster import check_environment, load_cluster, with_cluster
-    from launch.wanted import Wanted
+    from launch.slurm import active_job
+    from launch.status import follow
+    from launch.wanted import teachers_of, with_teachers
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
-    runs: list[Wanted] = []
-    for stage in load_stages(options.config, options.overrides):
-        run = Path(cluster.folder) / stage.folder.relative_to("runs")
-        typed = stage.overrides
-        if runs:  # the student finds the teacher where this cluster has put it
-            typed = (*typed, f"distill.teacher={runs[-1].run.absolute()}")
-        runs.append(Wanted(run.name, run, with_cluster(cluster, stage.path, typed), typed))
+    root = Path(cluster.folder).absolute()
+    load = partial(with_cluster, cluster)
+    run = with_teachers(options.config, options.overrides, root, load)
     if options.out is not None:
-        last = runs[-1]
-        runs[-1] = Wanted(options.out.name, options.out, last.config, last.typed)
-    return _submit_chain(cluster, runs, options)
+        run = replace(run, name=options.out.name, run=options.out)
+    chain = [*teachers_of([run]), run]
+    _show_plans_whole(chain, cluster, quiet=options.dry_run)
+    if not run.is_finished() and (job := active_job(run.run, run.name)):
+        raise UserError(f"{run.run}: job {job} has it already: {_status_of(run.run)}")
+    records, _ = _submit_each(cluster, chain, options.dry_run)
+    return follow(records) if options.wait and records else FINISHED
 
 
-def _submit_chain(cluster: Any, runs: list[Any], options: argparse.Namespace) -> int:
-    """Each run after the one before it has succeeded; what has finished or has a job stays."""
-    from harness.plan import make_plan, render_plan
-    from harness.prediction import Hardware
+def _submit_each(
+    cluster: Any, runs: Sequence[Any], dry_run: bool
+) -> tuple[list[Any], dict[Path, str]]:
+    """A job a run, after its teacher's; what has finished or has a job stays. Returns the records
+    of those submitted, and the jobs of all that have not finished."""
     from launch.slurm import active_job, executor, submit
-    from launch.status import follow
 
-    hardware = Hardware(cluster.gpus_per_node)
-    for run in runs:  # a wrong config never reaches the queue
-        plan = make_plan(run.config, cluster.ranks, hardware=hardware)
-        if not options.dry_run:
-            print(render_plan(plan), end="\n\n")
-    after, records = None, []
+    records: list[Any] = []
+    jobs: dict[Path, str] = {}
     for run in runs:
+        after = jobs.get(run.teacher.run) if run.teacher else None
         if run.is_finished():
             print(f"finished already: {run.run}")
         elif job := active_job(run.run, run.name):
-            if run is runs[-1]:
-                raise UserError(f"{run.run}: job {job} has it already: {_status_of(run.run)}")
-            after = job
-        elif options.dry_run:
-            print(executor(cluster, run.run, after and f"JOB_OF_{after}").script())
-            after = run.name
+            jobs[run.run] = job
+        elif dry_run:
+            print(executor(cluster, run.run, after).script())
+            jobs[run.run] = f"JOB_OF_{run.name}"
         else:
             records += submit(cluster, run.run, [run], after)
-            after = records[-1].job_id
+            jobs[run.run] = records[-1].job_id
             print(_describe(records[-1]), flush=True)
-    return follow(records) if options.wait and records else FINISHED
+    return records, jobs
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -127,13 +125,17 @@ def _study(options: argparse.Namespace) -> int:
 def _study_here(options: argparse.Namespace) -> int:
     from launch.local import LocalStudy, devices_here
     from launch.study import study_folder, study_runs
+    from launch.wanted import teachers_of
 
     for flag in ("nodes", "wait"):
         if getattr(options, flag):
             raise UserError(f"--{flag} has no meaning without --cluster; remove it")
     folder = options.out or study_folder(options.study)
     runs = study_runs(options.study, folder, options.overrides)
-    _show_plans(runs, ranks=1)
+    teachers = teachers_of(run for run in runs if not run.is_finished())
+    teachers = [replace(t, name=_teachers_name(t, Path("runs"))) for t in teachers]
+    _show_plans(teachers, runs, ranks=1)
+    runs = [*teachers, *runs]
     study = LocalStudy(folder, runs, devices_here(runs, options.at_once))
     print(f"{len(study.waiting)} of {len(runs)} runs to do, in {folder}")
     if options.dry_run or not study.waiting:
@@ -147,20 +149,25 @@ def _study_on_cluster(options: argparse.Namespace) -> int:
     from launch.slurm import active_job, executor, submit
     from launch.status import follow
     from launch.study import study_folder, study_runs
+    from launch.wanted import teachers_of
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
     folder = options.out or study_folder(options.study, cluster.folder)
     runs = study_runs(options.study, folder, options.overrides, cluster)
-    _show_plans(runs, cluster.ranks, quiet=options.dry_run)
+    root = Path(cluster.folder).absolute()
+    teachers = [replace(t, name=_teachers_name(t, root)) for t in teachers_of(runs)]
+    _show_plans(teachers, runs, cluster.ranks, quiet=options.dry_run)
     runs = [r for r in runs if not r.is_finished() and active_job(folder, r.name) is None]
-    if options.dry_run:
-        print(executor(cluster, folder, at_once=options.at_once).script(len(runs)))
-        return FINISHED
     if not runs:
         print(f"nothing to submit: every run is finished or has a job; {_status_of(folder)}")
         return FINISHED
-    records = submit(cluster, folder, runs, at_once=options.at_once)
+    _, jobs = _submit_each(cluster, teachers_of(runs), options.dry_run)
+    after = ":".join(jobs.values()) or None
+    if options.dry_run:
+        print(executor(cluster, folder, after, options.at_once).script(len(runs)))
+        return FINISHED
+    records = submit(cluster, folder, runs, after, options.at_once)
     job = records[0].job_id.split("_")[0]
     print(f"job {job}: {len(records)} runs, in {folder}\nlogs in {Path(records[0].log).parent}")
     print(f"states: {_status_of(folder)}", flush=True)
@@ -174,15 +181,34 @@ def _status(options: argparse.Namespace) -> int:
     return FINISHED
 
 
-def _show_plans(runs: list[Any], ranks: int, quiet: bool = False) -> None:
-    """A line for each variant of a study: a wrong one is told before anything starts."""
+def _show_plans_whole(runs: Sequence[Any], cluster: Any, quiet: bool) -> None:
+    """A wrong config never reaches the queue."""
+    from harness.plan import make_plan, render_plan
+    from harness.prediction import Hardware
+
+    for run in runs:
+        plan = make_plan(run.config, cluster.ranks, hardware=Hardware(cluster.gpus_per_node))
+        if not quiet:
+            print(render_plan(plan), end="\n\n")
+
+
+def _show_plans(
+    teachers: Sequence[Any], runs: Sequence[Any], ranks: int, quiet: bool = False
+) -> None:
+    """A line for each teacher and variant: a wrong one is told before anything starts."""
     from harness.plan import make_plan
 
-    one_of_each = {run.name.rpartition("-")[0]: run for run in runs}  # seeds change no plan
+    one_of_each = {run.name: run for run in teachers}
+    one_of_each |= {run.run.parent.name: run for run in runs}  # seeds change no plan
     for name, run in one_of_each.items():
         plan = make_plan(run.config, ranks)
         if not quiet:
             print(f"{name}: {plan['total_steps']:,} steps, peak lr {plan['peak_lr_arithmetic']}")
+
+
+def _teachers_name(teacher: Any, root: Path) -> str:
+    """Within a study."""
+    return "-".join(("teacher", *teacher.run.relative_to(root).parts))
 
 
 def _describe(record: Any) -> str:

@@ -136,9 +136,10 @@ class LocalStudy:
         """To the end, or until a signal; returns the exit code. Raises UserError."""
         with only_command(self.folder), StopRequest().listen() as stop:
             self._record()
-            while self.children or (self.waiting and not stop.asked):
-                while self.waiting and self.free and not stop.asked:
-                    self._start(self.waiting.pop(0), self.free.pop(0))
+            while self.children or (not stop.asked and self._next()):
+                while self.free and not stop.asked and (run := self._next()):
+                    self.waiting.remove(run)
+                    self._start(run, self.free.pop(0))
                 time.sleep(POLL_S)
                 self._collect()
                 if stop.asked:
@@ -175,6 +176,24 @@ class LocalStudy:
         where = "" if device.gpu is None else f" on GPU {device.gpu}"
         print(f"{wanted.name} started{where}", flush=True)
 
+    def _next(self) -> Wanted | None:
+        """The first that waits, and not for its teacher."""
+        under_way = {child.wanted.run for child in self.children}
+
+        def ready(run: Wanted) -> bool:
+            teacher = run.teacher
+            return teacher is None or (teacher.run not in under_way and _has_ended(teacher))
+
+        return next(filter(ready, self.waiting), None)
+
+    def _give_up_students(self, teacher: Wanted) -> None:
+        """Of a teacher that has failed, and theirs."""
+        for run in [run for run in self.waiting if run.teacher and run.teacher.run == teacher.run]:
+            self.waiting.remove(run)
+            self.ended["failed"] += 1
+            print(f"{run.name} not started: its teacher, {teacher.run}, has failed", flush=True)
+            self._give_up_students(run)
+
     def _collect(self) -> None:
         """Takes in the children that have ended, and tells of them."""
         for child in [child for child in self.children if child.process.poll() is not None]:
@@ -183,6 +202,8 @@ class LocalStudy:
             state, what = child.outcome()
             self.ended[state] += 1
             print(f"{child.wanted.name} {state}: {what}{self._count()}", flush=True)
+            if state == "failed":
+                self._give_up_students(child.wanted)
 
     def _stop(self, kill: bool) -> None:
         """TERM once, as a second one would be deadly to a run that has its checkpoint."""
@@ -218,6 +239,10 @@ class LocalStudy:
         if left:
             return STOPPED
         return FAILED if self.ended["failed"] else FINISHED
+
+
+def _has_ended(run: Wanted) -> bool:
+    return read_status(run.run).get("state") == "finished"
 
 
 def _files(folder: Path, wanted: Wanted) -> tuple[Path, Path]:

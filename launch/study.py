@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +13,9 @@ from pydantic import Field, Strict
 
 from harness.config import Expect, Section, Text, load_config
 from harness.config_errors import config_error, found
+from harness.stages import TEACHERS
 from launch.cluster import Cluster, Whole, read_mapping, validate, with_cluster
-from launch.wanted import Wanted
+from launch.wanted import Wanted, with_teachers
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], Strict(False)]
@@ -71,16 +74,18 @@ def study_runs(
 ) -> list[Wanted]:
     """The runs of a study, seed by seed, each variant; run folders FOLDER/VARIANT/SEED.
 
-    `cluster`: whose `run:` keys they get. Raises ConfigError.
+    `cluster`: whose `run:` keys they get. Teachers that are configs stand beside other runs, below
+    the cluster's folder or runs/, and have the seeds of their configs. Raises UserError.
     """
     study, variants = load_study(path)
+    load = load_config if cluster is None else partial(with_cluster, cluster)
+    root = Path("runs") if cluster is None else Path(cluster.folder).absolute()
+    own = tuple(override for override in typed if not override.startswith(TEACHERS))
     runs = []
     for seed in study.seeds:
         for name, variant in variants.items():
             overrides = (f"seed={seed}", *variant.overrides(), *typed)
-            if cluster is None:
-                config = load_config(study.base, overrides)
-            else:
-                config = with_cluster(cluster, study.base, overrides)
-            runs.append(Wanted(f"{name}-{seed}", folder / name / f"{seed}", config, tuple(typed)))
+            run = with_teachers(study.base, overrides, root, load)
+            place = folder / name / f"{seed}"
+            runs.append(replace(run, name=f"{name}-{seed}", run=place, typed=own))
     return runs

@@ -1,23 +1,27 @@
-"""A run that is wanted: of a config, in a folder."""
+"""A run that is wanted: of a config, in a folder, after its teacher's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config import Config, curve_differences, load_config
 from harness.errors import UserError
+from harness.stages import load_stages
 from launch.task import read_status
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """`name`: within its records; `typed`: the command line's overrides."""
+    """`name`: within its records; `typed`: the command line's overrides; `teacher`: the run that
+    has to be finished first, where the teacher is a config."""
 
     name: str
     run: Path
     config: Config
     typed: tuple[str, ...] = ()
+    teacher: Wanted | None = None
 
     def is_finished(self) -> bool:
         """Raises UserError where the run folder holds another config's run."""
@@ -29,3 +33,48 @@ class Wanted:
                 "give the same values or choose another --out"
             )
         return read_status(self.run).get("state") == "finished"
+
+
+def with_teachers(
+    path: str | Path,
+    overrides: Sequence[str],
+    root: Path,
+    load: Callable[[str, Sequence[str]], Config],
+) -> Wanted:
+    """The run of the config at `path`, and through `teacher` those of its teachers.
+
+    Run folders stand below `root` as they do below runs/; a student's teacher is the folder in
+    which the teacher's run is. `load`: a config's path and its overrides -> the config. Raises
+    UserError.
+    """
+    last: Wanted | None = None
+    for stage in load_stages(path, overrides):
+        run, typed = root / stage.folder.relative_to("runs"), stage.overrides
+        if last is not None:
+            typed = (*typed, f"distill.teacher={last.run}")
+        last = Wanted(run.name, run, load(stage.path, typed), typed, last)
+    assert last is not None  # a config is a stage
+    return last
+
+
+def teachers_of(runs: Iterable[Wanted]) -> list[Wanted]:
+    """Each run that must be finished before one of these, once, a teacher before its student.
+
+    Raises UserError where two of them would train different configs in one folder.
+    """
+    found: dict[Path, Wanted] = {}
+
+    def add(teacher: Wanted) -> None:
+        if teacher.teacher is not None:
+            add(teacher.teacher)
+        other = found.setdefault(teacher.run, teacher)
+        if differences := curve_differences(other.config, teacher.config):
+            raise UserError(
+                f"{teacher.run}: two teachers would be trained in it ({'; '.join(differences)}); "
+                "give each a config of its own"
+            )
+
+    for run in runs:
+        if run.teacher is not None:
+            add(run.teacher)
+    return list(found.values())

@@ -46,6 +46,33 @@ def job_of(launch, name):
     return json.loads((launch.runs / f"{name}.slurm" / "job.json").read_text())[name]["job_id"]
 
 
+def test_a_study_of_students_waits_for_their_teacher(launch, tmp_path):
+    """One job trains it, and the array begins when that has succeeded."""
+    quick = yaml.safe_load(launch.config.read_text())
+    quick["recipe"] |= {"epochs": 2, "milestones": []}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(quick))
+    quick["distill"] = {"teacher": str(tmp_path / "teacher.yaml"), "precision": "float32"}
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump(quick))
+    study = tmp_path / "warm.yaml"
+    variants = {"cold": {"set": {"distill.temperature": 1.0}}, "warm": {"set": {}}}
+    grid = {"base": str(tmp_path / "student.yaml"), "seeds": [1], "variants": variants}
+    study.write_text(yaml.safe_dump(grid))
+    words = ("study", study, "--cluster", launch.file)
+    done = launch(*words, "--wait", nodes=1, environment={})
+    assert done.returncode == 0, done.stdout + done.stderr
+    teacher = launch.job(job_of(launch, "teacher"))
+    records = json.loads((launch.runs / "studies" / "warm.slurm" / "job.json").read_text())
+    assert records.keys() == {"cold-1", "warm-1"}
+    for record in records.values():
+        assert record["after"] == teacher["JobId"]
+        assert teacher["EndTime"] <= launch.job(record["job_id"])["StartTime"]
+    for variant in ("cold", "warm"):
+        run = launch.runs / "studies" / "warm" / variant / "1"
+        assert json.loads((run / "status.json").read_text())["state"] == "finished"
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert config["distill"]["teacher"] == str(launch.runs / "teacher")
+
+
 def test_a_chain_whose_first_stage_fails(launch, tmp_path):
     """The second job is cancelled, with the reason; both go on when they are submitted again."""
     quick = yaml.safe_load(launch.config.read_text())

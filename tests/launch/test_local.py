@@ -1,11 +1,13 @@
 """Studies on this machine: real processes on the digits."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 
 from harness.journal import read_log
 from launch.__main__ import main
@@ -104,6 +106,56 @@ def test_side_by_side_interrupted_and_gone_on_with(start, study, tmp_path, capsy
     output = capsys.readouterr().out
     assert "0 of 2 runs to do" in output and "started" not in output
     assert (folder / "short" / "1" / "log.jsonl").read_bytes() == log
+
+
+@pytest.fixture
+def taught(small, tmp_path, monkeypatch):
+    """Writes a study of students, two seeds, whose teacher is a config; runs/ is the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**teachers_recipe):
+        quick = {"recipe__epochs": 2, "recipe__milestones": []}
+        teacher = small("teacher.yaml", **quick, **teachers_recipe)
+        base = small("student.yaml", **quick, model__width=2)
+        base.write_text(f"{base.read_text()}distill: {{teacher: {teacher}, precision: float32}}")
+        path = tmp_path / "study.yaml"
+        path.write_text(f"base: {base}\nseeds: [1, 2]\nvariants: {{warm: {{set: {{}}}}}}")
+        return path
+
+    return write
+
+
+@pytest.mark.timeout(480)  # three processes that import PyTorch
+def test_students_of_one_teacher_wait_for_it(taught, tmp_path, capsys):
+    """It is trained once, then both at once; and not again for a run that is missing later."""
+    words = ["--at-once", "2", "run.log_every_steps=1"]
+    assert main(["study", str(taught()), *words]) == 0
+    output = capsys.readouterr().out
+    assert "teacher-teacher: 10 steps" in output and "3 of 3 runs to do" in output
+    ended = output.index("teacher-teacher finished: error")
+    assert output.count("teacher-teacher started") == 1
+    started = [output.index(f"warm-{seed} started") for seed in (1, 2)]
+    finished = [output.index(f"warm-{seed} finished") for seed in (1, 2)]
+    assert ended < min(started) and max(started) < min(finished)
+    assert "3 runs: 3 finished" in output
+    study = tmp_path / "runs" / "studies" / "study"
+    for seed in (1, 2):
+        config = yaml.safe_load((study / "warm" / str(seed) / "config.yaml").read_text())
+        assert (config["seed"], config["distill"]["teacher"]) == (seed, "runs/teacher")
+    shutil.rmtree(tmp_path / "runs" / "teacher")
+    assert main(["study", str(tmp_path / "study.yaml"), *words]) == 0
+    assert "0 of 2 runs to do" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(480)
+def test_students_of_a_teacher_that_fails_are_not_started(taught, capsys):
+    words = ["--at-once", "2", "teacher.run.data_root=/nowhere"]
+    assert main(["study", str(taught()), *words]) == 1
+    output = capsys.readouterr().out
+    assert "teacher-teacher failed: ended with exit code 2: /nowhere" in output
+    for seed in (1, 2):
+        assert f"warm-{seed} not started: its teacher, runs/teacher, has failed" in output
+    assert "3 runs: 3 failed" in output
 
 
 def test_the_dry_run_shows_the_plans_and_writes_nothing(study, tmp_path, capsys):
