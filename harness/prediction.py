@@ -205,7 +205,9 @@ def render_prediction(plan: dict[str, Any]) -> list[str]:
     """Lines of `harness plan`."""
     found = plan["prediction"]
     if not found:
-        return ["predicted    nothing: give one GPU's throughput by --images-per-second X"]
+        return [
+            "predicted    nothing: give harness plan one GPU's throughput, --images-per-second X"
+        ]
     step, compute, exposed = (_time(found[f"{part}_s"]) for part in ("step", "compute", "exposed"))
     need = found["hour_needs_images_per_s_a_gpu"]
     hour = (

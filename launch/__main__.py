@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from harness.errors import FINISHED, USER_ERROR, UserError
 
@@ -67,7 +67,9 @@ def _add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--cluster", required=required, metavar="FILE", help="the cluster file")
     parser.add_argument("--nodes", metavar="N|MIN-MAX", help="instead of the file's")
     parser.add_argument("--wait", action="store_true", help="follow it to the end")
-    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script only")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the sbatch script, the plan on stderr"
+    )
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -84,7 +86,7 @@ def _submit(options: argparse.Namespace) -> int:
     if options.out is not None:
         run = replace(run, name=options.out.name, run=options.out)
     chain = [*teachers_of([run]), run]
-    _show_plans_whole(chain, cluster, quiet=options.dry_run)
+    _show_whole_plans(chain, cluster, to=_beside(options))
     if not run.is_finished() and (job := active_job(run.run, run.name)):
         raise UserError(f"{run.run}: job {job} has it already: {_status_of(run.run)}")
     records, _ = _submit_each(cluster, chain, options.dry_run)
@@ -157,7 +159,7 @@ def _study_on_cluster(options: argparse.Namespace) -> int:
     runs = study_runs(options.study, folder, options.overrides, cluster)
     root = Path(cluster.folder).absolute()
     teachers = [replace(t, name=_teachers_name(t, root)) for t in teachers_of(runs)]
-    _show_plans(teachers, runs, cluster.ranks, quiet=options.dry_run)
+    _show_plans(teachers, runs, cluster.ranks, to=_beside(options))
     runs = [r for r in runs if not r.is_finished() and active_job(folder, r.name) is None]
     if not runs:
         print(f"nothing to submit: every run is finished or has a job; {_status_of(folder)}")
@@ -181,29 +183,33 @@ def _status(options: argparse.Namespace) -> int:
     return FINISHED
 
 
-def _show_plans_whole(runs: Sequence[Any], cluster: Any, quiet: bool) -> None:
+def _beside(options: argparse.Namespace) -> TextIO:
+    """Where plans go: a dry run's output is the script."""
+    return sys.stderr if options.dry_run else sys.stdout
+
+
+def _show_whole_plans(runs: Sequence[Any], cluster: Any, to: TextIO) -> None:
     """A wrong config never reaches the queue."""
     from harness.plan import make_plan, render_plan
     from harness.prediction import Hardware
 
-    for run in runs:
-        plan = make_plan(run.config, cluster.ranks, hardware=Hardware(cluster.gpus_per_node))
-        if not quiet:
-            print(render_plan(plan), end="\n\n")
+    hardware = Hardware(cluster.gpus_per_node)
+    for plan in [make_plan(run.config, cluster.ranks, hardware=hardware) for run in runs]:
+        print(render_plan(plan), end="\n\n", file=to)
 
 
 def _show_plans(
-    teachers: Sequence[Any], runs: Sequence[Any], ranks: int, quiet: bool = False
+    teachers: Sequence[Any], runs: Sequence[Any], ranks: int, to: TextIO | None = None
 ) -> None:
     """A line for each teacher and variant: a wrong one is told before anything starts."""
     from harness.plan import make_plan
 
     one_of_each = {run.name: run for run in teachers}
     one_of_each |= {run.run.parent.name: run for run in runs}  # seeds change no plan
-    for name, run in one_of_each.items():
-        plan = make_plan(run.config, ranks)
-        if not quiet:
-            print(f"{name}: {plan['total_steps']:,} steps, peak lr {plan['peak_lr_arithmetic']}")
+    plans = {name: make_plan(run.config, ranks) for name, run in one_of_each.items()}
+    for name, plan in plans.items():
+        peak_lr = plan["peak_lr_arithmetic"]
+        print(f"{name}: {plan['total_steps']:,} steps, peak lr {peak_lr}", file=to)
 
 
 def _teachers_name(teacher: Any, root: Path) -> str:

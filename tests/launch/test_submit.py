@@ -44,6 +44,15 @@ def test_the_dry_run_prints_the_script_and_writes_nothing(small, cluster, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_dry_run_tells_the_plan_of_the_clusters_nodes_beside_the_script(cluster, capsys):
+    config = "configs/imagenet/resnet50_8192.yaml"
+    words = [config, "--cluster", cluster()]  # two nodes of two GPUs
+    assert main(["submit", *map(str, words), "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("#!/bin/bash")
+    assert "4 × one GPU" in said.err and "2 × 2 GPUs: NVLink" in said.err
+
+
 def test_torchrun_is_one_agent_a_node_with_all_its_cores(small, cluster, capsys):
     keys = {"launcher": "torchrun", "nodes": "1-2", "requeues": 0}
     text = script(capsys, small(), "--cluster", cluster(**keys))
