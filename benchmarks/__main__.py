@@ -17,7 +17,7 @@ from benchmarks.check import NEW
 
 # modest: about a quarter of an hour in all on 2 free cores
 ARGUMENTS = {
-    "step": ["--processes", "3", "--repetitions", "4", "--block-seconds", "0.3"],
+    "step": ["--starts", "3", "--repetitions", "4", "--block-seconds", "0.3"],
     "memory": ["--repetitions", "2"],
     "startup": ["--repetitions", "2"],
     "bookkeeping": ["--repetitions", "4"],

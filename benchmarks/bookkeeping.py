@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from benchmarks.conditions import benchmark_parser, spread, timed, write_results
-from benchmarks.loops import LOG_EVERY_STEPS
-from benchmarks.step import Case, case_config, make_batches
+from benchmarks.loops import LOG_EVERY_STEPS, make_batches
+from benchmarks.step import Case, case_config
 from harness.distributed import World, barrier, process_group, world_from_environment
 from harness.interrupt import Agreement, StopRequest
 from harness.journal import Journal

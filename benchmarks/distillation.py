@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.conditions import benchmark_parser, spread, write_results
-from benchmarks.step import case_config, make_batches
+from benchmarks.loops import make_batches
+from benchmarks.step import case_config
 from harness.config import Config, Distill, load_config
 from harness.data.loader import Batch, open_loader
 from harness.distributed import World, world_from_environment

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.conditions import benchmark_parser, spread, write_results
+from benchmarks.loops import make_batches
 from benchmarks.startup import start, step_lines, write_config
-from benchmarks.step import case_config, make_batches
+from benchmarks.step import case_config
 from harness.checkpoint import (
     checkpoint_key,
     checkpoint_path,

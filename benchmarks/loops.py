@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import tempfile
-import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stdout, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +34,13 @@ from harness.config import Config
 from harness.data.index import Index
 from harness.data.loader import Batch, Feed
 from harness.distributed import World
+from harness.host_memory import keep_freed_memory
 from harness.interrupt import StopRequest
 from harness.models import build_model
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
 from harness.run import Run
 from harness.run_folder import RunFolder
-from harness.step import Step, autocast
+from harness.step import Step, autocast, set_precision
 from harness.train import on_device, run_steps, settle_graphs
 from harness.watchdog import Watchdog
 
@@ -85,6 +90,8 @@ def harness_loop(
     config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
 ) -> None:
     """What `harness train` runs on one rank, on batches that are given to it."""
+    if device.type == "cpu":
+        keep_freed_memory()
     world, stop = World(0, 1, 0, 1, "alone", device), StopRequest()
     images = config.data.train_images
     # nothing of an image is looked at: zeros that are never touched take no memory
@@ -249,55 +256,73 @@ LOOPS: dict[str, Loop] = {
 # ---- running them by the block
 
 
+def make_batches(config: Config) -> list[Batch]:
+    """What all train on: eight micro-batches of random pixels, pinned where there is a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    size = int(config.run.micro_batch)
+    shape = (size, config.data.crop, config.data.crop, 3)
+    batches = []
+    for _ in range(8):
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, config.data.classes, (size,), generator=generator)
+        batch = Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(size), [])
+        batches.append(batch.pin_memory() if torch.cuda.is_available() else batch)
+    return batches
+
+
 class Runner:
-    """A loop in a thread of its own, which goes on for as many steps as it is let.
+    """A loop in a process of its own, which goes on for as many steps as it is let.
 
     A block is the time from one request for a batch to the one that comes `steps` later, so it is
-    so many steps however far ahead the loop asks.
+    so many steps however far ahead the loop asks. Raises Unavailable where the loop cannot run.
     """
 
-    def __init__(self, name: str, config: Config, batches: list[Batch], device: torch.device):
-        self._batches, self._left, self._ended = batches, 0, False
-        self.taken = 0  # batches
-        self._go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        model = build(name, config, device)
+    def __init__(self, name: str, config: Config) -> None:
+        self._pipe, theirs = (context := get_context("spawn")).Pipe()
+        self._process = context.Process(target=_work, args=(name, config, theirs), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its death is an end of file here
+        self._answer()
 
-        def work() -> None:
-            try:
-                LOOPS[name](config, model, self._gate(), device)
-            except BaseException as error:
-                self._error = error
-            self._stands.release()
+    def run(self, steps: int) -> tuple[float, float]:
+        """So many steps: seconds, and of processor time in all threads of the process."""
+        self._pipe.send(steps)
+        return self._answer()
 
-        self._thread = threading.Thread(target=work, name=name, daemon=True)
-        self._thread.start()
-        self._wait()
+    def end(self) -> int:
+        """Lets the loop run out of batches; returns how many it has taken."""
+        self._pipe.send(0)
+        taken: int = self._answer()
+        self._process.join()
+        return taken
 
-    def run(self, steps: int) -> None:
-        """So many steps."""
-        self._left = steps
-        self._go.release()
-        self._wait()
+    def _answer(self) -> Any:
+        answer = self._pipe.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
-    def end(self) -> None:
-        """Lets the loop run out of batches."""
-        self._ended = True
-        self._go.release()
-        self._thread.join()
 
-    def _gate(self) -> Iterator[Batch]:
-        for batch in itertools.cycle(self._batches):
-            if self._left == 0:
-                self._stands.release()
-                self._go.acquire()
-                if self._ended:
-                    return
-            self._left -= 1
-            self.taken += 1
-            yield batch
+def _work(name: str, config: Config, pipe: Connection) -> None:
+    """The process: trains in blocks, and answers each with its times."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    set_precision(config.run.precision)
+    batches = itertools.cycle(make_batches(config))
 
-    def _wait(self) -> None:
-        self._stands.acquire()
-        if self._error is not None:
-            raise self._error
+    def gate() -> Iterator[Batch]:
+        taken = 0
+        pipe.send(None)
+        while steps := pipe.recv():
+            begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+            yield from itertools.islice(batches, steps)
+            taken += steps
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            pipe.send((time.perf_counter() - begun_s, time.process_time() - begun_cpu_s))
+        pipe.send(taken)
+
+    try:
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+            LOOPS[name](config, build(name, config, device), gate(), device)
+    except BaseException as error:
+        pipe.send(error)

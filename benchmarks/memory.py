@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.conditions import benchmark_parser, resident_mb, spread, versions, write_results
-from benchmarks.loops import BARE, LOOPS, Unavailable, build
-from benchmarks.step import Case, case_config, make_batches
+from benchmarks.loops import BARE, LOOPS, Unavailable, build, make_batches
+from benchmarks.step import Case, case_config
 from harness.step import set_precision
 
 CPU_CASES = [Case("resnet20", 32, 128, 1, 1), Case("resnet50", 64, 32, 1, 1)]

@@ -38,7 +38,8 @@ IMPORTS = "import torch, torchvision"
 BARE = """
 import torch
 from benchmarks.loops import BARE, bare_loop, build
-from benchmarks.step import case_config, make_batches
+from benchmarks.loops import make_batches
+from benchmarks.step import case_config
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 config = case_config("resnet50", 32, 32, 1, 1)
 bare_loop(config, build(BARE, config, device), make_batches(config)[:1], device)

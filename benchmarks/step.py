@@ -1,12 +1,13 @@
-"""Images/s of the harness' training loop against others, alternating in the same process.
+"""Images/s of the harness' training loop against others, which take turns.
 
-    python -m benchmarks.step [--processes 3] [--repetitions 10] [--block-seconds 0.5] [--write]
+    python -m benchmarks.step [--starts 3] [--repetitions 10] [--block-seconds 0.5] [--write]
 
 All train the same network from the same uint8 batches in memory, in the same precision, with the
 same number of threads (`OMP_NUM_THREADS`); `loops.py` has the loops and says what each does beside
-that. Each goes on in blocks of the same number of steps, forwards and backwards in turn. The figure
+that. Each has a process of its own, as its user would start it, and goes on in blocks of the same
+number of steps, forwards and backwards in turn, while the others stand still. The figure
 is the time of the other's block over that of the harness' in the same round (above 1: the harness
-is faster), on the clock and in processor time. Rounds of several processes are taken together, as
+is faster), on the clock and in processor time. Rounds of several starts are taken together, as
 where a process happens to have its memory favours one loop or another by some percent. On a CPU a
 worker a step (k = m = 1), and the quickstart's 8; on a GPU 8 workers of 32 images, in bfloat16.
 """
@@ -14,21 +15,15 @@ worker a step (k = m = 1), and the quickstart's 8; on a GPU 8 workers of 32 imag
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.conditions import benchmark_parser, spread, timed, versions, write_results
+from benchmarks.conditions import benchmark_parser, spread, versions, write_results
 from benchmarks.loops import LOG_EVERY_STEPS, LOOPS, OURS, Runner, Unavailable
 from harness.config import Config, config_from_mapping
-from harness.data.loader import Batch
-from harness.step import set_precision
 
 
 class Case(NamedTuple):
@@ -98,32 +93,6 @@ def case_config(
     )
 
 
-def make_batches(config: Config) -> list[Batch]:
-    """Eight micro-batches of random pixels, in pinned memory where there is a GPU."""
-    generator = torch.Generator().manual_seed(0)
-    size = int(config.run.micro_batch)
-    shape = (size, config.data.crop, config.data.crop, 3)
-    batches = []
-    for _ in range(8):
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        labels = torch.randint(0, config.data.classes, (size,), generator=generator)
-        batch = Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(size), [])
-        batches.append(batch.pin_memory() if torch.cuda.is_available() else batch)
-    return batches
-
-
-def start(names: Sequence[str], config: Config) -> tuple[dict[str, Runner], dict[str, str]]:
-    """The loops at their first step, and why the others do not run here."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runners, absent = {}, {}
-    for name in names:
-        try:
-            runners[name] = Runner(name, config, make_batches(config), device)
-        except Unavailable as error:
-            absent[name] = str(error)
-    return runners, absent
-
-
 class Rounds(NamedTuple):
     """Of each loop the (seconds, seconds of processor time) of its blocks, all of so many images;
     and why other loops did not run."""
@@ -133,35 +102,35 @@ class Rounds(NamedTuple):
     absent: dict[str, str]
 
 
-def alternate(case: Case, options: argparse.Namespace) -> Rounds:
-    """Alternating blocks of all loops, in this process."""
-    set_precision(options.precision)
+def alternate(case: Case, options: argparse.Namespace, first: int) -> Rounds:
+    """Alternating blocks of all loops, each in a new process of its own; `first`: is started so."""
     config = case_config(*case, options.precision, options.compile)
-    quiet = open(os.devnull, "w")  # noqa: SIM115 (their log lines are written, not shown)
-    with contextlib.redirect_stdout(quiet):
-        runners, absent = start(list(LOOPS), config)
-        warm_up = WARM_UP_STEPS["cuda" if torch.cuda.is_available() else "cpu"]
-        for runner in runners.values():
-            runner.run(warm_up)
-        slowest_s = max(timed(lambda r=r: r.run(2))[0] / 2 for r in runners.values())  # type: ignore[misc]
-        steps = max(round(options.block_seconds / slowest_s), 2)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-        for repetition in range(options.repetitions):
-            for name in list(runners)[:: -1 if repetition % 2 else 1]:
-                times[name].append(timed(lambda name=name: runners[name].run(steps)))  # type: ignore[misc]
-        for runner in runners.values():
-            runner.end()
+    names = list(LOOPS)[first % len(LOOPS) :] + list(LOOPS)[: first % len(LOOPS)]
+    runners: dict[str, Runner] = {}
+    absent = {}
+    for name in names:
+        try:
+            runners[name] = Runner(name, config)
+        except Unavailable as error:
+            absent[name] = str(error)
+    for runner in runners.values():
+        runner.run(WARM_UP_STEPS["cuda" if torch.cuda.is_available() else "cpu"])
+    slowest_s = max(runner.run(2)[0] / 2 for runner in runners.values())
+    steps = max(round(options.block_seconds / slowest_s), 2)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
+    for repetition in range(options.repetitions):
+        for name in list(runners)[:: -1 if repetition % 2 else 1]:
+            times[name].append(runners[name].run(steps))
+    for runner in runners.values():
+        runner.end()
     return Rounds(steps * config.recipe.minibatch, times, absent)
 
 
 def compare(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """A row for each loop, of the rounds of all processes; also why some did not run."""
-    found = []
-    for _ in range(options.processes):
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            found.append(pool.submit(alternate, case, options).result())
-    rows = [row(name, found) for name in found[0].times]
-    return {"processes": options.processes, "loops": rows, "not_run": found[0].absent}
+    """A row for each loop, of all rounds; also why some did not run."""
+    found = [alternate(case, options, first) for first in range(options.starts)]
+    rows = [row(name, found) for name in LOOPS if name in found[0].times]
+    return {"starts": options.starts, "loops": rows, "not_run": found[0].absent}
 
 
 def row(name: str, found: Sequence[Rounds]) -> dict[str, Any]:
@@ -195,7 +164,7 @@ def main() -> None:
     """Prints a table; --write keeps it in benchmarks/results/step.json."""
     cuda = torch.cuda.is_available()
     parser = benchmark_parser(__doc__, repetitions=10)
-    parser.add_argument("--processes", type=int, default=3, help="default 3")
+    parser.add_argument("--starts", type=int, default=3, help="of all processes; default 3")
     parser.add_argument("--block-seconds", type=float, default=0.5)
     parser.add_argument("--models", nargs="*", help="such as resnet8; all by default")
     parser.add_argument("--precision", default="bfloat16" if cuda else "float32")

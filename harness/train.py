@@ -28,6 +28,7 @@ from harness.distributed import (
 )
 from harness.errors import FAILED, STOPPED, RunFailed, UserError
 from harness.graph_trial import try_graphs
+from harness.host_memory import keep_freed_memory
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
 from harness.models import build_model
@@ -95,6 +96,8 @@ def train(
     if resume and (result := finished_result(folder, config)):
         return result
     set_precision(config.run.precision)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     measured = config.run.micro_batch == "auto"
     feed, config = prepare(config, world)
     going_on = world.rank == 0 and folder.check(config, resume, set(typed))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import conditions, step
-from benchmarks.loops import BARE, LOOPS, OURS, Runner, Unavailable, build
-from benchmarks.step import Case, case_config, make_batches
+from benchmarks.loops import BARE, LOOPS, OURS, Runner, Unavailable, build, make_batches
+from benchmarks.step import Case, case_config
 
 CASE = Case("resnet8", 16, 8, 1, 1)
 CPU = torch.device("cpu")
@@ -41,25 +41,34 @@ def test_every_loop_trains_as_the_bare_loop(name):
 
 
 def test_a_block_is_so_many_steps():
-    runner = Runner(OURS, case_config(*CASE), make_batches(case_config(*CASE)), CPU)
-    runner.run(2)
-    runner.run(3)
-    assert runner.taken == 5
-    runner.end()
+    runner = Runner(OURS, case_config(*CASE))
+    for steps in (2, 3):
+        seconds, processor_s = runner.run(steps)
+        assert seconds > 0 and processor_s > 0
+    assert runner.end() == 5
+
+
+def test_a_loop_that_fails_says_so_here():
+    runner = Runner(OURS, case_config(*CASE))
+    runner._process.kill()
+    with pytest.raises((EOFError, OSError)):
+        runner.run(2)
+    with pytest.raises(KeyError, match="nobody"):
+        Runner("nobody", case_config(*CASE))
 
 
 def test_the_file_of_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(conditions, "RESULTS", tmp_path)
     monkeypatch.setattr(step, "CPU_CASES", [CASE])
     monkeypatch.setattr(step, "GPU_CASES", [CASE])
-    words = ["--processes", "2", "--repetitions", "2", "--block-seconds", "0.01"]
+    words = ["--starts", "2", "--repetitions", "2", "--block-seconds", "0.01"]
     words += ["--write", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["step", *words])
     step.main()
     (case,) = json.loads((tmp_path / "step.json").read_text())["cases"]
     rows = {row["loop"]: row for row in case["loops"]}
     assert rows.keys() | case["not_run"].keys() == LOOPS.keys()
-    assert {row["ratio"]["repetitions"] for row in rows.values()} == {4}  # of both processes
+    assert {row["ratio"]["repetitions"] for row in rows.values()} == {4}  # of both starts
     assert rows[OURS]["ratio"]["median"] == 1.0 and rows[BARE]["ratio"]["median"] > 0
     assert all(row["images_per_s"] > 0 for row in rows.values())
     assert f"  {BARE}" in capsys.readouterr().out
