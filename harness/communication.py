@@ -45,16 +45,17 @@ def ring_s(count: float, ranks: int, link: Link, segments: int = 1) -> float:
 def halving_doubling_s(count: float, ranks: int, link: Link) -> float:
     """Recursive halving, then doubling, of `count` bytes: 2·log2(p) steps, 2(p - 1)/p of the bytes.
 
-    Where p is no power of two, by binary blocks (section 4; Rabenseifner and Träff 2004): each
-    block of s ranks below the largest hands the next its s-th part of the bytes before, and gets
-    it back after. An upper bound, as nothing of that is taken to overlap.
+    Where p is no power of two, by binary blocks (section 4; Rabenseifner and Träff 2004): all
+    blocks halve at once; then each of s ranks hands the next larger block its s-th part, as soon
+    as it has that of the next smaller one. Doubling is the same in reverse.
     """
-    largest, *smaller = [
-        1 << bit for bit in reversed(range(ranks.bit_length())) if ranks >> bit & 1
-    ]
-    steps = 2 * (largest.bit_length() - 1) + 2 * len(smaller)
-    sent = 2 * (largest - 1) / largest + sum(2 / size for size in smaller)
-    return steps * link.latency_s + sent * count / link.bytes_per_s
+    ready_s = given_s = 0.0
+    for size in [1 << bit for bit in range(ranks.bit_length()) if ranks >> bit & 1]:
+        halving_s = (size.bit_length() - 1) * link.latency_s
+        halving_s += (size - 1) / size * count / link.bytes_per_s
+        ready_s = max(halving_s, given_s)
+        given_s = ready_s + link.latency_s + count / size / link.bytes_per_s
+    return 2 * ready_s
 
 
 @dataclass(frozen=True)

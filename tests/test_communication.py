@@ -48,10 +48,15 @@ def test_halving_and_doubling() -> None:
     assert halving_doubling_s(800, 4, LINK) == pytest.approx(16)
     assert halving_doubling_s(800, 1, LINK) == 0
     assert halving_doubling_s(800, 2, LINK) == pytest.approx(10)
-    # 6 = 4 + 2: besides, each of the 2 hands on its half, 400 bytes, and gets it back: 2 s + 8 s
-    assert halving_doubling_s(800, 6, LINK) == pytest.approx(26)
-    # the paper's 44 servers = 32 + 8 + 4: 2·5 + 4 steps; 2·31/32 + 2/8 + 2/4 = 2.6875 of the bytes
-    assert halving_doubling_s(800, 44, LINK) == pytest.approx(14 + 2.6875 * 8)
+    # 3 = 2 + 1: the one sends 800 bytes, 1 s + 8 s, while the others halve, 1 s + 4 s; and back
+    assert halving_doubling_s(800, 3, LINK) == pytest.approx(18)
+    # 6 = 4 + 2: the 2 halve in 1 s + 4 s and hand on 400 bytes each, 1 s + 4 s; the 4, 2 s + 6 s
+    assert halving_doubling_s(800, 6, LINK) == pytest.approx(20)
+    # 7 = 4 + 2 + 1: 9 s as for 3, then 400 bytes, 1 s + 4 s
+    assert halving_doubling_s(800, 7, LINK) == pytest.approx(28)
+    # the paper's 44 servers = 32 + 8 + 4: the 4 have handed on after 3 s + 8 s, the 8 after another
+    # 1 s + 1 s; 2.25 of the bytes in all
+    assert halving_doubling_s(800, 44, LINK) == pytest.approx(2 * 13)
 
 
 def test_nodes() -> None:
@@ -68,9 +73,9 @@ def test_nodes() -> None:
     assert network.all_reduce_s(800, 2) == pytest.approx(0.25 + 3)
     assert network.all_reduce_s(800, 1) == 0
     assert replace(network, algorithm="ring").all_reduce_s(800, 8) == pytest.approx(0.25 + 3 + 18)
-    # by the faster of both: at 6 nodes the ring, 10 s + 13.33 s against 26 s
+    # by the faster of both: at 7 nodes the ring, 12 s + 13.71 s against 28 s
     faster = replace(network, algorithm="faster")
-    assert faster.all_reduce_s(800, 12) == pytest.approx(0.25 + 3 + 10 + 800 * 10 / 6 / 100)
+    assert faster.all_reduce_s(800, 14) == pytest.approx(0.25 + 3 + 12 + 800 * 12 / 7 / 100)
 
 
 def test_buckets_fill_from_the_last_layer() -> None:
