@@ -12,15 +12,22 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 from benchmarks.delaying_switch import DelayingSwitch
 
 INTERFACE, NETWORK = "eth0", "10.78.0"
+TRUNK = ("up", "down")  # the ends of a node's link
 HIDDEN = "/usr/sbin:/sbin"  # where Debian keeps ip and tc, not on every user's PATH
 PATH = f"{os.environ.get('PATH', '')}:{HIDDEN}"
+TCP = (
+    "net.ipv4.tcp_slow_start_after_idle=0",  # for a step's first bytes, as clusters set it too
+    "net.ipv4.tcp_congestion_control=reno",  # bbr, some machines' default, pauses to probe
+)
 MTU = "9000"  # bytes: fewer frames, and less work for two cores
-QUEUE = "500ms"  # long enough that TCP never meets a full queue: losses are not modelled
+FRAME = 10_000  # bytes: the least burst, of one frame; larger ones are cut up
+QUEUE = "2s"  # long enough that TCP never meets a full queue: losses are not modelled
 
 
 def missing() -> str:
@@ -53,10 +60,10 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PATH": PATH}
 
 
-def shape(mbit_per_s: float) -> list[str]:
+def shape(mbit_per_s: float, least_burst: int = 65536) -> list[str]:
     """tc's words for an interface that sends so fast."""
     # a burst holds one offloaded packet of 64 KB, or half a millisecond's bytes
-    burst = max(65536, round(mbit_per_s * 1e6 / 8 * 0.0005))
+    burst = max(least_burst, round(mbit_per_s * 1e6 / 8 * 0.0005))
     return f"root tbf rate {mbit_per_s}mbit burst {burst} latency {QUEUE}".split()
 
 
@@ -65,13 +72,41 @@ def shape_this_host(mbit_per_s: float) -> None:
     run("tc", "qdisc", "replace", "dev", INTERFACE, *shape(mbit_per_s))
 
 
+@dataclass(frozen=True)
+class Interface:
+    """One end of a link: what a namespace sends through it can be shaped."""
+
+    namespace: str
+    name: str
+
+    def shape(self, mbit_per_s: float) -> None:
+        """To be called from anywhere on this machine. Raises RuntimeError where tc refuses.
+
+        The burst is as small as it can be: after a pause, as between an all-reduce's phases, it is
+        had for nothing.
+        """
+        inside = ("ip", "netns", "exec", self.namespace)
+        run(*inside, "tc", "qdisc", "replace", "dev", self.name, *shape(mbit_per_s, FRAME))
+
+
 class Hosts(AbstractContextManager["Hosts"]):
     """`count` namespaces with an address each, at a bridge in a namespace of its own, or at a
-    DelayingSwitch where what they send is to arrive `delay_ms` later."""
+    DelayingSwitch where what they send is to arrive `delay_ms` later.
 
-    def __init__(self, count: int, delay_ms: float = 0.0) -> None:
-        self.mark, self.delay_ms = f"scaling-{os.getpid()}", delay_ms
+    `between` are both ends of every host's link (with a delay, its own end). With `a_node`, without
+    a delay, so many hosts are at a bridge of their node, and these at one between the nodes: then
+    `inside` are the ends of the hosts' links, and `between` those of a node's one link.
+    """
+
+    def __init__(self, count: int, delay_ms: float = 0.0, a_node: int = 0) -> None:
+        self.mark, self.delay_ms, self.a_node = f"scaling-{os.getpid()}", delay_ms, a_node
         self.hub, self.names = f"{self.mark}-hub", [f"{self.mark}-{i}" for i in range(count)]
+        links = [Interface(name, INTERFACE) for name in self.names]
+        if not delay_ms:
+            links += [Interface(self.hub, f"port{number}") for number in range(count)]
+        self.nodes = range(count // a_node if a_node else 0)
+        trunks = [Interface(self.hub, f"{end}{node}") for node in self.nodes for end in TRUNK]
+        self.inside, self.between = (links, trunks) if a_node else ([], links)
         self.switch: DelayingSwitch | None = None
 
     def __enter__(self) -> Hosts:
@@ -88,9 +123,7 @@ class Hosts(AbstractContextManager["Hosts"]):
                 run(*inside, "link", "set", INTERFACE, "mtu", MTU)
                 for interface in ("lo", INTERFACE):
                     run(*inside, "link", "set", interface, "up")
-                # a step's first bytes are not to start slowly, as clusters set it too
-                setting = "net.ipv4.tcp_slow_start_after_idle=0"
-                run("ip", "netns", "exec", name, "sysctl", "-qw", setting)
+                run("ip", "netns", "exec", name, "sysctl", "-qw", *TCP)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -98,13 +131,22 @@ class Hosts(AbstractContextManager["Hosts"]):
 
     def _add_bridge(self) -> None:
         hub = ("ip", "-n", self.hub)
-        run(*hub, "link", "add", "bridge", "type", "bridge")
-        run(*hub, "link", "set", "bridge", "up")
+        for bridge in ("bridge", *(f"node{node}" for node in self.nodes)):
+            run(*hub, "link", "add", bridge, "type", "bridge")
+            run(*hub, "link", "set", bridge, "up")
+        for node in self.nodes:
+            up, down = (f"{end}{node}" for end in TRUNK)
+            run(*hub, "link", "add", up, "mtu", MTU, "type", "veth", "peer", down, "mtu", MTU)
+            run(*hub, "link", "set", up, "master", f"node{node}", "up")
+            run(*hub, "link", "set", down, "master", "bridge", "up")
         for number, name in enumerate(self.names):
-            port = f"port{number}"
+            port, bridge = (
+                f"port{number}",
+                f"node{number // self.a_node}" if self.nodes else "bridge",
+            )
             peer = ("peer", "name", port, "mtu", MTU, "netns", self.hub)
             run("ip", "link", "add", INTERFACE, "netns", name, "type", "veth", *peer)
-            run(*hub, "link", "set", port, "master", "bridge", "up")
+            run(*hub, "link", "set", port, "master", bridge, "up")
 
     def _add_switch(self) -> None:
         taps = [f"tap{os.getpid()}-{number}" for number in range(len(self.names))]
