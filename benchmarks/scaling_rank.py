@@ -69,17 +69,18 @@ class _Wait(torch.autograd.Function):
 
 
 class Waits(nn.Module):
-    """LAYERS layers that together wait `WAIT_S`: a third in the forward pass."""
+    """LAYERS layers that together wait `wait_s`: a third in the forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, gradient_bytes: int = GRADIENT_BYTES) -> None:
         super().__init__()
-        numbers = GRADIENT_BYTES // LAYERS // 4
+        self.wait_s = WAIT_S
+        numbers = gradient_bytes // LAYERS // 4
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(numbers)) for _ in range(LAYERS))
         self.gradient = torch.ones(numbers)
 
     def forward(self, x: Tensor) -> Tensor:
         for weight in self.weights:
-            x = _Wait.apply(x, weight, self.gradient, WAIT_S / LAYERS / 3)
+            x = _Wait.apply(x, weight, self.gradient, self.wait_s / LAYERS / 3)
         return x
 
 
