@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from benchmarks.all_reduce_rank import by_nodes, halving_doubling
 from harness.communication import MIB
 from tests.conftest import start_ranks
 
+ROOT = Path(__file__).parents[2]
 LENGTHS = (1024, 1000, 97)  # parts of equal and of unequal sizes
 NOTHING_TO_DO = 7.0
 
@@ -156,3 +159,10 @@ def test_hosts_are_at_their_nodes_bridge_and_nodes_at_one_between_them() -> None
     }
     limited = set(re.findall(r"qdisc tbf \S+ dev (\S+) .* rate 30Mbit", shaped))
     assert limited == {"up0", "down0", "up1", "down1"}
+
+
+def test_the_documented_errors_are_those_of_the_results() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "all_reduce.json").read_text())
+    documented = (ROOT / "docs" / "scaling.md").read_text()
+    for part, error in all_reduce.judge(results["points"])["median_error_percent"].items():
+        assert re.search(rf"^\| {part} \|.* \| {error:.1f} % \|$", documented, re.MULTILINE), part
