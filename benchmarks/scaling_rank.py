@@ -42,6 +42,7 @@ from harness.distributed import (
     world_from_environment,
 )
 from harness.graph_trial import try_graphs
+from harness.host_memory import keep_freed_memory
 from harness.models import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.step import BUFFER_SYNC, Step, set_precision
@@ -111,6 +112,8 @@ def step_blocks(config: Config, world: World) -> dict[str, Block]:
     compile = cuda if config.run.compile == "auto" else config.run.compile
     config = config.model_copy(update={"run": config.run.model_copy(update={"compile": compile})})
     set_precision(config.run.precision)
+    if not cuda:
+        keep_freed_memory()
     minibatch = Minibatch(config.workers, recipe.worker_batch)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
     size = minibatch.micro_batch_images(local_workers, config.run.micro_batch)
