@@ -54,9 +54,11 @@ def _draw_hosts(axes: Any, found: dict[str, Any]) -> None:
         )
     axes[0].set_yscale("log")
     axes[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
-    axes[1].set_ylim(0, 1.05)
-    _label(axes[0], "hosts (dashed: the model)", "s a step, compute a timed wait")
-    _label(axes[1], "hosts (dashed: the model)", "efficiency")
+    axes[0].set_ylim(top=8)  # above the curves there is room for the legend
+    axes[1].set_ylim(0, 1.4)
+    axes[1].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    _label(axes[0], "hosts (dashed: the model)", "s a step, compute a timed wait", columns=3)
+    _label(axes[1], "hosts (dashed: the model)", "efficiency", columns=3)
 
 
 def _bars(axis: Any, points: Sequence[Point], label: str) -> Any:
@@ -81,11 +83,11 @@ def _ideal(axis: Any, points: Sequence[Point]) -> None:
     axis.plot(ranks, [one * count for count in ranks], ":", color="grey", label="ideal")
 
 
-def _label(axis: Any, x: str, y: str) -> None:
+def _label(axis: Any, x: str, y: str, columns: int = 1) -> None:
     ranks = sorted({round(tick) for line in axis.get_lines() for tick in line.get_xdata()})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ranks, [str(rank) for rank in ranks])
     axis.minorticks_off()
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", ncols=columns, loc="upper left" if columns > 1 else "best")
