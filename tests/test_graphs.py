@@ -191,13 +191,10 @@ def test_a_run_of_three_ranks_is_the_same_with_and_without(small, tmp_path):
     assert none == "none" and used.startswith("used: ")
     # DDP orders its buckets by the first gradient to come, so sums may round in another order
     assert_same(plain, replayed, 1e-9)
-
-
-def test_a_rank_that_cannot_capture_decides_for_all(small, tmp_path):
-    plain, _ = trained(small(), tmp_path / "plain", 2)
-    found, graphs = trained(small(), tmp_path / "found", 2, REPLAYED.format(refused=1))
+    # a rank that cannot capture decides for all
+    without, graphs = trained(small(), tmp_path / "without", 3, REPLAYED.format(refused=1))
     assert graphs == "not used: not captured: CUDA out of memory. Tried to allocate"
-    assert_same(plain, found, 0)
+    assert_same(plain, without, 0)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ def numbers_of(rank: int, length: int) -> torch.Tensor:
 
 
 def check_sums() -> None:
-    """On each rank: over all of them, over the last ones but not the first, and by nodes."""
+    """On each rank: over all of them, over all but the first (of three: two), and by nodes."""
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for length in LENGTHS:
@@ -44,7 +44,7 @@ def check_sums() -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [3, 4])
 def test_sums_are_exact(world_size: int) -> None:
     code = "from tests.benchmarks.test_all_reduce import check_sums; check_sums()"
     ranks = start_ranks(world_size, ["-c", code])
