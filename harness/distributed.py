@@ -4,7 +4,7 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -231,6 +231,14 @@ def min_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
     return tensor
+
+
+def greatest_of_ranks(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+    """Of each value the greatest over the group's ranks; `values` as they are for a single rank."""
+    greatest = torch.tensor(values, dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
+    return [float(value) for value in greatest]
 
 
 def first_ranks(value: T, group: dist.ProcessGroup | None) -> T:

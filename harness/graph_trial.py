@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.distributed import greatest_of_ranks
 from harness.graphs import Capture, CudaCapture
 from harness.micro_batch import random_pixels, too_little_memory
 from harness.step import Step
@@ -38,16 +39,16 @@ def try_graphs(
     `sizes`: the images of each of this rank's micro-batches, in order. All ranks call it at once,
     and come to the same end. `capture`: CUDA's where None.
     """
-    why = _captured(step, sizes, capture)
-    if others := _first_of(why, control):
-        step.graphs = f"not used: {others}"
+    faster = False
+    if why := _first_of(_captured(step, sizes, capture), control):
+        step.graphs = f"not used: {why}"
     else:
-        plain_ms, replayed_ms = _greatest(_step_ms(step, sizes), control)
+        plain_ms, replayed_ms = greatest_of_ranks(_step_ms(step, sizes), control)
         faster = replayed_ms < plain_ms * (1 - GAIN)
         found = f"{replayed_ms:.2f} ms a step's passes, {plain_ms:.2f} ms without"
         step.graphs = f"used: {found}" if faster else f"not used: no faster, {found}"
     step.graphed.replays = True
-    if not step.graphs.startswith("used"):
+    if not faster:
         step.graphed.drop()
     _return_memory(step.device)
 
@@ -152,11 +153,3 @@ def _first_of(why: str, control: dist.ProcessGroup | None) -> str:
         reasons = [""] * dist.get_world_size(control)
         dist.all_gather_object(reasons, why, group=control)
     return next(filter(None, reasons), "")
-
-
-def _greatest(ms: tuple[float, float], control: dist.ProcessGroup | None) -> tuple[float, float]:
-    """Of all ranks."""
-    times = torch.tensor(ms, dtype=torch.float64)
-    if control is not None:
-        dist.all_reduce(times, dist.ReduceOp.MAX, group=control)
-    return float(times[0]), float(times[1])

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from harness.distributed import greatest_of_ranks
 from harness.errors import RunFailed
 from harness.recipe.minibatch import Minibatch
 from harness.step import Step
@@ -42,7 +43,8 @@ def fastest_micro_batch(
     best_s, best = math.inf, 0
     for images in candidates(minibatch, world_size, step.device.type):
         tries(images)
-        image_s, spent_s = _slowest(seconds_an_image(step, images), begun_s, control)
+        own_s = seconds_an_image(step, images), time.monotonic() - begun_s
+        image_s, spent_s = greatest_of_ranks(own_s, control)
         if image_s >= best_s * (1 - GAIN):
             break  # no faster, or it does not fit
         best_s, best = image_s, images
@@ -104,13 +106,3 @@ def random_pixels(images: int, crop: int, device: torch.device, seed: int = 0) -
     shape = images, crop, crop, 3
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
     return pixels.permute(0, 3, 1, 2)
-
-
-def _slowest(
-    image_s: float, begun_s: float, control: dist.ProcessGroup | None
-) -> tuple[float, float]:
-    """(seconds an image, seconds since `begun_s`), the greatest of all ranks."""
-    times = torch.tensor([image_s, time.monotonic() - begun_s], dtype=torch.float64)
-    if control is not None:
-        dist.all_reduce(times, dist.ReduceOp.MAX, group=control)
-    return float(times[0]), float(times[1])

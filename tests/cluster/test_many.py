@@ -46,16 +46,23 @@ def job_of(launch, name):
     return json.loads((launch.runs / f"{name}.slurm" / "job.json").read_text())[name]["job_id"]
 
 
-def test_a_study_of_students_waits_for_their_teacher(launch, tmp_path):
-    """One job trains it, and the array begins when that has succeeded."""
+def taught(launch, folder):
+    """Writes the config of a quick student of a quick teacher, both in `folder`."""
+    teacher, student = folder / "teacher.yaml", folder / "student.yaml"
     quick = yaml.safe_load(launch.config.read_text())
     quick["recipe"] |= {"epochs": 2, "milestones": []}
-    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(quick))
-    quick["distill"] = {"teacher": str(tmp_path / "teacher.yaml"), "precision": "float32"}
-    (tmp_path / "student.yaml").write_text(yaml.safe_dump(quick))
+    teacher.write_text(yaml.safe_dump(quick))
+    quick["distill"] = {"teacher": str(teacher), "precision": "float32"}
+    student.write_text(yaml.safe_dump(quick))
+    return student
+
+
+def test_a_study_of_students_waits_for_their_teacher(launch, tmp_path):
+    """One job trains it, and the array begins when that has succeeded."""
+    student = taught(launch, tmp_path)
     study = tmp_path / "warm.yaml"
     variants = {"cold": {"set": {"distill.temperature": 1.0}}, "warm": {"set": {}}}
-    grid = {"base": str(tmp_path / "student.yaml"), "seeds": [1], "variants": variants}
+    grid = {"base": str(student), "seeds": [1], "variants": variants}
     study.write_text(yaml.safe_dump(grid))
     words = ("study", study, "--cluster", launch.file)
     done = launch(*words, "--wait", nodes=1, environment={})
@@ -75,12 +82,8 @@ def test_a_study_of_students_waits_for_their_teacher(launch, tmp_path):
 
 def test_a_chain_whose_first_stage_fails(launch, tmp_path):
     """The second job is cancelled, with the reason; both go on when they are submitted again."""
-    quick = yaml.safe_load(launch.config.read_text())
-    quick["recipe"] |= {"epochs": 2, "milestones": []}
-    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(quick))
-    quick["distill"] = {"teacher": str(tmp_path / "teacher.yaml"), "precision": "float32"}
-    (tmp_path / "student.yaml").write_text(yaml.safe_dump(quick))
-    words = ("submit", tmp_path / "student.yaml", "--cluster", launch.file)
+    student = taught(launch, tmp_path)
+    words = ("submit", student, "--cluster", launch.file)
     keys = {"nodes": 1, "environment": {}}
 
     done = launch(*words, "teacher.run.data_root=/nowhere", **keys)
