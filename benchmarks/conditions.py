@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -17,18 +16,13 @@ from typing import Any
 
 import torch
 
+from harness.provenance import git_commit
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def conditions() -> dict[str, Any]:
-    """Hardware, versions and commit of this run."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    """Hardware, versions and commit (None without git) of this run."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -39,7 +33,7 @@ def conditions() -> dict[str, Any]:
     )
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": git_commit(Path(__file__).parent),
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,11 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from harness.atomic_file import write_atomically
 from harness.config import Config, curve_differences, dump_config, load_config
-from harness.distributed import World
 from harness.errors import RunFailed, UserError
 
 ROUNDING = ("precision", "compile", "gradient_precision", "loader")  # keys of run: they change it
@@ -301,39 +296,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def describe_environment(world: World) -> dict[str, Any]:
-    """Versions, hardware, git commit and command of this process, and its ranks."""
-    import numpy
-    import torchvision
-
-    from harness import __version__
-
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    device, cuda = world.device, world.device.type == "cuda"
-    return {
-        "versions": {
-            "harness": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__,
-            "cuda": torch.version.cuda if cuda else None,
-        },
-        "hardware": {
-            "host": socket.gethostname(),
-            "cpus": os.cpu_count(),
-            "cpu": platform.processor() or platform.machine(),
-            "gpu": torch.cuda.get_device_name(device) if cuda else None,
-            "gpus": torch.cuda.device_count() if cuda else 0,
-        },
-        "ranks": world.world_size,
-        "git_commit": commit.stdout.strip() or None,
-        "command": sys.argv,
-    }

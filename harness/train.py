@@ -33,9 +33,10 @@ from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
 from harness.models import build_model
 from harness.objective import build_objective
+from harness.provenance import describe_environment
 from harness.recipe.minibatch import Minibatch
 from harness.run import Run, choose_checkpoint
-from harness.run_folder import Fenced, RunFolder, describe_environment
+from harness.run_folder import Fenced, RunFolder
 from harness.soft_targets import crop_epochs, open_teacher, write_cache
 from harness.stages import Stage
 from harness.step import Step, set_precision
@@ -119,7 +120,7 @@ def train(
             teacher.to(world.device)
         step = Step(config, model, world, feed.micro_batches, build_objective(config, teacher))
         watchdog.reductions = step.reductions
-        environment = describe_environment(world)
+        environment = describe_environment(world.device, world.world_size)
         if measured:
             keep = going_on and "run.micro_batch" not in typed
             kept = folder.recorded_micro_batch(environment) if keep else None

@@ -9,7 +9,7 @@ import pytest
 HARNESS = Path(__file__).parents[1] / "harness"
 # from the ground to the roof; names on one line do not import each other unless listed later
 FLOORS = [
-    ["errors", "atomic_file", "communication", "host_memory"],
+    ["errors", "atomic_file", "communication", "host_memory", "provenance"],
     ["config_errors"],
     ["strict_yaml"],
     ["config"],

@@ -39,8 +39,9 @@ from harness.errors import FINISHED, USER_ERROR, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import Stopped, StopRequest
 from harness.models import build_model
+from harness.provenance import describe_environment
 from harness.run import Run, choose_checkpoint
-from harness.run_folder import RunFolder, describe_environment
+from harness.run_folder import RunFolder
 from harness.step import Step, set_precision
 from harness.train import on_device, prepare, run_steps
 from harness.verify.loaders import Fed, Interrupting, summed
@@ -142,7 +143,7 @@ class Rank:
         config, step = in_precision(self.config, "float64"), self._step("float64")
         going_on = self.world.rank == 0 and folder.path.exists()
         if self.world.rank == 0:
-            folder.open(config, describe_environment(self.world))
+            folder.open(config, describe_environment(self.world.device, self.world.world_size))
         barrier(self.control)
         checkpoint = choose_checkpoint(folder, going_on, self.control)
         ways = self.feed, self.loader, self.control, self.stopping, self.watchdog

@@ -1,0 +1,133 @@
+"""Which code and which libraries produced a result, and on which hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the launcher computes the digest of the code without PyTorch
+    import torch
+
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # the distributions that have it
+
+
+@cache
+def code_digest(packages: tuple[str, ...] = ("harness",)) -> str:
+    """SHA-256 (hex) of all importable .py files of `packages`: their relative names and bytes.
+
+    Where the packages lie, compiled files, caches, and templates and data files, which change no
+    result, have no influence. Read once in a process. Raises ModuleNotFoundError.
+    """
+    digest = hashlib.sha256()
+    for package in packages:
+        for name, path in sorted(source_files(package)):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def source_files(package: str) -> Iterator[tuple[str, Path]]:
+    """(name relative to the package's parent, path) of each .py file that can be imported.
+
+    Raises ModuleNotFoundError where there is no such package, or it has no source files.
+    """
+    spec = find_spec(package)
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    if not folders and spec and spec.has_location and str(spec.origin).endswith(".py"):
+        yield f"{package}.py", Path(str(spec.origin))  # a package of one file
+        return
+    found = False
+    for folder in folders:
+        for path in folder.rglob("*.py"):
+            relative = path.relative_to(folder)
+            # editors leave files such as .#step.py and .ipynb_checkpoints/step-checkpoint.py
+            importable = all(part.isidentifier() for part in relative.with_suffix("").parts)
+            if importable and path.is_file():
+                found = True
+                yield f"{package}/{relative.as_posix()}", path
+    if not found:
+        raise ModuleNotFoundError(f"No source files of a package named {package!r}", name=package)
+
+
+def git_commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The 40 digits of the commit that `folder` belongs to, with -dirty where files were changed.
+
+    None where git does not track `folder`, as in an installed package, or git is not installed.
+    """
+    # without the first, an installed package would get the commit of a project around its .venv
+    if _git(folder, "ls-files", "--error-unmatch", ".") is None:
+        return None
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git prints; None where it fails or is not installed."""
+    command = ["git", "-C", str(folder), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return None if done.returncode else done.stdout.strip()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the harness, of Python and of the libraries that a result depends on.
+
+    None stands for a library that is not installed.
+    """
+    import numpy
+    import PIL
+    import torch
+    import torchvision
+
+    from harness import __version__
+
+    return {
+        "harness": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "dali": _dali_version(),
+    }
+
+
+def _dali_version() -> str | None:
+    """From the metadata, as importing DALI takes a second and most processes do not need it."""
+    for distribution in DALI:
+        with suppress(PackageNotFoundError):
+            return version(distribution)
+    return None
+
+
+def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
+    """Versions, hardware, code, commit and command of this process, one of `ranks`."""
+    import torch
+
+    cuda = device.type == "cuda"
+    return {
+        "versions": versions() | {"cuda": torch.version.cuda if cuda else None},
+        "hardware": {
+            "host": socket.gethostname(),
+            "cpus": os.cpu_count(),
+            "cpu": platform.processor() or platform.machine(),
+            "gpu": torch.cuda.get_device_name(device) if cuda else None,
+            "gpus": torch.cuda.device_count() if cuda else 0,
+        },
+        "ranks": ranks,
+        "git_commit": git_commit(),
+        "code_digest": code_digest(),
+        "command": sys.argv,
+    }
