@@ -25,6 +25,7 @@ from benchmarks.conditions import benchmark_parser, resident_mb, spread, write_r
 from harness.config import Config, config_from_mapping
 from harness.data import index as kept
 from harness.data.index import Index, load_index
+from harness.data.index_places import cache_places
 from harness.data.loader import Feed
 from harness.data.sampling import permutation
 
@@ -55,7 +56,7 @@ def make_up_index(root: Path, split: str, images: int) -> None:
     names = [f"n{label:08}_{number % 99999}.JPEG" for number, label in enumerate(labels.tolist())]
     sides = np.random.default_rng(1).integers(300, 600, (2, images), dtype=np.int32)
     index = Index(root / split, tuple(classes), np.array(names, "S"), labels, *sides)
-    place = kept._cache_places(root / split)[0]
+    place = cache_places(root / split)[0]
     kept._write_cache(place, index, [0] * CLASSES, time.time_ns())
 
 

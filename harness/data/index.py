@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.config import Config
+from harness.data.digest import (
+    UNLABELLED_KEY,
+    combined_digest,
+    digests_by_class,
+    positions_by_class,
+)
+from harness.data.index_places import cache_places, lock_first
 from harness.data.scan import read_sizes, size_of
 from harness.errors import UserError
 from harness.recipe.losses import UNLABELLED
@@ -36,7 +41,8 @@ class Index:
 
     `names` (N,) are the file names, as bytes, within the folder of their class; `labels` int64
     (N,); `widths`, `heights` int32 (N,) in pixels as stored (EXIF orientation not applied), 0
-    where the header cannot be read. `cache`: the file that keeps this index, if any.
+    where the header cannot be read. `cache`: the file that keeps this index, if any, and
+    `kept_digests` the digests of the classes that it holds (a cache of an older harness: none).
     Images without a class, their label UNLABELLED, are in the folder `unlabelled` beside `folder`.
     """
 
@@ -47,9 +53,34 @@ class Index:
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
     cache: Path | None = None
+    kept_digests: dict[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over classes, file names, labels, widths and heights.
+
+        The same for the same data in another folder or on another machine.
+        """
+        return combined_digest(self.class_digests())
+
+    def class_digests(self) -> dict[str, str]:
+        """Class -> digest of its images (see digests_by_class), unlabelled ones last."""
+        if self.kept_digests is not None:
+            return self.kept_digests
+        return digests_by_class(self.classes, self.names, self.labels, self.widths, self.heights)
+
+    def sizes_of(self, name: str) -> dict[str, tuple[int, int]]:
+        """File name -> width and height of the images of a class, or of UNLABELLED_KEY."""
+        images = positions_by_class(self.labels, len(self.classes))[
+            [*self.classes, UNLABELLED_KEY].index(name)
+        ].tolist()
+        return {
+            os.fsdecode(bytes(self.names[i])): (int(self.widths[i]), int(self.heights[i]))
+            for i in images
+        }
 
     @cached_property
     def folders(self) -> tuple[Path, ...]:
@@ -106,15 +137,18 @@ def load_indices(config: Config) -> tuple[Index, Index]:
     names, widths, heights = map(np.concatenate, both)
     labels = np.concatenate([train.labels, np.full(len(unlabelled), UNLABELLED)])
     cache = train.cache and train.cache.with_name(".harness-index-*.npz")  # one of the two
-    return Index(train.folder, train.classes, names, labels, widths, heights, cache), val
+    (digest,) = unlabelled.class_digests().values()
+    digests = train.class_digests() | {UNLABELLED_KEY: digest}
+    index = Index(train.folder, train.classes, names, labels, widths, heights, cache, digests)
+    return index, val
 
 
 def _load(folder: Path, changed_ns: dict[str, int]) -> Index:
-    places = _cache_places(folder)
+    places = cache_places(folder)
     for place in places:
         if index := _read_cache(place, folder, changed_ns):
             return index
-    with _lock(places) as cache:
+    with lock_first(places) as cache:
         index = _read_cache(cache, folder, changed_ns) if cache else None
         return index or _scan(folder, changed_ns, cache)
 
@@ -227,37 +261,6 @@ def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Index
     return index
 
 
-def _cache_places(folder: Path) -> list[Path]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    return [
-        folder.parent / f".harness-index-{folder.name}.npz",
-        home / "harness" / f"{name}.npz",
-    ]
-
-
-@contextmanager
-def _lock(places: Sequence[Path]) -> Iterator[Path | None]:
-    """Holds the lock of the first place that can be written; None where none can be."""
-    for place in places:
-        try:
-            if place is not places[0]:
-                place.parent.mkdir(parents=True, exist_ok=True)
-            stream = open(place.with_suffix(".lock"), "a")  # noqa: SIM115 (closed below)
-        except OSError:
-            continue
-        with stream:
-            with suppress(OSError):  # a file system without locks: every process scans
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            try:
-                yield place
-            finally:
-                with suppress(OSError):
-                    fcntl.flock(stream, fcntl.LOCK_UN)
-        return
-    yield None
-
-
 def _write_cache(place: Path, index: Index, changed_ns: Sequence[int], scanned_ns: int) -> None:
     """Atomic. A cache that cannot be written is a warning."""
     temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
@@ -269,6 +272,7 @@ def _write_cache(place: Path, index: Index, changed_ns: Sequence[int], scanned_n
                 scanned_ns=scanned_ns,
                 changed_ns=np.array(changed_ns, dtype=np.int64),
                 classes=np.array([os.fsencode(name) for name in index.classes]),
+                digests=np.array(list(index.class_digests().values())),
                 names=index.names,
                 labels=index.labels.astype(np.int32),
                 widths=index.widths,
@@ -292,7 +296,14 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Index 
             return None
         labels = kept["labels"].astype(np.int64)
         index = Index(
-            folder, classes, kept["names"], labels, kept["widths"], kept["heights"], place
+            folder,
+            classes,
+            kept["names"],
+            labels,
+            kept["widths"],
+            kept["heights"],
+            place,
+            _kept_digests(kept, classes),
         )
         scanned_ns = int(kept["scanned_ns"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
@@ -306,3 +317,10 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Index 
         if racy and len(image_names(folder / name)) != count:
             return None
     return index
+
+
+def _kept_digests(kept: dict[str, NDArray], classes: tuple[str, ...]) -> dict[str, str] | None:
+    """The digests in a cache's arrays; None where an older harness wrote it, without digests."""
+    if "digests" not in kept:
+        return None
+    return dict(zip(classes, kept["digests"].tolist(), strict=True))

@@ -1,0 +1,42 @@
+"""Where an index is kept, and the lock that lets one process scan while others wait."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def cache_places(folder: Path) -> list[Path]:
+    """Where the index of `folder` may be kept: beside it, else in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return [
+        folder.parent / f".harness-index-{folder.name}.npz",
+        home / "harness" / f"{name}.npz",
+    ]
+
+
+@contextmanager
+def lock_first(places: Sequence[Path]) -> Iterator[Path | None]:
+    """Holds the lock of the first place that can be written; None where none can be."""
+    for place in places:
+        try:
+            if place is not places[0]:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            stream = open(place.with_suffix(".lock"), "a")  # noqa: SIM115 (closed below)
+        except OSError:
+            continue
+        with stream:
+            with suppress(OSError):  # a file system without locks: every process scans
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                yield place
+            finally:
+                with suppress(OSError):
+                    fcntl.flock(stream, fcntl.LOCK_UN)
+        return
+    yield None
