@@ -12,11 +12,20 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from harness.errors import FAILED, FINISHED, STOPPED, USER_ERROR, RunFailed, UserError
+from harness.errors import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    USER_ERROR,
+    RunFailed,
+    UserError,
+    record_for_torchrun,
+)
 
 TORCHRUN_ENDS_OTHERS_S = 2.0
 
@@ -40,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except Exception as error:  # a bug: Python prints its traceback
+        record_for_torchrun(traceback.format_exception_only(error)[-1])
+        raise
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,6 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _complain(message: str) -> None:
     """One line on standard error. Local ranks fail alike: the first speaks, and the launcher
     ends the others before they would; one that fails alone is heard."""
+    record_for_torchrun(message)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     prefix = "error: "
     if local_rank > 0:
@@ -65,10 +78,18 @@ def _complain(message: str) -> None:
     print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors torchrun shows too."""
+
+    def error(self, message: str) -> NoReturn:
+        record_for_torchrun(message)
+        super().error(message)
+
+
 def _parser() -> argparse.ArgumentParser:
     from harness import __version__
 
-    parser = argparse.ArgumentParser(prog="harness", description="One recipe, one curve.")
+    parser = Parser(prog="harness", description="One recipe, one curve.")
     parser.add_argument("--version", action="version", version=f"harness {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_data(commands)

@@ -1,5 +1,10 @@
 """Errors that are told in one line, without a stack trace; exit codes."""
 
+import json
+import os
+import time
+from contextlib import suppress
+
 FINISHED, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
 
 
@@ -9,3 +14,20 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that cannot go on, for a reason that one line tells (exit code 1)."""
+
+
+def record_for_torchrun(message: str) -> None:
+    """Record why this rank fails, in one line, where torchrun's summary of failures finds it.
+
+    The first message of a process counts. Without torchrun there is no such file, and nothing is
+    written. The format is that of torch.distributed.elastic.multiprocessing.errors, where a
+    message without "py_callstack" is shown as it is.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    # torchrun takes the earliest of the ranks' errors for the cause
+    extra = {"timestamp": str(int(time.time()))}
+    content = {"message": {"message": " ".join(message.split()), "extraInfo": extra}}
+    with suppress(OSError), open(path, "x") as file:
+        file.write(json.dumps(content))

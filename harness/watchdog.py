@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from harness.distributed import Reductions, World, generation
-from harness.errors import FAILED, FINISHED, STOPPED, UserError
+from harness.errors import FAILED, FINISHED, STOPPED, UserError, record_for_torchrun
 from harness.interrupt import StopRequest
 
 GRACE_S = 20.0  # torchrun kills 30 s after it has handed a signal on; last words take some
@@ -163,6 +163,8 @@ class Watchdog:
     def end(self, code: int, why: str) -> None:
         """Ends this process with its last words, whatever its main thread is doing."""
         me = f"rank {self._world.rank} on {socket.gethostname()}"
+        if code != STOPPED:
+            record_for_torchrun(why)
         print(f"error: {me}: {why}", file=sys.stderr, flush=True)
         if code == FAILED and f"{me} " in why:
             main = sys._current_frames().get(threading.main_thread().ident or 0)
