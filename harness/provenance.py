@@ -8,7 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -131,3 +131,50 @@ def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
         "code_digest": code_digest(),
         "command": sys.argv,
     }
+
+
+def code_record(environment: dict[str, Any]) -> dict[str, Any]:
+    """The part of a described environment that each start and resume puts into the log."""
+    return {key: environment.get(key) for key in ("code_digest", "git_commit", "versions")}
+
+
+def code_changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """How code and versions differ between two records, such as "torch 2.14.1 → 2.15.0".
+
+    "" where they do not. What one of the records does not know, as older ones do not know the
+    digest, is not compared.
+    """
+    changes = []
+    digests = [record.get("code_digest") for record in (before, after)]
+    commits = [record.get("git_commit") for record in (before, after)]
+    # a commit that changes documents only is no other code
+    if _differ(*digests) if all(digests) else _differ(*commits):
+        name, names = ("commit", commits) if _differ(*commits) else ("code", digests)
+        changes.append(f"{name} {' → '.join(_short(str(digits)) for digits in names)}")
+    old, new = (record.get("versions") or {} for record in (before, after))
+    for library, version_before in old.items():
+        if _differ(version_before, new.get(library)):
+            changes.append(f"{library} {version_before} → {new[library]}")
+    return ", ".join(changes)
+
+
+def _differ(before: str | None, after: str | None) -> bool:
+    return before is not None and after is not None and before != after
+
+
+def _short(digits: str) -> str:
+    return digits[:9] + ("-dirty" if digits.endswith("-dirty") else "")
+
+
+def recorded_code_changes(lines: Iterable[dict[str, Any]]) -> dict[int, str]:
+    """{step: how the code changed there} of a log's lines, in the order of writing.
+
+    A run resumed at an earlier step repeats the steps that ran under the changed code.
+    """
+    changes: dict[int, str] = {}
+    for line in lines:
+        if line["event"] == "resume":
+            changes = {step: text for step, text in changes.items() if step < line["step"]}
+        elif line["event"] == "code_changed":
+            changes[line["step"]] = line["changes"]
+    return changes

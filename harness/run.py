@@ -26,8 +26,9 @@ from harness.distributed import World, global_running_statistics
 from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import ASK_EVERY_S, StopRequest
-from harness.journal import Journal
+from harness.journal import Journal, read_lines
 from harness.profiling import Profile
+from harness.provenance import code_changes, code_record
 from harness.recipe.schedule import lr_at
 from harness.run_folder import RunFolder
 from harness.step import Step
@@ -72,6 +73,7 @@ class Run:
         self.writer = CheckpointWriter(
             self.folder.checkpoints, self.config.run.keep_checkpoints, self._before_write
         )
+        changes = self._code_changes()
         path = self.folder.path if self.world.rank == 0 else None
         self.journal = Journal(path, self.config, self.first_step)
         self.profile = Profile(
@@ -96,7 +98,29 @@ class Run:
             gradient_precision=self.config.run.gradient_precision,
             loader=self.loader.name,
             micro_batch=self.feed.micro_batch,
+            **code_record(self.folder.environment),
         )
+        if changes:
+            self.journal.event("code_changed", self.first_step, changes=changes)
+            self.journal.say(
+                f"warning: resumed at step {self.first_step} under other code: {changes}"
+            )
+
+    def _code_changes(self) -> str:
+        """How the code differs from the one that trained the steps before `first_step`."""
+        if self.world.rank > 0:
+            return ""
+        launches = [
+            line
+            for line in read_lines(self.folder.log)
+            if line["event"] in ("start", "resume") and line["step"] < self.first_step
+        ]
+        if not launches:  # no step of another launch is kept
+            return ""
+        before = launches[-1]
+        if "code_digest" not in before:  # the log of an older version
+            before = self.folder.previous_environment
+        return code_changes(before, self.folder.environment)
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written; closes the log."""

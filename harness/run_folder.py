@@ -78,6 +78,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.jsonl"
         self.incarnation = 0
+        self.environment: dict[str, Any] = {}  # of this process, once it has opened the folder
+        self.previous_environment: dict[str, Any] = {}  # of the incarnation before
         self._seen_incarnation = 0
         self._status: dict[str, Any] = {}
         self._progress: dict[str, Any] = {}  # told by the loop, not written yet
@@ -137,13 +139,18 @@ class RunFolder:
 
         `environment` is that of this process, as `open` is given it.
         """
-        try:
-            recorded = json.loads((self.path / "environment.json").read_text())
-        except (OSError, json.JSONDecodeError):
+        if not (recorded := self._recorded_environment()):
             return None
         here, there = ((e["hardware"]["gpu"], e.get("ranks")) for e in (environment, recorded))
         micro_batch = load_config(self.path / "config.yaml").run.micro_batch
         return micro_batch if here == there and micro_batch != "auto" else None
+
+    def _recorded_environment(self) -> dict[str, Any]:
+        """environment.json, or {} where there is none or it is damaged."""
+        try:
+            return json.loads((self.path / "environment.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return {}
 
     def _check_not_in_use(self, status: dict[str, Any]) -> None:
         if status.get("state") == "running" and _is_fresh(status):
@@ -182,6 +189,8 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.incarnation = self._status["incarnation"] = self._claim(launch)
             write_atomically(self.path / "config.yaml", dump_config(config).encode())
+            self.environment = environment
+            self.previous_environment = self._recorded_environment()
             text = json.dumps(environment, indent=2) + "\n"
             write_atomically(self.path / "environment.json", text.encode())
         except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -11,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
+from harness.provenance import recorded_code_changes
 from launch.job import CANNOT_WRITE, WAITING, Job, Silent, find_job
 from launch.records import Record, read_records, records_folder
 from launch.task import read_status
 
 POLL_S = 1.0
 TAIL_BYTES = 1 << 16
+CODE_EVENTS = re.compile(rb'"event": "(code_changed|resume)"')
 HEAD = ("run", "job", "state", "step", "images/s", "requeued", "")
 
 
@@ -100,15 +104,36 @@ def images_per_s(run: Path) -> float | None:
     return None
 
 
+def code_warnings(record: Record) -> list[str]:
+    """A line for each step from which the run's code is another one."""
+    try:
+        with (Path(record.run) / "log.jsonl").open("rb") as file:
+            found = [line for line in file if CODE_EVENTS.search(line)]  # few of many
+    except OSError:
+        return []
+    events = []
+    for line in found:
+        with contextlib.suppress(ValueError):  # cut off by a crash
+            events.append(json.loads(line))
+    return [
+        f"warning: {record.name}: other code from step {step} on: {changes}"
+        for step, changes in recorded_code_changes(events).items()
+    ]
+
+
 def table(target: Path) -> str:
-    """One line a run of RUN or STUDY. Raises UserError where nothing was submitted."""
+    """One line a run of RUN or STUDY, and below them its changes of code.
+
+    Raises UserError where nothing was submitted.
+    """
     records = read_records(target) | read_records(target, "local")
     if not records:
         raise UserError(f"{target}: nothing was submitted for it ({records_folder(target)})")
     rows = [HEAD, *(_row(record) for record in records.values())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ("  ".join(map(str.ljust, row, widths)) for row in rows)
-    return "\n".join(line.rstrip() for line in aligned)
+    warnings = [line for record in records.values() for line in code_warnings(record)]
+    return "\n".join([*(line.rstrip() for line in aligned), *warnings])
 
 
 def _row(record: Record) -> tuple[str, ...]:

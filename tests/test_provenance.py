@@ -1,4 +1,4 @@
-"""Which code ran: the digest of its files, and the commit where git knows one."""
+"""Which code ran: the digest of its files, its commit, and what a change of it in mid-run says."""
 
 import hashlib
 import json
@@ -12,7 +12,21 @@ import torch
 
 import harness
 from benchmarks.conditions import write_results
-from harness.provenance import code_digest, describe_environment, git_commit
+from harness import load_config
+from harness.checkpoint import list_checkpoints, load_checkpoint
+from harness.journal import read_lines
+from harness.provenance import (
+    code_changes,
+    code_digest,
+    describe_environment,
+    git_commit,
+    recorded_code_changes,
+)
+from harness.report.happenings import happenings
+from harness.report.runs import read_run
+from harness.train import train
+from launch.records import Record, records_folder, write_records
+from launch.status import table
 
 HARNESS = Path(harness.__file__).parent
 
@@ -121,3 +135,113 @@ def test_without_git_a_benchmark_writes_its_results_without_a_commit(monkeypatch
     monkeypatch.setenv("PATH", "")
     path = write_results("loaders", {"rows": []}, tmp_path)
     assert json.loads(path.read_text())["commit"] is None
+
+
+A, B = "a" * 40, "b" * 40
+TORCH = {"harness": "0.1.0", "torch": "2.14.1+cpu", "numpy": "2.4.6", "dali": None}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        ({"code_digest": A, "git_commit": A}, {"code_digest": A, "git_commit": A}, ""),
+        # a commit of documents only is no other code
+        ({"code_digest": A, "git_commit": A}, {"code_digest": A, "git_commit": B}, ""),
+        (
+            {"code_digest": A, "git_commit": A},
+            {"code_digest": B, "git_commit": f"{B}-dirty"},
+            "commit aaaaaaaaa → bbbbbbbbb-dirty",
+        ),
+        # a file edited, twice, without a commit
+        (
+            {"code_digest": A, "git_commit": f"{A}-dirty"},
+            {"code_digest": B, "git_commit": f"{A}-dirty"},
+            "code aaaaaaaaa → bbbbbbbbb",
+        ),
+        (
+            {"code_digest": A, "git_commit": None},
+            {"code_digest": B, "git_commit": B},
+            "code aaaaaaaaa → bbbbbbbbb",
+        ),
+        # of a version that recorded no digest
+        ({"git_commit": A}, {"code_digest": B, "git_commit": B}, "commit aaaaaaaaa → bbbbbbbbb"),
+        ({}, {"code_digest": B, "git_commit": B, "versions": TORCH}, ""),
+        (
+            {"code_digest": A, "versions": TORCH},
+            {"code_digest": A, "versions": TORCH | {"torch": "2.15.0+cpu", "dali": "2.4.0"}},
+            "torch 2.14.1+cpu → 2.15.0+cpu",
+        ),
+        (
+            {"code_digest": A, "versions": TORCH},
+            {"code_digest": B, "versions": TORCH | {"torch": "2.15.0", "numpy": "2.5"}},
+            "code aaaaaaaaa → bbbbbbbbb, torch 2.14.1+cpu → 2.15.0, numpy 2.4.6 → 2.5",
+        ),
+    ],
+)
+def test_what_differs_between_two_records_of_the_code(before, after, changes):
+    assert code_changes(before, after) == changes
+
+
+def resume(step):
+    return {"event": "resume", "step": step}
+
+
+def changed(step, changes):
+    return {"event": "code_changed", "step": step, "changes": changes}
+
+
+@pytest.mark.parametrize(
+    ("lines", "standing"),
+    [
+        ([resume(5), changed(5, "a → b"), resume(8)], {5: "a → b"}),
+        (
+            [resume(5), changed(5, "a → b"), resume(8), changed(8, "b → c")],
+            {5: "a → b", 8: "b → c"},
+        ),
+        ([resume(8), changed(8, "a → b"), resume(5), changed(5, "a → b")], {5: "a → b"}),
+        ([resume(8), changed(8, "a → b"), resume(8)], {}),  # by the code of before again
+        ([resume(8), changed(8, "a → b"), resume(0)], {}),  # started over
+    ],
+)
+def test_steps_that_were_repeated_under_other_code_are_not_of_the_curve(lines, standing):
+    assert recorded_code_changes(lines) == standing
+
+
+def cut_back(run, step):
+    """The run as if it had been stopped after `step`."""
+    for path in list_checkpoints(run / "checkpoints"):
+        if load_checkpoint(path)["step"] > step:
+            path.unlink()
+    status = run / "status.json"
+    status.write_text(status.read_text().replace("finished", "stopped"))
+
+
+def test_a_run_resumed_under_other_code_says_so_everywhere(small, tmp_path, monkeypatch, capsys):
+    config, run, described = load_config(small()), tmp_path / "run", {}
+    monkeypatch.setattr(
+        "harness.train.describe_environment",
+        lambda device, ranks: describe_environment(device, ranks) | described,
+    )
+
+    def resume_at(step, **code):
+        cut_back(run, step)
+        described.update(code)
+        train(config, run, resume=True)
+        return [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+
+    described.update(code_digest=A, git_commit=A)
+    train(config, run)
+    warning = "warning: resumed at step 5 under other code: commit aaaaaaaaa → bbbbbbbbb"
+    assert resume_at(5, code_digest=B, git_commit=B) == [warning]
+    assert resume_at(10) == []  # by the code that wrote this checkpoint
+    lines = read_lines(run / "log.jsonl")
+    (event,) = [line for line in lines if line["event"] == "code_changed"]
+    assert (event["step"], event["changes"]) == (5, "commit aaaaaaaaa → bbbbbbbbb")
+    assert [line["code_digest"] for line in lines if "code_digest" in line] == [A, B, B]
+    assert lines[0]["versions"]["torch"] == str(torch.__version__)
+    told = [(one.kind, one.text) for one in happenings(read_run(run))]
+    said = "other code from step 5 on: commit aaaaaaaaa → bbbbbbbbb"
+    assert ("warning", said) in told
+    records_folder(run, "local").mkdir()
+    write_records(run, [Record("run", str(run), "c.yaml", "run.log", "1", 0, host="n1")], "local")
+    assert table(run).splitlines()[-1] == f"warning: run: {said}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from harness.provenance import recorded_code_changes
 from harness.recipe.schedule import lr_at
 from harness.report.runs import RecordedRun
 
@@ -24,7 +25,14 @@ class Happening:
 
 def happenings(run: RecordedRun) -> list[Happening]:
     """In the order in which a reader wants them; empty for a run that went straight through."""
-    return [*_state(run), *_divergence(run), *_restarts(run), *_images(run), *_warnings(run)]
+    return [
+        *_state(run),
+        *_divergence(run),
+        *_restarts(run),
+        *_code(run),
+        *_images(run),
+        *_warnings(run),
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -79,6 +87,11 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
         for key in KEPT
         if before.get(key) != after.get(key)
     )
+
+
+def _code(run: RecordedRun) -> Iterator[Happening]:
+    for step, changes in recorded_code_changes(run.events).items():
+        yield Happening("warning", f"other code from step {step:,} on: {changes}")
 
 
 def _images(run: RecordedRun) -> Iterator[Happening]:
