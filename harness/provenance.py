@@ -19,48 +19,59 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the launcher computes the digest of the code without PyTorch
     import torch
 
+COMMIT = "COMMIT"  # in a copy of the harness: the commit it was made of, "" where unknown
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # the distributions that have it
 
 
 @cache
 def code_digest(packages: tuple[str, ...] = ("harness",)) -> str:
-    """SHA-256 (hex) of all importable .py files of `packages`: their relative names and bytes.
+    """SHA-256 (hex) of the .py files of `packages`: their relative names and their bytes.
 
-    Where the packages lie, compiled files, caches, and templates and data files, which change no
-    result, have no influence. Read once in a process. Raises ModuleNotFoundError.
+    Where the packages lie has no influence, nor have compiled files, hidden ones, and templates,
+    which change no result. Read once in a process. Raises ModuleNotFoundError.
     """
     digest = hashlib.sha256()
     for package in packages:
-        for name, path in sorted(source_files(package)):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{name}\0{content}\n".encode())
+        for name, path in sorted(package_files(package)):
+            if path.suffix == ".py":
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{name}\0{content}\n".encode())
     return digest.hexdigest()
 
 
-def source_files(package: str) -> Iterator[tuple[str, Path]]:
-    """(name relative to the package's parent, path) of each .py file that can be imported.
+def package_files(package: str) -> Iterator[tuple[str, Path]]:
+    """(name relative to the package's parent, path) of each file of an importable package.
 
-    Raises ModuleNotFoundError where there is no such package, or it has no source files.
+    Hidden files and compiled ones are left out. Raises ModuleNotFoundError where there is no such
+    package, or it has no files.
     """
     spec = find_spec(package)
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-    if not folders and spec and spec.has_location and str(spec.origin).endswith(".py"):
-        yield f"{package}.py", Path(str(spec.origin))  # a package of one file
-        return
     found = False
+    if not folders and spec and spec.has_location:  # a package of one file
+        found = True
+        yield Path(str(spec.origin)).name, Path(str(spec.origin))
     for folder in folders:
-        for path in folder.rglob("*.py"):
-            relative = path.relative_to(folder)
-            # editors leave files such as .#step.py and .ipynb_checkpoints/step-checkpoint.py
-            importable = all(part.isidentifier() for part in relative.with_suffix("").parts)
-            if importable and path.is_file():
+        for path in folder.rglob("*"):
+            parts = path.relative_to(folder).parts
+            left_out = "__pycache__" in parts or any(part.startswith(".") for part in parts)
+            if path.is_file() and not left_out:
                 found = True
-                yield f"{package}/{relative.as_posix()}", path
+                yield "/".join((package, *parts)), path
     if not found:
-        raise ModuleNotFoundError(f"No source files of a package named {package!r}", name=package)
+        raise ModuleNotFoundError(f"No files of a package named {package!r}", name=package)
 
 
-def git_commit(folder: Path = Path(__file__).parent) -> str | None:
+def code_commit() -> str | None:
+    """The commit of this harness: git's, or the one that a copy of the code was made of."""
+    package = Path(__file__).parent
+    try:
+        return (package / COMMIT).read_text().strip() or None
+    except FileNotFoundError:
+        return git_commit(package)
+
+
+def git_commit(folder: Path) -> str | None:
     """The 40 digits of the commit that `folder` belongs to, with -dirty where files were changed.
 
     None where git does not track `folder`, as in an installed package, or git is not installed.
@@ -127,7 +138,7 @@ def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
             "gpus": torch.cuda.device_count() if cuda else 0,
         },
         "ranks": ranks,
-        "git_commit": git_commit(),
+        "git_commit": code_commit(),
         "code_digest": code_digest(),
         "command": sys.argv,
     }

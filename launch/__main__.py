@@ -221,7 +221,8 @@ def _describe(record: Any) -> str:
     waits = f", after job {record.after}" if record.after else ""
     return (
         f"job {record.job_id}{waits}\nrun folder {record.run}\nlog {record.log}\n"
-        f"raw logs {Path(record.log).parent}\nstate: {_status_of(Path(record.run))}"
+        f"raw logs {Path(record.log).parent}\ncode {record.code or 'of the checkout'}\n"
+        f"state: {_status_of(Path(record.run))}"
     )
 
 

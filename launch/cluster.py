@@ -69,6 +69,7 @@ class Cluster(Whole):
     account: Text | None = None
     requeues: Annotated[int, Field(ge=0)] = 20
     launcher: Literal["srun", "torchrun"] = "srun"
+    freeze: bool = True  # jobs run a copy of the code, made when they are submitted
     setup: Lines = ()  # lines of shell before the run, on each job's first node
     environment: dict[str, Words] = Field(default={})
     sbatch: dict[str, Any] = Field(default={})  # passed on as they are

@@ -1,6 +1,7 @@
 """What was started for a run or a study: a folder beside it, NAME.slurm or NAME.local.
 
-job.json · for each run its config, frozen, and its log · submitit's scripts and raw logs
+job.json · for each run its config, frozen, and its log · code-…, the code that its jobs run ·
+submitit's scripts and raw logs
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from harness.errors import UserError
 
 @dataclass(frozen=True)
 class Record:
-    """One run. `after`: the job that it waits for.
+    """One run. `after`: the job that it waits for; `code`: the copy of the code that it runs.
 
     `host`: the machine that it was started on without SLURM; its job is then a process of that
     machine, or "" before it is started.
@@ -29,6 +30,7 @@ class Record:
     requeues: int
     after: str | None = None
     host: str | None = None
+    code: str | None = None
 
 
 def records_folder(target: Path, kind: str = "slurm") -> Path:

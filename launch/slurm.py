@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,6 +20,7 @@ from submitit.core.utils import FailedJobError
 from harness.config import dump_config
 from harness.errors import UserError
 from launch.cluster import Cluster
+from launch.code_copy import CodeCopy
 from launch.job import find_job
 from launch.records import Record, read_records, records_folder, write_records
 from launch.task import Task
@@ -29,7 +32,21 @@ SBATCH_PATIENCE_S = 30  # sbatch itself tries for two minutes where the queue is
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's, which writes its script where there is no SLURM too (--dry-run)."""
+    """submitit's, which writes its script where there is no SLURM too (--dry-run).
+
+    `code`: the copy of the code that the jobs start from.
+    """
+
+    def __init__(self, folder: Path, max_num_timeout: int, code: CodeCopy | None) -> None:
+        super().__init__(folder, max_num_timeout=max_num_timeout)
+        self.code = code
+
+    @property
+    def _submitit_command_str(self) -> str:
+        if self.code is None:
+            return super()._submitit_command_str
+        words = [sys.executable, "-u", self.code.folder, "submitit.core._submit", self.folder]
+        return shlex.join(map(str, words))
 
     @classmethod
     def affinity(cls) -> int:
@@ -86,7 +103,9 @@ def executor(
     if at_once is not None:
         parameters["array_parallelism"] = at_once
     # submitit's own limit never decides: the task counts the requeues
-    made = Executor(folder=records_folder(target), max_num_timeout=max(cluster.requeues, 1))
+    records = records_folder(target)
+    code = CodeCopy.of_this_code(records) if cluster.freeze else None
+    made = Executor(records, max_num_timeout=max(cluster.requeues, 1), code=code)
     made.update_parameters(**parameters)
     return made
 
@@ -104,13 +123,17 @@ def submit(
     """
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on PATH; submit from a login node (docs/cluster.md)")
-    tasks = [_task(cluster, target, one) for one in wanted]
+    array = executor(cluster, target, after, at_once)
+    if array.code is not None:
+        array.code.write()
+    code = str(array.code.folder) if array.code else None
+    tasks = [_task(cluster, target, one, code) for one in wanted]
     with _whole(), _one_line_errors(), _patience():
-        jobs = executor(cluster, target, after, at_once).submit_array(tasks)
+        jobs = array.submit_array(tasks)
         records = [
             Record(
                 *(one.name, str(one.run), task.arguments[0], task.log, job.job_id),
-                *(cluster.requeues, after),
+                *(cluster.requeues, after, None, code),
             )
             for one, task, job in zip(wanted, tasks, jobs, strict=True)
         ]
@@ -118,7 +141,7 @@ def submit(
     return records
 
 
-def _task(cluster: Cluster, target: Path, wanted: Wanted) -> Task:
+def _task(cluster: Cluster, target: Path, wanted: Wanted, code: str | None) -> Task:
     """Freezes the config: what is queued does not change with the file."""
     folder = records_folder(target).absolute()
     config, log = folder / f"{wanted.name}.yaml", folder / f"{wanted.name}.log"
@@ -138,6 +161,7 @@ def _task(cluster: Cluster, target: Path, wanted: Wanted) -> Task:
         gpus_per_node=cluster.gpus_per_node,
         requeues=cluster.requeues,
         environment={"OMP_NUM_THREADS": str(cluster.cpus_per_gpu)} | cluster.environment,
+        code=code,
     )
 
 

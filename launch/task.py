@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -35,9 +36,10 @@ BAD_LINE = re.compile(r"error:|Traceback|Fatal Python error|E\d{4} ")  # the las
 class Task:
     """submitit's callable for one run; the same on every task of the job.
 
-    `arguments` are those of `harness train`; `log` is the merged log. Ends with 0 where the run
-    has finished or the job was requeued, 75 where it stopped and no requeue is left, else with the
-    code of the rank.
+    `arguments` are those of `harness train`; `log` is the merged log; `code` is the folder of the
+    copy of the code that the ranks run, None for the one that Python finds. Ends with 0 where the
+    run has finished or the job was requeued, 75 where it stopped and no requeue is left, else with
+    the code of the rank.
     """
 
     arguments: tuple[str, ...]
@@ -48,6 +50,7 @@ class Task:
     gpus_per_node: int
     requeues: int
     environment: dict[str, str]
+    code: str | None = None  # also of a task that was submitted before there were copies
     _signal: int | None = field(default=None, init=False)
     _signalled_at_s: float = field(default=0.0, init=False)
 
@@ -75,28 +78,41 @@ class Task:
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
         environment = self._environment(place, log)
-        child = subprocess.Popen(
-            self._command(place),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=_ignore_stop_signals,  # no thread runs yet
-        )
-        assert child.stdout and child.stderr
-        with Pump(child.stdout, sys.stdout, log.output), Pump(child.stderr, sys.stderr, log.errors):
-            grace_s = float(environment.get("HARNESS_GRACE_S", "25")) + SPARE_S
-            told = False
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return child.wait(REPEAT_S)
-                if self._signal is not None:
-                    if place.leader and not told:
-                        log.line(f"{signal.Signals(self._signal).name}: stopping")
-                    told = True
-                    stop_ranks(child, self.launcher)
-                    if time.monotonic() - self._signalled_at_s > grace_s:
-                        log.error(f"still running {grace_s:.0f} s after the signal: killed")
-                        child.kill()
+        with tempfile.TemporaryDirectory() as folder:
+            error_file = Path(folder) / "error.json"
+            if self.launcher == "torchrun":  # its agent copies the first error of its ranks there
+                environment["TORCHELASTIC_ERROR_FILE"] = str(error_file)
+            child = subprocess.Popen(
+                self._command(place),
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                preexec_fn=_ignore_stop_signals,  # no thread runs yet
+            )
+            assert child.stdout and child.stderr
+            out = Pump(child.stdout, sys.stdout, log.output)
+            with out, Pump(child.stderr, sys.stderr, log.errors):
+                grace_s = float(environment.get("HARNESS_GRACE_S", "25")) + SPARE_S
+                code = self._wait_for(child, place, log, grace_s)
+            log.complaint = read_torchrun_error(error_file) or log.complaint
+        return code
+
+    def _wait_for(
+        self, child: subprocess.Popen[bytes], place: Place, log: MergedLog, grace_s: float
+    ) -> int:
+        """The exit code of `child`, which a stop signal of this task reaches, too."""
+        told = False
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(REPEAT_S)
+            if self._signal is not None:
+                if place.leader and not told:
+                    log.line(f"{signal.Signals(self._signal).name}: stopping")
+                told = True
+                stop_ranks(child, self.launcher)
+                if time.monotonic() - self._signalled_at_s > grace_s:
+                    log.error(f"still running {grace_s:.0f} s after the signal: killed")
+                    child.kill()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         # a second one of another kind tells no more: the first is why we end
@@ -104,7 +120,7 @@ class Task:
             self._signal, self._signalled_at_s = number, time.monotonic()
 
     def _command(self, place: Place) -> list[str]:
-        train = ["-m", "harness", "train", *self.arguments]
+        train = [self.code or "-m", "harness", "train", *self.arguments]
         if self.launcher == "srun":
             return [sys.executable, *train]
         ranks = ["--nnodes", f"{min(self.min_nodes, place.nodes)}:{place.nodes}"]
@@ -197,6 +213,14 @@ def read_status(run: Path) -> dict[str, Any]:
         return json.loads((run / "status.json").read_text())
     except (OSError, json.JSONDecodeError):
         return {}
+
+
+def read_torchrun_error(path: Path) -> str:
+    """The message of torchrun's error file; "" where there is none."""
+    try:
+        return str(json.loads(path.read_text())["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def stop_ranks(child: subprocess.Popen[bytes], launcher: str) -> None:

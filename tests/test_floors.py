@@ -36,7 +36,7 @@ LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 
 LAUNCH = HARNESS.parent / "launch"
 LAUNCH_FLOORS = [
-    ["cluster", "job", "records"],
+    ["cluster", "job", "records", "code_copy"],
     ["task"],
     ["wanted", "status"],
     ["slurm", "study", "local"],

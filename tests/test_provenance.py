@@ -20,6 +20,7 @@ from harness.provenance import (
     code_digest,
     describe_environment,
     git_commit,
+    package_files,
     recorded_code_changes,
 )
 from harness.report.happenings import happenings
@@ -63,6 +64,7 @@ def test_the_digest_is_that_of_names_and_bytes(package):
     assert package(FILES) == digest.hexdigest()
     # nor do the folder, the order of writing and what cannot be imported change it
     other = {"page.html": b"<p>", ".#a.py": b"?", ".ipynb_checkpoints/a-checkpoint.py": b"?"}
+    other["__pycache__/a.cpython-311.pyc"] = b"?"
     assert package(other | dict(reversed(FILES.items()))) == digest.hexdigest()
 
 
@@ -87,10 +89,16 @@ def test_plug_ins_count_beside_the_harness(package):
         code_digest(("no_such_package",))
 
 
-def test_every_module_of_the_harness_is_in_its_digest():
-    from harness.provenance import source_files
+def test_a_package_may_be_one_file(tmp_path, monkeypatch):
+    (tmp_path / "one_file.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = hashlib.sha256(b"x = 1\n").hexdigest()
+    expected = hashlib.sha256(f"one_file.py\0{content}\n".encode()).hexdigest()
+    assert code_digest(("one_file",)) == expected
 
-    names = {name for name, _ in source_files("harness")}
+
+def test_every_module_of_the_harness_is_in_its_digest():
+    names = {name for name, path in package_files("harness") if path.suffix == ".py"}
     assert names == {
         f"harness/{path.relative_to(HARNESS).as_posix()}" for path in HARNESS.rglob("*.py")
     }

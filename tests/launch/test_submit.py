@@ -41,6 +41,7 @@ def test_the_dry_run_prints_the_script_and_writes_nothing(small, cluster, tmp_pa
     # a task a GPU, each with its cores; one rank's end is the job's
     assert "--kill-on-bad-exit=1 --ntasks-per-node=2 --cpus-per-task=3 --cpu-bind=cores" in text
     assert "spread-job" not in text and "--account" not in text
+    assert f" -u {tmp_path}/runs/small.slurm/code-" in text  # the copy that the job starts from
     assert not (tmp_path / "runs").exists()
 
 

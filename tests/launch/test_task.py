@@ -2,7 +2,8 @@
 
 from types import SimpleNamespace
 
-from launch.task import MergedLog
+from harness.errors import record_for_torchrun
+from launch.task import MergedLog, read_torchrun_error
 
 
 def write_streams(tmp_path, leader, name, output, errors):
@@ -43,3 +44,10 @@ def test_the_last_complaint_is_kept(tmp_path):
     assert complaint == "rank 3: the disk is full"
     _, complaint = write_streams(tmp_path, False, "n2, rank 3", "", TROUBLE.partition("another")[0])
     assert complaint == "RuntimeError: broken"
+
+
+def test_torchruns_error_file_tells_why_a_rank_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert read_torchrun_error(tmp_path / "error.json") == ""
+    record_for_torchrun("the disk is full")
+    assert read_torchrun_error(tmp_path / "error.json") == "the disk is full"
