@@ -84,7 +84,7 @@ def git_commit(folder: Path) -> str | None:
 
 def _git(folder: Path, *words: str) -> str | None:
     """What git prints; None where it fails or is not installed."""
-    command = ["git", "-C", str(folder), *words]
+    command = ["git", "--no-optional-locks", "-C", str(folder), *words]  # every rank asks
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

@@ -108,17 +108,15 @@ class Run:
 
     def _code_changes(self) -> str:
         """How the code differs from the one that trained the steps before `first_step`."""
-        if self.world.rank > 0:
+        if self.world.rank > 0 or self.first_step == 0:
             return ""
         launches = [
             line
             for line in read_lines(self.folder.log)
             if line["event"] in ("start", "resume") and line["step"] < self.first_step
         ]
-        if not launches:  # no step of another launch is kept
-            return ""
-        before = launches[-1]
-        if "code_digest" not in before:  # the log of an older version
+        before = launches[-1] if launches else {}
+        if "code_digest" not in before:  # the log is lost, or an older version's
             before = self.folder.previous_environment
         return code_changes(before, self.folder.environment)
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from harness.provenance import (
 )
 from harness.report.happenings import happenings
 from harness.report.runs import read_run
+from harness.run import Run
 from harness.train import train
 from launch.records import Record, records_folder, write_records
 from launch.status import table
@@ -213,6 +215,34 @@ def changed(step, changes):
 )
 def test_steps_that_were_repeated_under_other_code_are_not_of_the_curve(lines, standing):
     assert recorded_code_changes(lines) == standing
+
+
+START_A = {"event": "start", "step": 0, "time": "", "code_digest": A}
+RESUME_B = {"event": "resume", "step": 5, "time": "", "code_digest": B}
+OLD_START = {"event": "start", "step": 0, "time": ""}
+
+
+@pytest.mark.parametrize(
+    ("lines", "first_step", "changes"),
+    [
+        ([START_A], 5, "code aaaaaaaaa → bbbbbbbbb"),
+        ([START_A], 0, ""),  # every step is trained again
+        ([START_A, RESUME_B], 8, ""),
+        ([START_A, RESUME_B], 5, "code aaaaaaaaa → bbbbbbbbb"),  # what was resumed left no steps
+        ([OLD_START], 5, "commit ccccccccc → bbbbbbbbb"),  # by environment.json
+        ([], 5, "commit ccccccccc → bbbbbbbbb"),  # the log was lost
+    ],
+)
+def test_a_resume_is_compared_with_the_code_of_the_steps_before(
+    lines, first_step, changes, tmp_path
+):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    now, before = {"code_digest": B, "git_commit": B}, {"git_commit": "c" * 40}
+    folder = SimpleNamespace(log=log, environment=now, previous_environment=before)
+    world = SimpleNamespace(rank=0)
+    run = SimpleNamespace(world=world, folder=folder, first_step=first_step)
+    assert Run._code_changes(run) == changes
 
 
 def cut_back(run, step):
