@@ -21,6 +21,7 @@ from harness.checkpoint import (
     newest_checkpoint,
 )
 from harness.config import Config
+from harness.data.digest import first_difference
 from harness.data.loader import Batch, Feed, Loader
 from harness.distributed import World, global_running_statistics
 from harness.errors import RunFailed, UserError
@@ -240,6 +241,10 @@ class Run:
             "world_size": self.world.world_size,
             "errors": dict(self.errors),
             "class_names": list(self.feed.train.classes),
+            "class_digests": {
+                "train": self.feed.train.class_digests(),
+                "val": self.feed.val.class_digests(),
+            },
             "teacher": self.teacher.identity if self.teacher else None,
             "versions": {"torch": str(torch.__version__)},
         }
@@ -275,8 +280,12 @@ class Run:
         return min(self.errors, key=lambda epoch: self.errors[epoch]) * self.config.steps_per_epoch
 
     def restore(self, path: Path) -> None:
-        """Takes over a checkpoint written on any number of ranks."""
+        """Takes over a checkpoint written on any number of ranks.
+
+        Raises UserError where the data or the teacher are not those that the run began with.
+        """
         payload: dict[str, Any] = load_checkpoint(path)
+        self._check_data(payload)
         if self.teacher and self.teacher.identity != payload["teacher"]:
             raise UserError(
                 f"{self.folder.path}: distill.teacher or its cache is another one than at the "
@@ -284,6 +293,28 @@ class Run:
             )
         self.step.load_state_dict(payload)
         self.first_step, self.errors = payload["step"], dict(payload["errors"])
+
+    def _check_data(self, payload: dict[str, Any]) -> None:
+        """Labels and image ids are positions in the index: other data would permute them."""
+        indices = {"train": self.feed.train, "val": self.feed.val}
+        here = {split: index.class_digests() for split, index in indices.items()}
+        then = payload.get("class_digests")
+        if then is None:  # written by an older harness, which kept the names alone
+            then = {"train": dict.fromkeys(payload.get("class_names", self.feed.train.classes), "")}
+            here = {"train": dict.fromkeys(self.feed.train.classes, "")}
+            if self.world.rank == 0:
+                print(
+                    f"warning: {self.folder.path}: its checkpoint has no digest of the data, so "
+                    "nothing but the class names was compared",
+                    flush=True,
+                )
+        for split, digests in then.items():
+            place = str(indices[split].folder)
+            if difference := first_difference(digests, here[split], "the checkpoint", place):
+                raise UserError(
+                    f"{self.folder.path}: was trained on other data: {difference}; restore the "
+                    "data, or start a new run with another --out"
+                )
 
 
 def choose_checkpoint(

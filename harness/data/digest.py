@@ -61,23 +61,27 @@ def first_difference(
     """Describe the first difference of two results of digests_by_class; None where equal.
 
     Classes come first: "class dog only in US, class eel only in THEM". Where the classes are the
-    same: "class cat differs between US and THEM".
+    same: "the images of class cat differ between US and THEM".
     """
     missing = [(name, us) for name in ours if name not in theirs][:1]
     missing += [(name, them) for name in theirs if name not in ours][:1]
     if missing:
-        return ", ".join(f"{_called(name)} only in {place}" for name, place in missing)
+        return ", ".join(f"{_group(name)} only in {place}" for name, place in missing)
     for number, (name, other) in enumerate(zip(ours, theirs, strict=True)):
         if name != other:
             return f"class {number} is {name} in {us} and {other} in {them}"
     for name, digest in ours.items():
         if digest != theirs[name]:
-            return f"{_called(name)} differs between {us} and {them}"
+            return f"the {_images_of(name)} differ between {us} and {them}"
     return None
 
 
-def _called(name: str) -> str:
+def _group(name: str) -> str:
     return "unlabelled images" if name == UNLABELLED_KEY else f"class {name}"
+
+
+def _images_of(name: str) -> str:
+    return "unlabelled images" if name == UNLABELLED_KEY else f"images of class {name}"
 
 
 def first_differing_file(

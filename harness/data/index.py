@@ -68,8 +68,10 @@ class Index:
 
     def class_digests(self) -> dict[str, str]:
         """Class -> digest of its images (see digests_by_class), unlabelled ones last."""
-        if self.kept_digests is not None:
-            return self.kept_digests
+        return self._computed_digests if self.kept_digests is None else self.kept_digests
+
+    @cached_property
+    def _computed_digests(self) -> dict[str, str]:
         return digests_by_class(self.classes, self.names, self.labels, self.widths, self.heights)
 
     def sizes_of(self, name: str) -> dict[str, tuple[int, int]]:

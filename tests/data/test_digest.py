@@ -132,9 +132,9 @@ def test_a_million_images_take_less_than_a_second() -> None:
         ({"ant": "1", "bee": "0", "dog": "2"}, "class bee only in B"),
         ({"ant": "3", "eel": "2"}, "class dog only in A, class eel only in B"),
         ({"dog": "2", "ant": "1"}, "class 0 is ant in A and dog in B"),
-        ({"ant": "1", "dog": "3"}, "class dog differs between A and B"),
+        ({"ant": "1", "dog": "3"}, "the images of class dog differ between A and B"),
         ({"ant": "1", "dog": "2", UNLABELLED_KEY: "4"}, "unlabelled images only in B"),
-        ({"ant": "3", "dog": "3"}, "class ant differs between A and B"),
+        ({"ant": "3", "dog": "3"}, "the images of class ant differ between A and B"),
     ],
 )
 def test_the_first_difference(theirs: dict[str, str], difference: str | None) -> None:
