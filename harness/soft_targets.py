@@ -25,6 +25,7 @@ from torch import Tensor
 
 from harness.checkpoint import write_atomically
 from harness.config import Config
+from harness.data.digest import first_difference
 from harness.data.index import Index
 from harness.data.loader import Batch, Feed, open_loader
 from harness.data.sampling import Crops, crops
@@ -150,12 +151,12 @@ def write_cache(
     folder, rows = Path(config.distill.cache), Rows(config.data.classes, dtype, top)
     teacher = load_teacher(config, feed.train.classes)
     plan = identify(config, feed, teacher) | asdict(rows) | {"epochs": epochs}
-    plan["loader"] = config.run.loader
+    plan |= {"loader": config.run.loader, "class_digests": feed.train.class_digests()}
     shards = all_shards(epochs, len(feed.train))
     size_mb = epochs * len(feed.train) * rows.type.itemsize / 1e6
     if world.rank == 0:
         print(f"{folder}: {epochs} epochs of {len(feed.train):,} images, {size_mb:,.1f} MB")
-        _begin(folder, plan, size_mb)
+        _begin(folder, plan, size_mb, feed.train)
     cuda = world.device.type == "cuda"
     ranks = world.rank, world.world_size
     sweep = _Sweep(config, feed.train, feed.val, *ranks, feed.micro_batch, cuda)
@@ -179,12 +180,15 @@ def write_cache(
     return folder
 
 
-def _begin(folder: Path, plan: dict[str, Any], size_mb: float) -> None:
+def _begin(folder: Path, plan: dict[str, Any], size_mb: float, train: Index) -> None:
     """Rank 0: plan.json says whose the shards are until the manifest does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (begun := folder / "plan.json").exists():
-            if begun.read_text() != json.dumps(plan, indent=2):
+            held = json.loads(begun.read_text())
+            _check_data(str(folder), held, train)
+            recorded_later = {"class_digests": plan["class_digests"]}
+            if recorded_later | held != json.loads(json.dumps(plan)):
                 raise UserError(f"{folder}: holds another cache; remove it or name another folder")
             return
         if any(folder.iterdir()):
@@ -195,6 +199,15 @@ def _begin(folder: Path, plan: dict[str, Any], size_mb: float) -> None:
         write_atomically(begun, json.dumps(plan, indent=2).encode())
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
+def _check_data(place: str, held: dict[str, Any], train: Index) -> None:
+    """Raises UserError where the plan or manifest `held` records other images than `train`."""
+    if (digests := held.get("class_digests")) is None:  # of an older harness: a checksum alone
+        return
+    difference = first_difference(digests, train.class_digests(), "the cache", str(train.folder))
+    if difference:
+        raise UserError(f"{place}: was made from other data: {difference}; {MAKE_AGAIN}")
 
 
 def _sum_file(folder: Path, shard: Shard) -> Path:
@@ -271,6 +284,7 @@ def open_teacher(config: Config, feed: Feed, world: World) -> AnyTeacher | None:
         return teacher
     folder = Path(config.distill.cache)
     manifest = read_manifest(folder)
+    _check_data(f"distill.cache: {folder}", manifest, feed.train)
     for key, here in identify(config, feed, teacher).items():
         if manifest.get(key) != here:
             raise UserError(

@@ -176,6 +176,30 @@ def test_a_cache_of_another_teacher_is_refused(student, own_cache, capsys):
     assert "is of another teacher (0123, here " in one_line(capsys, "train", path)
 
 
+def test_a_cache_of_other_data_is_refused_with_the_first_difference(
+    student, own_cache, own_digits, capsys
+):
+    first = sorted((own_digits / "train" / "9").iterdir())[0]
+    first.rename(first.with_name("x.png"))
+    root = f"run.data_root={own_digits}"
+    path = student(precision="float64", cache=str(own_cache))
+    difference = f"the images of class 9 differ between the cache and {own_digits}/train"
+    options = ["--epochs", 2, "--dtype", "float32"]
+    for words in (["train", path, root], ["cache", path, root, *options]):
+        assert f"was made from other data: {difference}; make it" in one_line(capsys, *words)
+
+
+def test_a_cache_without_digests_is_still_filled_and_read(student, own_cache, capsys):
+    for file in ("plan.json", "manifest.json"):
+        former = json.loads((own_cache / file).read_text())
+        del former["class_digests"]
+        (own_cache / file).write_text(json.dumps(former, indent=2))
+    path = student(precision="float64", cache=str(own_cache))
+    assert "is of another seed (" in one_line(capsys, "train", path, "seed=2")
+    words = ["cache", str(path), "--epochs", "2", "--dtype", "float32"]
+    assert main(words) == 0  # nothing is computed again
+
+
 def test_a_damaged_cache_is_refused(student, own_cache, tmp_path, capsys):
     path = student(precision="float64", cache=str(own_cache))
     shard = own_cache / all_shards(2, 1437)[1].name
