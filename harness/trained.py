@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from harness.checkpoint import (
     newest_checkpoint,
 )
 from harness.config import Config, config_from_mapping
-from harness.data.index import check_indices, load_index
+from harness.data.index import Index, check_count, check_headers, load_index, some_of
 from harness.data.loader import Batch, Feed, open_loader, resolve_loader, resolve_threads
 from harness.distributed import world_from_environment
 from harness.errors import UserError
@@ -71,9 +72,49 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
     return Trained(config, model, checkpoint, payload.get("class_names", ()))
 
 
+def load_validation(trained: Trained) -> Index:
+    """The validation images, each labelled with the network's class of its folder's name.
+
+    The folder may have some of the network's classes only. Raises UserError where it has others,
+    or is not the data that the config describes.
+    """
+    config = trained.config
+    val = load_index(config.run.data_root, "val")
+    check_count(val, "val_images", config.data.val_images)
+    check_headers(val, skip=False, remedy="mend it")
+    classes = tuple(trained.class_names)
+    if not classes:  # a checkpoint of an older harness
+        if len(val.classes) != config.data.classes:
+            raise UserError(
+                f"{val.folder}: {len(val.classes)} classes, but the network has "
+                f"{config.data.classes}, whose names {trained.checkpoint} does not record; give "
+                "the folders of all of them"
+            )
+        _warn(
+            f"{trained.checkpoint}: records no class names; taken to be those of {val.folder}, "
+            "sorted"
+        )
+        return val
+    known = f"the network's {len(classes)} classes ({some_of(classes)})"
+    for name in val.classes:
+        if name not in classes:
+            raise UserError(
+                f"{val.folder}: class {name} is none of {known}; rename the folder as it was in "
+                "training, or remove it"
+            )
+    if absent := [name for name in classes if name not in val.classes]:
+        _warn(f"{val.folder}: has no images of {some_of(absent)} of {known}")
+    return val.relabelled(classes)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evaluation:
     """Evaluates on the whole validation set, in this one process.
 
+    A validation image's label is the network's class of the name of its folder.
     `predictions`: a CSV file to write, a line an image: path, label, prediction (class names).
     """
     config = trained.config
@@ -81,10 +122,9 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
     if world.world_size > 1:
         raise UserError("harness eval runs in one process; start it without torchrun or srun")
     set_precision(config.run.precision)
-    train, val = load_index(config.run.data_root, "train"), load_index(config.run.data_root, "val")
-    check_indices(train, val, config)
+    val = load_validation(trained)
     channels_last = world.device.type == "cuda"
-    feed = Feed(config, train, val, 0, 1, config.recipe.worker_batch, channels_last)
+    feed = Feed(config, val.without_images(), val, 0, 1, config.recipe.worker_batch, channels_last)
     threads = resolve_threads(config.run.loader_threads, local_ranks=1)
     name = resolve_loader(config.run.loader, world.rank)
     loader = open_loader(config, feed, name, threads, channels_last)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from harness import load_config
-from harness.checkpoint import list_checkpoints, load_checkpoint
+from harness.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from harness.cli import main
 from harness.journal import read_log
 from harness.models import build_model
@@ -54,6 +55,61 @@ def test_eval_of_one_checkpoint_and_its_predictions(run, tmp_path, capsys):
     assert len({row["path"] for row in rows}) == 360
     assert sum(row["label"] == row["prediction"] for row in rows) == result["correct"]
     assert all(row["path"].startswith(f"{row['label']}/") for row in rows)
+
+
+def read_predictions(file):
+    with file.open() as stream:
+        return {row["path"]: row for row in csv.DictReader(stream)}
+
+
+def test_eval_maps_by_class_name(run, own_digits, tmp_path, capsys):
+    """The images of class 0 are in the folder of class 1, so all classes left sort one earlier."""
+    before, after = tmp_path / "before.csv", tmp_path / "after.csv"
+    assert main(["eval", str(run), "--predictions", str(before)]) == 0
+    original = read_predictions(before)
+    for path in list((own_digits / "val" / "0").iterdir()):
+        path.rename(own_digits / "val" / "1" / f"zero-{path.name}")
+    (own_digits / "val" / "0").rmdir()
+    shutil.rmtree(own_digits / "train")  # plays no part
+    capsys.readouterr()
+    words = ["eval", str(run), f"run.data_root={own_digits}", "--predictions", str(after)]
+    assert main([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = read_predictions(after)
+    for path, row in rows.items():
+        was = original[path.replace("1/zero-", "0/")]
+        assert row["label"] == path.split("/")[0]
+        assert row["prediction"] == was["prediction"]
+    assert len(rows) == 360
+    assert json.loads(out)["correct"] == sum(
+        row["label"] == row["prediction"] for row in rows.values()
+    )
+    assert err.startswith("warning: ") and "has no images of 0 of the network's 10 classes" in err
+
+
+@pytest.mark.parametrize("name", ["00", "ten"])  # sorted among the network's classes, and last
+def test_eval_refuses_a_class_that_the_network_does_not_know(run, own_digits, name, capsys):
+    (own_digits / "val" / "9").rename(own_digits / "val" / name)
+    assert main(["eval", str(run), f"run.data_root={own_digits}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"val: class {name} is none of the network's 10 classes (0, 1, 2 and 7 more)" in line
+
+
+def test_eval_of_a_checkpoint_without_class_names_warns(run, own_digits, capsys):
+    path = list_checkpoints(run / "checkpoints")[0]
+    payload = load_checkpoint(path)
+    save_checkpoint(path, payload | {"class_names": []})
+    assert main(["eval", str(run)]) == 0
+    assert "records no class names; taken to be those of" in capsys.readouterr().err
+    shutil.rmtree(own_digits / "val" / "9")
+    for number in range(36):  # as many images as before, of nine classes
+        (own_digits / "val" / "8" / f"x{number}.png").write_bytes(
+            next((own_digits / "val" / "8").iterdir()).read_bytes()
+        )
+    images = len(list((own_digits / "val").glob("*/*")))
+    assert images == 360
+    assert main(["eval", str(run), f"run.data_root={own_digits}"]) == 2
+    assert "val: 9 classes, but the network has 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

@@ -8,7 +8,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -84,6 +84,18 @@ class Index:
             for i in images
         }
 
+    def relabelled(self, classes: Sequence[str]) -> Index:
+        """The same images with the positions in `classes`, which holds all of theirs, as labels."""
+        labels = np.array([classes.index(name) for name in self.classes], dtype=np.int64)
+        return replace(self, classes=tuple(classes), labels=labels[self.labels], kept_digests=None)
+
+    def without_images(self) -> Index:
+        """The same classes, of no images."""
+        arrays = {
+            name: getattr(self, name)[:0] for name in ("names", "labels", "widths", "heights")
+        }
+        return replace(self, **arrays, kept_digests=None)
+
     @cached_property
     def folders(self) -> tuple[Path, ...]:
         """By label; that of the label UNLABELLED (-1) is the last."""
@@ -133,8 +145,8 @@ def load_indices(config: Config) -> tuple[Index, Index]:
     if data.unlabelled_images == 0:
         return train, val
     unlabelled = load_unlabelled(root)
-    _check_count(unlabelled, "unlabelled_images", data.unlabelled_images)
-    _check_headers(unlabelled, data.on_bad_image == "skip")
+    check_count(unlabelled, "unlabelled_images", data.unlabelled_images)
+    check_headers(unlabelled, data.on_bad_image == "skip")
     both = [(getattr(train, a), getattr(unlabelled, a)) for a in ("names", "widths", "heights")]
     names, widths, heights = map(np.concatenate, both)
     labels = np.concatenate([train.labels, np.full(len(unlabelled), UNLABELLED)])
@@ -162,12 +174,12 @@ def check_indices(train: Index, val: Index, config: Config) -> None:
         (train, "train_images", data.train_images),
         (val, "val_images", data.val_images),
     ):
-        _check_count(index, key, expected)
+        check_count(index, key, expected)
     if train.classes != val.classes:
         only_train = sorted({*train.classes} - {*val.classes})
         only_val = sorted({*val.classes} - {*train.classes})
         parts = [
-            f"{_some(names)} only in {index.folder}"
+            f"{some_of(names)} only in {index.folder}"
             for names, index in ((only_train, train), (only_val, val))
             if names
         ]
@@ -180,10 +192,11 @@ def check_indices(train: Index, val: Index, config: Config) -> None:
             f"complete the folder or set data.classes={len(train.classes)}"
         )
     for index, skip in ((train, data.on_bad_image == "skip"), (val, False)):
-        _check_headers(index, skip, "mend it" if index is val else MEND_OR_SKIP)
+        check_headers(index, skip, "mend it" if index is val else MEND_OR_SKIP)
 
 
-def _check_count(index: Index, key: str, expected: int) -> None:
+def check_count(index: Index, key: str, expected: int) -> None:
+    """Raises UserError where an index does not have as many images as data.`key` says."""
     if len(index) != expected:
         raise UserError(
             f"{index.folder}: {len(index)} images, but data.{key} is {expected}; "
@@ -191,7 +204,8 @@ def _check_count(index: Index, key: str, expected: int) -> None:
         )
 
 
-def _check_headers(index: Index, skip: bool, remedy: str = MEND_OR_SKIP) -> None:
+def check_headers(index: Index, skip: bool, remedy: str = MEND_OR_SKIP) -> None:
+    """Raises UserError, with the `remedy`, for the first image without a header, but for `skip`."""
     bad = np.flatnonzero(index.widths == 0)
     if len(bad) and not skip:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -200,7 +214,8 @@ def _check_headers(index: Index, skip: bool, remedy: str = MEND_OR_SKIP) -> None
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -245,7 +260,7 @@ def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Index
     names = {name: image_names(folder / name) for name in changed_ns}
     if empty := [name for name, found in names.items() if not found]:
         raise UserError(
-            f"{folder}: no images ({', '.join(SUFFIXES)}) in class {_some(empty)}; "
+            f"{folder}: no images ({', '.join(SUFFIXES)}) in class {some_of(empty)}; "
             "add some or remove the folder"
         )
     flat = [os.fsencode(name) for found in names.values() for name in found]
