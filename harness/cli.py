@@ -223,6 +223,7 @@ def _train(options: argparse.Namespace) -> int:
     from harness.stages import load_stages
 
     stages = load_stages(options.config, options.overrides)  # a mistake is told before torch loads
+    from harness.config import NO_EXPECTATION
     from harness.distributed import lost_rank
     from harness.interrupt import Stopped
     from harness.train import train_stages
@@ -253,10 +254,9 @@ def _train(options: argparse.Namespace) -> int:
             print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
         raise
     if first:
+        print(f"error {result.headline}")
         expect = result.config.expect
-        spread = f" ± {expect.std}" if expect.std is not None else ""
-        print(f"error {result.error:.2f} % (median of the final 5 epochs)")
-        print(f"expected {expect.error}{spread} % ({expect.source})")
+        print(f"expected {expect}" if expect else NO_EXPECTATION)
         print(f"run folder {result.folder}", flush=True)
     return FINISHED
 

@@ -7,7 +7,8 @@ never corrects itself: every mistake is a ConfigError of one line that names fil
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +41,7 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
 
 # steps of run.profile_steps: before those that are timed, and traced after them at most
 PROFILE_WARM_UP, PROFILE_TRACED = 5, 3
+NO_EXPECTATION = "no expectation for this recipe"
 SMALL_RESNETS = ("resnet8", "resnet20", "resnet32", "resnet56")
 
 
@@ -68,8 +70,19 @@ class Expect(Section):
     """The error to be met, in %, with its spread and where the figure comes from."""
 
     error: Annotated[float, Field(ge=0, le=100)]
-    std: NotNegative | None = None
+    std: NotNegative | None = None  # over `runs`, n - 1; a verdict needs both
+    runs: Count | None = None
     source: Text
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.std is not None and self.runs == 1:
+            yield "std: one run has none; remove it, or give the runs that it is over"
+
+    def __str__(self) -> str:
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        runs = "" if self.runs is None else f"{self.runs} run{'s' * (self.runs != 1)}, "
+        return f"{self.error:.2f}{spread} % ({runs}{self.source})"
 
 
 class Data(Section):
@@ -218,7 +231,7 @@ class Config(Section):
     """A whole config, checked; the sections and keys are those of the YAML file."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    expect: Expect
+    expect: Expect | None = None
     data: Data
     model: Model
     recipe: Recipe
@@ -279,6 +292,8 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads the YAML file at `path`, with `section.key=value` overrides.
 
+    The file's `expect` is for the file's recipe: where the overrides make another one and do not
+    say what is then expected, the config expects nothing.
     Raises ConfigError for a file that cannot be read, broken YAML and every broken rule.
     """
     try:
@@ -295,7 +310,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise config_error("command line", [f"{twice}: given twice; give it once"])
     source = f"{path} + command line" if overrides else str(path)
-    return config_from_mapping(mapping, source, overrides)
+    config = config_from_mapping(mapping, source, overrides)
+    return keep_expectation(config, overrides, partial(config_from_mapping, mapping, source))
+
+
+def keep_expectation(
+    config: Config, overrides: Sequence[str], stated: Callable[[Sequence[str]], Config]
+) -> Config:
+    """`config`, without its `expect` where `overrides` make another recipe of the one it is for.
+
+    `stated` loads the config without `overrides`, but those of `run:` that it is given. Seed and
+    `run:` may differ. An override of `expect` itself speaks for the recipe as overridden.
+    """
+    changed = {override.partition("=")[0].partition(".")[0] for override in overrides}
+    if "expect" in changed or changed <= {"seed", "run"}:
+        return config
+    try:
+        before = stated([override for override in overrides if override.startswith("run.")])
+    except ConfigError:
+        before = None  # no config without the overrides, so they are part of the recipe
+    if before is None or curve_differences(before, config.model_copy(update={"seed": before.seed})):
+        return config.model_copy(update={"expect": None})
+    return config
 
 
 def config_from_mapping(

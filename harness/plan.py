@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harness.config import Config
+from harness.config import NO_EXPECTATION, Config, Expect
 from harness.errors import UserError
 from harness.lr_picture import COLUMNS, draw_lr
 from harness.models import build_model
@@ -19,7 +19,7 @@ from harness.prediction import Hardware, predict, render_prediction
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
-from harness.recipe.schedule import lr_at, peak_lr, warmup_steps
+from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr, warmup_steps
 from harness.stages import Stage
 
 FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
@@ -45,11 +45,8 @@ def make_plan(
             raise UserError(f"--lr-at {step}: not a step of this run; its steps are 0 to {last}")
     plan = {
         "model": config.model.name,
-        "expect": {
-            "error": config.expect.error,
-            "std": config.expect.std,
-            "source": config.expect.source,
-        },
+        "expect": config.expect and config.expect.model_dump(mode="json"),
+        "final_epochs": [*final_epochs(config)],  # whose median validation error is the run's
         **_plan_steps(config),
         **_plan_distillation(config, teachers),
         **_plan_ranks(config, ranks),
@@ -242,16 +239,17 @@ def render_plan(plan: dict[str, Any]) -> str:
 
 
 def _summary(plan: dict[str, Any]) -> list[str]:
-    expect = plan["expect"]
-    std = "" if expect["std"] is None else f" ± {expect['std']:.2f}"
+    expect = f"error {Expect(**plan['expect'])}" if plan["expect"] else NO_EXPECTATION
     return [
         f"model        {plan['model']}, {plan['epochs']} epochs of {plan['images']:,} images",
-        f"expected     error {expect['error']:.2f}{std} % ({expect['source']})",
+        f"expected     {expect}",
+        f"             a run's error: {error_rule(plan['final_epochs'])}",
         f"minibatch    k = {_count(plan['workers'], 'worker')}, "
         f"n = {_count(plan['worker_batch'], 'image')} each: "
         f"kn = {plan['minibatch']:,} images",
         f"ranks        {_ranks_line(plan)}",
-        *["             unless the run finds another size faster"] * plan["micro_batch_measured"],
+        *["             unless the run measures another size as faster, and rounds otherwise"]
+        * plan["micro_batch_measured"],
         f"steps        {plan['steps_per_epoch']:,} an epoch, {plan['total_steps']:,} in all",
         f"images       {plan['images_used_per_epoch']:,} used in an epoch, "
         f"{plan['images_unused_per_epoch']:,} left over (others each time)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,13 +29,12 @@ from harness.interrupt import ASK_EVERY_S, StopRequest
 from harness.journal import Journal, read_lines
 from harness.profiling import Profile
 from harness.provenance import code_changes, code_record
-from harness.recipe.schedule import lr_at
+from harness.recipe.schedule import final_epochs, lr_at
 from harness.run_folder import RunFolder
 from harness.step import Step
 from harness.teacher import AnyTeacher
 from harness.watchdog import Doing, Watchdog
 
-FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
 OVERFLOWS_IN_ROW = 20  # float16: from 65536 the scale has then fallen below 1
 
 
@@ -169,8 +167,8 @@ class Run:
     def evaluation_is_due(self, done: int) -> bool:
         """After every `evaluate_every_epochs`, and after each epoch that the error is made of."""
         epoch = done // self.config.steps_per_epoch
-        final = epoch > self.config.recipe.epochs - FINAL_EPOCHS
-        return final or epoch % self.config.run.evaluate_every_epochs == 0
+        every = self.config.run.evaluate_every_epochs
+        return epoch in final_epochs(self.config) or epoch % every == 0
 
     def evaluate(self, done: int) -> None:
         """Evaluates with the running statistics of all workers. Synchronises."""
@@ -198,13 +196,6 @@ class Run:
         missing = epoch > 0 and rest == 0 and epoch not in self.errors
         if missing and self.evaluation_is_due(self.first_step):
             self.evaluate(self.first_step)
-
-    def final_error(self) -> float:
-        """Median validation error in % over the final 5 epochs."""
-        epochs = self.config.recipe.epochs
-        return statistics.median(
-            error for epoch, error in self.errors.items() if epoch > epochs - FINAL_EPOCHS
-        )
 
     def checkpoint_is_due(self) -> bool:
         """Rank 0's clock decides; the ranks agree on it."""

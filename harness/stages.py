@@ -43,6 +43,9 @@ def load_stages(
     own = [override for override in overrides if not override.startswith(TEACHERS)]
     theirs = [o.removeprefix(TEACHERS) for o in overrides if o.startswith(TEACHERS)]
     config = load_config(path, own)
+    if changes_teacher(theirs) and not any(o.startswith("expect") for o in own):
+        # a student's expected error is for the teacher that its file names
+        config = config.model_copy(update={"expect": None})
     stage = Stage(str(path), config, tuple(own))
     teacher = config.distill.teacher_config if config.distill else None
     if teacher is None:
@@ -52,6 +55,13 @@ def load_stages(
     typed = set(map(_key, theirs))
     machine = [o for o in own if o.startswith("run.") and _key(o) not in typed]
     return [*load_stages(teacher, machine + theirs, [*students, Path(path).resolve()]), stage]
+
+
+def changes_teacher(overrides: Sequence[str]) -> bool:
+    """Whether any of `overrides`, with or without `teacher.`, is one of a teacher's recipe."""
+    keys = [_key(override).split(".") for override in overrides]
+    sections = {next((part for part in parts if part != "teacher"), "") for parts in keys}
+    return not sections <= {"run", "seed", "expect"}
 
 
 def _key(override: str) -> str:

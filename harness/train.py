@@ -28,6 +28,7 @@ from harness.distributed import (
 )
 from harness.errors import FAILED, STOPPED, RunFailed, UserError
 from harness.graph_trial import try_graphs
+from harness.headline import Headline, headline, read_headline
 from harness.host_memory import keep_freed_memory
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
@@ -45,11 +46,16 @@ from harness.watchdog import Doing, Watchdog
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run. `error`: median top-1 error in % over the final 5 epochs."""
+    """The end of a run."""
 
-    error: float
+    headline: Headline
     folder: Path
     config: Config
+
+    @property
+    def error(self) -> float:
+        """Top-1 validation error in %, the median over the final epochs (`headline.rule`)."""
+        return self.headline.error
 
 
 def run_steps(run: Run) -> None:
@@ -193,7 +199,7 @@ def finished_result(folder: RunFolder, config: Config) -> Result | None:
         return None
     if curve_differences(load_config(folder.path / "config.yaml"), config):
         return None  # refused, with the keys, when the folder is checked
-    return Result(status["error"], folder.path, config)
+    return Result(read_headline(folder.path, status), folder.path, config)
 
 
 def prepare(config: Config, world: World) -> tuple[Feed, Config]:
@@ -231,8 +237,9 @@ def settle_micro_batch(
 
     Sets it in `step` and `feed`.
     """
-    images = first_ranks(kept, control)
+    images, how = first_ranks(kept, control), "as recorded by this run"
     if images is None:
+        how = "measured as the fastest"
         images = fastest_micro_batch(
             step,
             feed.minibatch,
@@ -242,6 +249,12 @@ def settle_micro_batch(
         )
     feed.use_micro_batch(images)
     step.micro_batches = len(feed.micro_batches)
+    if world.rank == 0:
+        print(
+            f"micro-batch  {feed.micro_batch} images a rank, {how}; rounding, and with it the "
+            f"error, depends on it: repeat with run.micro_batch={feed.micro_batch}",
+            flush=True,
+        )
     run = config.run.model_copy(update={"micro_batch": feed.micro_batch})
     return config.model_copy(update={"run": run})
 
@@ -271,13 +284,15 @@ def run_to_the_end(run: Run, resume_command: str) -> Result:
             run.evaluate_teacher()
             run.evaluate_if_missing()
             run_steps(run)
-            error = run.final_error()
+            result = headline(run.config, run.errors)
             if (saved := run.saved(total_steps)) != "checkpoint written":
-                raise RunFailed(f"error {error:.2f} %, but {saved}; make room and resume")
+                raise RunFailed(f"error {result.error:.2f} %, but {saved}; make room and resume")
             run.remove_surplus_checkpoints()
-            run.journal.event("finish", total_steps, error=error)
-        record("finished", step=total_steps, error=error, expected=run.config.expect.error)
-        return Result(error, run.folder.path, run.config)
+            run.journal.event("finish", total_steps, **result.as_mapping())
+        expect = run.config.expect
+        expected = None if expect is None else expect.error
+        record("finished", step=total_steps, **result.as_mapping(), expected=expected)
+        return Result(result, run.folder.path, run.config)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from harness.data.child_process import PR_SET_PDEATHSIG
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from launch.cluster import RANK_VARIABLES
 from launch.records import Record, read_records, records_folder, write_records
-from launch.status import tail
+from launch.status import finished_error, tail
 from launch.task import BAD_LINE, read_status
 from launch.wanted import Wanted
 
@@ -101,7 +101,7 @@ class Child:
         code, status = self.process.returncode, read_status(self.wanted.run)
         if code == FINISHED or (self.told and status.get("state") == "finished"):
             took = timedelta(seconds=round(time.monotonic() - self.begun_s))
-            return "finished", f"error {status['error']:.2f} %, in {took}"
+            return "finished", f"{finished_error(self.wanted.run, status)}, in {took}"
         if code == STOPPED:
             return "stopped", status.get("reason", "")
         if code == -signal.SIGTERM and self.told:  # the harness had not yet taken the signal over

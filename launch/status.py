@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.config import NO_EXPECTATION
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
+from harness.headline import read_headline
 from harness.provenance import recorded_code_changes
 from launch.job import CANNOT_WRITE, WAITING, Job, Silent, find_job
 from launch.records import Record, read_records, records_folder
@@ -37,8 +39,7 @@ def state_of(record: Record) -> tuple[State, Job | None, dict[str, Any]]:
     status = read_status(Path(record.run))
     job = find_job(record.job_id) if record.host is None else None
     if status.get("state") == "finished":
-        expected = f" (expected {status['expected']})" if "expected" in status else ""
-        return State("finished", f"error {status['error']:.2f} %{expected}"), job, status
+        return State("finished", finished_error(Path(record.run), status)), job, status
     if job is not None and job.active:
         return _under_way(record, job, status), job, status
     if record.host is not None and (here := _state_here(record, status)):
@@ -48,6 +49,13 @@ def state_of(record: Record) -> tuple[State, Job | None, dict[str, Any]]:
     if status.get("state") == "stopped" and (job is None or job.exit_code in (FINISHED, STOPPED)):
         return State("stopped", f"{status['reason']}; submit it again to go on"), job, status
     return State("failed", _why_failed(record, job, status)), job, status
+
+
+def finished_error(run: Path, status: dict[str, Any]) -> str:
+    """A finished run's error, the epochs it is of, and what is expected."""
+    expected = status.get("expected")
+    beside = NO_EXPECTATION if expected is None else f"expected {expected:.2f} %"
+    return f"error {read_headline(run, status)}, {beside}"
 
 
 def _under_way(record: Record, job: Job, status: dict[str, Any]) -> State:

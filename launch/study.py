@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from harness.config import Expect, Section, Text, load_config
+from harness.config import Config, Expect, Section, Text, keep_expectation, load_config
 from harness.config_errors import config_error, found
-from harness.stages import TEACHERS
+from harness.stages import TEACHERS, changes_teacher
 from launch.cluster import Cluster, Whole, read_mapping, validate, with_cluster
 from launch.wanted import Wanted, with_teachers
 
@@ -69,6 +69,18 @@ def study_folder(path: str | Path, root: str | Path = "runs") -> Path:
     return Path(root) / "studies" / Path(path).stem
 
 
+def _expecting(run: Wanted, base: str, variant: Variant, typed: Sequence[str]) -> Config:
+    """The run's config, without its `expect` where `typed` changes the recipe of the variant."""
+    theirs = [override for override in typed if override.startswith(TEACHERS)]
+    own = [override for override in typed if override not in theirs]
+    if changes_teacher(theirs) and not any(override.startswith("expect") for override in own):
+        return run.config.model_copy(update={"expect": None})
+    stated = variant.overrides()
+    if run.teacher is not None:
+        stated.append(f"distill.teacher={run.teacher.run}")
+    return keep_expectation(run.config, own, lambda machine: load_config(base, [*stated, *machine]))
+
+
 def study_runs(
     path: str | Path, folder: Path, typed: Sequence[str] = (), cluster: Cluster | None = None
 ) -> list[Wanted]:
@@ -86,6 +98,7 @@ def study_runs(
         for name, variant in variants.items():
             overrides = (f"seed={seed}", *variant.overrides(), *typed)
             run = with_teachers(study.base, overrides, root, load)
+            config = _expecting(run, study.base, variant, typed)
             place = folder / name / f"{seed}"
-            runs.append(replace(run, name=f"{name}-{seed}", run=place, typed=own))
+            runs.append(replace(run, name=f"{name}-{seed}", run=place, config=config, typed=own))
     return runs

@@ -52,7 +52,10 @@ def with_teachers(
         run, typed = root / stage.folder.relative_to("runs"), stage.overrides
         if last is not None:
             typed = (*typed, f"distill.teacher={last.run}")
-        last = Wanted(run.name, run, load(stage.path, typed), typed, last)
+        config = load(stage.path, typed)
+        # the teacher is the stage's own, now by its folder: what is expected stays
+        config = config.model_copy(update={"expect": stage.config.expect})
+        last = Wanted(run.name, run, config, typed, last)
     assert last is not None  # a config is a stage
     return last
 

@@ -58,7 +58,7 @@ def refused(load, tmp_path):
 def test_omitted_keys_take_the_documented_defaults(load):
     assert load(SMALLEST).model_dump(mode="json") == {
         "seed": 1,
-        "expect": {"error": 5.0, "std": None, "source": "here"},
+        "expect": {"error": 5.0, "std": None, "runs": None, "source": "here"},
         "data": {
             "train_images": 100000,
             "val_images": 100,
@@ -150,7 +150,7 @@ def test_the_message_names_file_key_and_nearest_key(refused):
         "x.yaml: recipe.minibach: unknown key, did you mean recipe.minibatch? (and 1 more)"
     )  # the other one: recipe.minibatch is missing
     assert refused("seed: 1\n") == (
-        "x.yaml: expect: missing, and has no default; add it (and 3 more)"  # data, model, recipe
+        "x.yaml: data: missing, and has no default; add it (and 2 more)"  # model, recipe
     )
 
 
@@ -206,15 +206,52 @@ def test_null_takes_a_key_out_of_the_file(load):
     for key, part in (
         ("recipe.warmup=none", "warmup_epochs: has no meaning with warmup: none"),
         ("recipe.warmup_epoch=null", "warmup_epoch: unknown key"),
-        ("expect=null", "expect: missing"),
     ):
         with pytest.raises(ConfigError, match=part):
             load(text, key)
 
 
 def test_a_stored_config_names_its_source():
-    with pytest.raises(ConfigError, match=r"^step 5's config: expect: missing"):
+    with pytest.raises(ConfigError, match=r"^step 5's config: data: missing"):
         config_from_mapping({"seed": 1}, "step 5's config")
+
+
+# --- what is expected, and of what --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expects"),
+    [
+        ([], True),
+        (["seed=7", "run.micro_batch=32", "run.device=cpu"], True),
+        (["recipe.epochs=90", "recipe.nesterov=true", "data.flip=true"], True),  # as they are
+        (["recipe.epochs=91"], False),
+        (["recipe.weight_decay=0", "seed=2"], False),
+        (["data.crop=128"], False),
+        (["model.last_gamma=1"], False),
+        (["distill={teacher: t.pt, teacher_model: resnet50}"], False),
+        (["recipe.epochs=91", "expect.error=4"], True),  # said for this recipe
+        (["expect=null"], False),
+    ],
+)
+def test_an_expectation_is_for_the_recipe_of_its_file(load, overrides, expects):
+    assert (load(SMALLEST, *overrides).expect is not None) is expects
+
+
+def test_a_file_that_needs_its_overrides_states_no_expectation(load):
+    no_epochs = SMALLEST.replace(", epochs: 90", "")
+    assert no_epochs != SMALLEST and load(no_epochs, "recipe.epochs=90").expect is None
+    odd_machine = SMALLEST + "run: {micro_batch: 33}\n"
+    assert load(odd_machine, "run.micro_batch=64", "recipe.epochs=90").expect is not None
+
+
+def test_the_expectation_is_optional_and_counts_its_runs(load, refused):
+    without = "\n".join(line for line in SMALLEST.splitlines() if not line.startswith("expect"))
+    assert load(without).expect is None and load(dump_config(load(without))) == load(without)
+    expect = load(SMALLEST, "expect.std=0.5", "expect.runs=5").expect
+    assert str(expect) == "5.00 ± 0.50 % (5 runs, here)"
+    assert "expect.std: one run has none" in refused(SMALLEST, "expect.std=0.5", "expect.runs=1")
+    assert "expect.runs: expected at least 1" in refused(SMALLEST, "expect.runs=0")
 
 
 # --- dump, compare, place -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ def refusal(*overrides):
         ("model.minibatch=64", "model.minibatch: unknown key, did you mean recipe.minibatch?"),
         ("minibatch=64", "minibatch: unknown key, did you mean recipe.minibatch?"),
         ("recip.minibatch=64", "recip: unknown key, did you mean recipe?"),
-        ("expect.zzz=1", "expect.zzz: unknown key; known here: error, std, source"),
+        ("expect.zzz=1", "expect.zzz: unknown key; known here: error, std, runs, source"),
         ("run={1: 2}", "run.1: expected a word as a key, found 1"),
         ("recipe.minibatch=64.0", "recipe.minibatch: expected a whole number, found 64.0"),
         ("recipe.minibatch='64'", "recipe.minibatch: expected a whole number, found '64'"),

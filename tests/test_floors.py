@@ -23,7 +23,7 @@ FLOORS = [
     ["evaluate", "micro_batch"],
     ["graph_trial"],
     ["journal"],
-    ["trained", "profiling"],
+    ["trained", "profiling", "headline"],
     ["teacher"],
     ["run", "soft_targets"],
     ["train"],

@@ -94,7 +94,8 @@ def test_paper_in_words(paper: dict) -> None:
         "8 (8 × 32 workers), a step in at most 4 micro-batches of at most 256",  # 32 * 32 = 4 * 256
         "156 an epoch, 14,040 in all",
         "0.1 × 8192/256 = 3.2",
-        "error 23.74 ± 0.09 % (arXiv 1706.02677v2, table 1)",
+        "error 23.74 ± 0.09 % (5 runs, arXiv 1706.02677v2, table 1)",
+        "a run's error: median of epochs 86 to 90",
         "53 of 53 BN layers undecayed",
         "16 of 16 last γ zero",
         "fc weight std 0.0100",
@@ -180,6 +181,10 @@ def test_digits() -> None:
     assert plan["batch_norms"] == plan["batch_norms_undecayed"]
     assert [check["what"] for check in plan["checks"] if not check["ok"]] == []
     assert "error 3.00 % (upper bound, measured here)" in render_plan(plan)
+    assert plan["final_epochs"] == [28, 29, 30]  # after the last milestone
+    nothing = make_plan(digits().model_copy(update={"expect": None}), ranks=1)
+    assert nothing["expect"] is None
+    assert "expected     no expectation for this recipe" in render_plan(nothing)
 
 
 def test_last_gamma_one_is_legal_and_said() -> None:

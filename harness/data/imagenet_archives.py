@@ -71,10 +71,8 @@ def read_devkit(path: Path) -> DevKit:
 
 def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, int]]:
     """WNID by ILSVRC2012_ID and number of training images by WNID, of the 1000 classes only."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise UserError("ImageNet's labels need scipy: pip install '.[quickstart]'") from error
+    from scipy.io import loadmat  # takes half a second to import
+
     try:
         synsets = loadmat(io.BytesIO(meta))["synsets"].ravel()
         # inner nodes of the WordNet tree are in the file too: only leaves are classes

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harness.config import Config, Recipe
+
+FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
 
 
 def peak_lr(recipe: Recipe) -> float:
@@ -50,3 +53,27 @@ def lr_at(config: Config, step: int) -> float:
     # section 5.1: "reduced by 1/10 at the 30-th, 60-th, and 80-th epoch", warm-up epochs included
     passed = sum(step >= epoch * config.steps_per_epoch for epoch in recipe.milestones)
     return peak * recipe.decay_factor**passed
+
+
+def final_epochs(config: Config) -> range:
+    """The epochs, counted from 1, whose median validation error is the run's error.
+
+    Section 5.1 takes the final 5, all of which the paper trains at the final learning rate. In a
+    shorter run some of them may come before the last milestone, at many times the error of the
+    end, so only those are taken that were trained entirely at the final learning rate; where it
+    changes up to the end (cosine, a warm-up that is the whole run), the last epoch alone.
+    """
+    recipe = config.recipe
+    settled = warmup_steps(recipe, 1)  # epochs after which the learning rate stays
+    if recipe.decay == "cosine":
+        settled = recipe.epochs
+    elif recipe.milestones and recipe.decay_factor < 1:
+        settled = max(settled, recipe.milestones[-1])
+    before = max(settled, recipe.epochs - FINAL_EPOCHS)
+    return range(min(before, recipe.epochs - 1) + 1, recipe.epochs + 1)
+
+
+def error_rule(epochs: Sequence[int]) -> str:
+    """How the error is made of `epochs`: `median of epochs 28 to 30`, or `epoch 12` for one."""
+    first, last = epochs[0], epochs[-1]
+    return f"epoch {last}" if first == last else f"median of epochs {first} to {last}"

@@ -111,10 +111,9 @@ def _sweep(sweep: Sequence[Group], name: str, colour: int) -> Iterator[Series]:
     yield Series(f"{name}, line", "", numbers, colour, "line", x, y, told=("",) * len(x))
     for group, kn, mean in zip(sweep, x, y, strict=True):
         expect, runs = group.expect, len(group.errors)
-        for kind, error, std, source in (
-            ("expected", expect.error, expect.std, expect.source),
-            (name, mean, group.std, f"{runs} run{'s' if runs > 1 else ''}"),
-        ):
+        points = [("expected", expect.error, expect.std, expect.source)] if expect else []
+        points.append((name, mean, group.std, f"{runs} run{'s' if runs > 1 else ''}"))
+        for kind, error, std, source in points:
             expected, bar = kind == "expected", std or 0.0
             yield Series(
                 f"{group.label}, {kind}",

@@ -1,4 +1,4 @@
-"""Runs that differ by their seed only, and how their error compares with what is expected."""
+"""Runs that differ by their seed only, and their error beside the expected one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config import Config, Expect
+from harness.recipe.schedule import error_rule, final_epochs
 from harness.report.runs import RecordedRun
 
 SHORT = {"recipe.minibatch": "kn", "recipe.worker_batch": "n", "model.name": ""}
@@ -29,7 +30,7 @@ class Group:
         return self.runs[0].config
 
     @property
-    def expect(self) -> Expect:
+    def expect(self) -> Expect | None:
         return self.config.expect
 
     @property
@@ -50,22 +51,14 @@ class Group:
     @property
     def difference(self) -> float | None:
         """Mean error less the expected one, in points."""
-        return None if self.mean is None else self.mean - self.expect.error
+        if self.mean is None or self.expect is None:
+            return None
+        return self.mean - self.expect.error
 
     @property
-    def spread(self) -> float | None:
-        """The sum of both standard deviations: within it, the two intervals overlap."""
-        known = [std for std in (self.std, self.expect.std) if std is not None]
-        return sum(known) if known else None
-
-    @property
-    def verdict(self) -> str:
-        """within, lower or higher; "" where there is nothing to compare or no spread is known."""
-        if self.difference is None or self.spread is None:
-            return ""
-        if abs(self.difference) <= self.spread + 1e-9:
-            return "within"
-        return "lower" if self.difference < 0 else "higher"
+    def rule(self) -> str:
+        """Which epochs a run's error is of, such as `median of epochs 86 to 90`."""
+        return error_rule(final_epochs(self.config))
 
 
 def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:

@@ -116,6 +116,12 @@ def _warnings(run: RecordedRun) -> Iterator[Happening]:
     if run.overflows:
         updates = _count(run.overflows, "update")
         yield Happening("warning", f"float16 overflowed: {updates} skipped")
+    if run.headline is not None and run.error is None:
+        yield Happening(
+            "warning",
+            f"its recorded error, {run.headline}, is of other epochs than those that count now, "
+            "and its log lacks an evaluation to compute it from",
+        )
     if off := _lr_off(run):
         yield Happening("warning", off)
     if str(run.environment.get("git_commit")).endswith("-dirty"):

@@ -19,15 +19,16 @@ from harness.report.groups import Group, flat_config
 from harness.report.happenings import Happening, duration, happenings
 from harness.report.runs import RecordedRun
 from harness.report.svg import STYLE, draw, look, plot_data
+from harness.report.verdicts import Verdict, verdicts
 
 HERE = Path(__file__).parent
 NAMED_AT_MOST = 6  # runs in a table's cell
 EACH_ITS_OWN = ("seed", "command")  # told in the tables, but no difference worth a mark
 VERDICTS = {
-    "within": "within the spread",
-    "lower": "below the spread",
-    "higher": "above the spread",
-    "": "no spread known",
+    "within": "no difference shown",
+    "lower": "lower than expected",
+    "higher": "higher than expected",
+    "": "",
 }
 TRACK = 130  # px, the width of a row's picture
 
@@ -59,7 +60,7 @@ def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str
         lstrip_blocks=True,
     )
     environment.globals |= {"draw": draw, "look": look, "name": run_name, "duration": duration}
-    runs = _in_order(groups)
+    runs, found_verdicts = _in_order(groups), verdicts(groups)
     config = table({n: flat_config(run.config) for n, _, run in runs}, groups)
     machine = table({n: flat_environment(run) for n, _, run in runs}, groups)
     return environment.get_template("page.html").render(
@@ -68,12 +69,15 @@ def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str
         version=__version__,
         states=_states([run for _, _, run in runs]),
         groups=groups,
-        answers=[answer(group, groups) for group in groups],
+        answers=[
+            answer(group, verdict, groups)
+            for group, verdict in zip(groups, found_verdicts, strict=True)
+        ],
         scale=_scale(groups),
         sections=found,
         runs=[run_row(number, group, run) for number, group, run in runs],
-        summary=summary(groups),
-        source=_distinct([group.expect.source for group in groups]),
+        summary=summary(found_verdicts),
+        source=_distinct([_source(group) for group in groups]),
         happened=_happened(groups),
         differing=[row for row in (*config, *machine) if row.marked],
         config=config,
@@ -99,17 +103,15 @@ def _happened(groups: Sequence[Group]) -> list[tuple[str, list[Happening]]]:
     return [(_named(numbers, groups), what[key]) for key, numbers in told.items()]
 
 
-def summary(groups: Sequence[Group]) -> str:
+def summary(found: Sequence[Verdict]) -> str:
     """The answer in a sentence."""
-    verdicts = [group.verdict for group in groups if group.verdict]
-    if not verdicts:
-        return "No finished run to compare with what is expected."
-    parts = [f"{verdicts.count('within')} of {len(groups)} within the spread of what is expected"]
-    for verdict, where in (("lower", "below"), ("higher", "above")):
-        if count := verdicts.count(verdict):
-            parts.append(f"{count} {where}")
-    if open_ := len(groups) - len(verdicts):
-        parts.append(f"{open_} not to be compared yet")
+    kinds = [verdict.kind for verdict in found if verdict.kind]
+    if not kinds:
+        return "No error can be tested against what is expected."
+    parts = [f"{kinds.count('within')} of {len(found)} show no difference to what is expected"]
+    parts += [f"{kinds.count(k)} {k}" for k in ("lower", "higher") if k in kinds]
+    if untested := len(found) - len(kinds):
+        parts.append(f"{untested} not tested")
     return ", ".join(parts) + "."
 
 
@@ -123,7 +125,7 @@ def _states(runs: Sequence[RecordedRun]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
-def answer(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+def answer(group: Group, verdict: Verdict, groups: Sequence[Group]) -> dict[str, Any]:
     """A row of the table at the top, as text."""
     recipe, runs = group.config.recipe, group.runs
     speeds = [run.images_per_s for run in runs if run.images_per_s]
@@ -133,11 +135,13 @@ def answer(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "group": group,
         "error": "–" if group.mean is None else measured(group.mean, group.std),
         "runs": f"{len(group.errors)} of {len(runs)}",
-        "expected": measured(group.expect.error, group.expect.std),
-        "source": group.expect.source,
+        "rule": group.rule,
+        "expected": _expected(group),
+        "source": _source(group),
         "difference": "–" if difference is None else f"{difference:+.2f}".replace("-", "−"),
-        "verdict": "" if difference is None else VERDICTS[group.verdict],
-        "kind": group.verdict,
+        "verdict": VERDICTS[verdict.kind],
+        "kind": verdict.kind,
+        "basis": verdict.basis,
         "picture": _picture(group, groups),
         "minibatch": f"{recipe.minibatch:,}",
         "workers": f"{group.config.workers:,} × {recipe.worker_batch}",
@@ -148,21 +152,32 @@ def answer(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
+def _expected(group: Group) -> str:
+    return measured(group.expect.error, group.expect.std) if group.expect else "–"
+
+
+def _source(group: Group) -> str:
+    """Of the expected error, with the number of its runs."""
+    if group.expect is None:
+        return ""
+    runs = group.expect.runs
+    return group.expect.source + (f", {runs} run{'s' * (runs > 1)}" if runs else "")
+
+
 def _distinct(texts: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(text for text in texts if text)) or "–"
 
 
 def _scale(groups: Sequence[Group]) -> tuple[float, float]:
     """The least and the greatest error that the pictures of the rows show."""
-    ends = [end for group in groups for end in _ends(group)]
+    ends = [end for group in groups for end in _ends(group)] or [0.0, 100.0]
     return min(ends), max(ends)
 
 
 def _ends(group: Group) -> list[float]:
-    pairs = [(group.expect.error, group.expect.std), (group.mean, group.std)]
-    return [
-        e + sign * (std or 0) for e, std in pairs if e is not None for sign in (-1, 1)
-    ] + group.errors
+    pairs = [] if group.mean is None else [(group.mean, group.std)]
+    pairs += [(group.expect.error, group.expect.std)] if group.expect else []
+    return [e + sign * (std or 0) for e, std in pairs for sign in (-1, 1)] + group.errors
 
 
 def _picture(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
@@ -172,13 +187,14 @@ def _picture(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     def at(error: float) -> float:
         return round(6 + (error - low) / ((high - low) or 1) * (TRACK - 12), 1)
 
-    spread, std = group.expect.std or 0.0, group.std or 0.0
-    start, end = at(group.expect.error - spread), at(group.expect.error + spread)
+    std, band = group.std or 0.0, None
+    if group.expect is not None:
+        expected, spread = group.expect.error, group.expect.std or 0.0
+        start, end = at(expected - spread), at(expected + spread)
+        band = {"start": start - 1, "width": round(end - start + 2, 1), "expected": at(expected)}
     return {
         "width": TRACK,
-        "start": start - 1,
-        "band": round(end - start + 2, 1),
-        "expected": at(group.expect.error),
+        "band": band,
         "points": [at(error) for error in group.errors],
         "mean": None if group.mean is None else at(group.mean),
         "bar": None if group.mean is None else (at(group.mean - std), at(group.mean + std)),
@@ -196,6 +212,7 @@ def run_row(number: int, group: Group, run: RecordedRun) -> dict[str, Any]:
         "state": run.state,
         "epochs": f"{last.epoch if last else 0} of {run.config.recipe.epochs}",
         "error": "–" if run.error is None else f"{run.error:.2f} %",
+        "rule": "" if run.error is None else group.rule,
         "last": f"{last.error:.2f} %" if last else "–",
         "best": f"{min(e.error for e in run.evaluations):.2f} %" if last else "–",
         "top5": f"{last.top5_error:.2f} %" if last else "–",

@@ -12,7 +12,9 @@ from typing import Any
 
 from harness.config import Config, load_config
 from harness.errors import UserError
+from harness.headline import Headline, recorded_headline
 from harness.journal import read_lines, standing_lines
+from harness.recipe.schedule import final_epochs
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,21 @@ class RecordedRun:
 
     @property
     def error(self) -> float | None:
-        """A finished run's error in %: the median over its final 5 epochs."""
-        return self.status.get("error") if self.state == "finished" else None
+        """A finished run's error in %, the median over its final epochs.
+
+        None also where an older version counted other epochs and the log lacks an evaluation.
+        """
+        found = self.headline
+        final = tuple(final_epochs(self.config))
+        return found.error if found is not None and found.epochs == final else None
+
+    @property
+    def headline(self) -> Headline | None:
+        """A finished run's, as it was recorded or, of an older version's run, as it was logged."""
+        if self.state != "finished":
+            return None
+        errors = {one.epoch: one.error for one in self.evaluations}
+        return recorded_headline(self.config, self.status, errors)
 
     @property
     def world_sizes(self) -> list[int]:

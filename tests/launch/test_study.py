@@ -9,7 +9,7 @@ from harness.plan import make_plan
 from harness.recipe.schedule import peak_lr, warmup_steps
 from launch.cluster import load_cluster
 from launch.study import load_study, study_folder, study_runs
-from launch.wanted import Wanted, teachers_of
+from launch.wanted import Wanted, teachers_of, with_teachers
 
 EXAMPLE = "configs/clusters/example.yaml"
 
@@ -23,11 +23,14 @@ def test_the_papers_warmups_are_twenty_runs():
     assert len({run.run for run in runs}) == len({run.name for run in runs}) == 20
     second = runs[1]
     assert (second.name, str(second.run)) == ("none-1", "/shared/runs/studies/warmup/none/1")
-    assert (second.config.recipe.warmup, second.config.expect.error) == ("none", 24.84)
+    assert second.config.recipe.warmup == "none"
+    assert {run.config.expect for run in runs} == {None}  # the paper smooths no labels
     assert [run.config.seed for run in runs] == [s for s in (1, 2, 3, 4, 5) for _ in range(4)]
     assert {run.config.recipe.label_smoothing for run in runs} == {0.1}
     # the cluster file's run: reaches every one
     assert {run.config.run.data_root for run in runs} == {"/shared/imagenet"}
+    runs = study_runs("configs/studies/warmup.yaml", folder, ("run.precision=float32",), cluster)
+    assert [run.config.expect.error for run in runs[:4]] == [23.60, 24.84, 25.88, 23.74]
 
 
 # of each row its peak lr, its warm-up (none where the peak is not above the reference) and, of the
@@ -142,8 +145,49 @@ def test_every_variant_of_a_shipped_study_is_its_row(name):
         assert config.steps_per_epoch >= 5 and config.recipe.worker_batch == 32
         if paper:
             assert [config.expect.error, config.expect.std] == paper, run.name
+            assert config.expect.runs == (None if config.expect.std is None else 5)
         if "gamma" in run.name or name in ("last_gamma", "cifar10_last_gamma"):
             assert config.model.last_gamma == int(run.run.parent.name.endswith("gamma1"))
+
+
+def expected(path, *typed):
+    """The expected error of each variant."""
+    runs = study_runs(path, Path("runs/x"), typed)
+    return [run.config.expect and run.config.expect.error for run in runs]
+
+
+def test_a_variant_expects_what_it_says_or_what_its_recipe_shares_with_the_base(tmp_path, small):
+    """`small` expects 50 %."""
+    path = tmp_path / "study.yaml"
+    variants = """
+  same: {set: {}}
+  machine: {set: {run.log_every_steps: 1, recipe.epochs: 3}}
+  other: {set: {recipe.epochs: 4}}
+  stated: {set: {recipe.epochs: 4}, expect: {error: 60.0, source: here}}
+"""
+    path.write_text(f"base: {small()}\nseeds: [1]\nvariants:{variants}")
+    assert expected(path) == [50.0, 50.0, None, 60.0]
+    assert expected(path, "run.device=cpu") == [50.0, 50.0, None, 60.0]
+    assert expected(path, "recipe.momentum=0.9") == [50.0, 50.0, None, 60.0]  # as it is
+    assert expected(path, "recipe.momentum=0.8") == [None] * 4
+    assert expected(path, "recipe.momentum=0.8", "expect.error=70") == [70.0] * 4
+
+
+def test_a_student_expects_its_error_of_the_teacher_that_its_file_names(tmp_path, small):
+    quick = small("teacher.yaml")
+    base = small("student.yaml", model__width=2)
+    base.write_text(f"{base.read_text()}distill: {{teacher: {quick}, precision: float32}}")
+    path = tmp_path / "study.yaml"
+    stated = "stated: {set: {recipe.epochs: 4}, expect: {error: 60.0, source: here}}"
+    path.write_text(f"base: {base}\nseeds: [1]\nvariants: {{same: {{set: {{}}}}, {stated}}}")
+    assert expected(path) == [50.0, 60.0]
+    assert expected(path, "teacher.run.device=cpu", "teacher.seed=3") == [50.0, 60.0]
+    assert expected(path, "teacher.recipe.momentum=0.8") == [None, None]
+    assert expected(path, "distill.temperature=2") == [None, None]
+    single = with_teachers(base, [], Path("runs"), load_config)
+    assert single.config.expect.error == 50.0 and single.config.distill.teacher == "runs/teacher"
+    changed = with_teachers(base, ["teacher.recipe.momentum=0.8"], Path("runs"), load_config)
+    assert changed.config.expect is None and changed.teacher.config.expect is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from harness.config import config_from_mapping
-from harness.recipe.schedule import lr_at, peak_lr, warmup_steps
+from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr, warmup_steps
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000, "classes": 1000}
 
@@ -146,3 +146,57 @@ def test_the_ramp_is_strictly_rising_by_equal_amounts():
     amounts = {round(b - a, 12) for a, b in pairwise(ramp)}
     assert amounts == {round(3.1 / 780, 12)}
     assert math.isclose(sum(ramp[:780]), 780 * (0.1 + 3.2) / 2 - (3.2 - 0.1) / 2)
+
+
+def short(epochs, **recipe):
+    """Two steps an epoch; the peak is 8 times the reference lr."""
+    data = {"train_images": 20, "val_images": 10, "classes": 10}
+    kn = {"minibatch": 8, "worker_batch": 1, "reference_minibatch": 1}
+    mapping = {"data": data, "model": {"name": "resnet8"}}
+    mapping["recipe"] = kn | {"epochs": epochs, "milestones": [], "warmup": "none"} | recipe
+    if mapping["recipe"].get("decay") == "cosine":
+        del mapping["recipe"]["milestones"]
+    return config_from_mapping(mapping, "test")
+
+
+FINAL_EPOCHS = [
+    (short(90, milestones=[30, 60, 80]), [86, 87, 88, 89, 90]),  # the paper's
+    (short(6, milestones=[5]), [6]),  # ends at 13.06 %, the median of its last 5 was 86.39 %
+    (short(30, milestones=[15, 22, 27]), [28, 29, 30]),
+    (short(12, milestones=[6, 9, 11]), [12]),
+    (short(60, milestones=[30, 45, 55]), [56, 57, 58, 59, 60]),
+    (short(60, milestones=[30, 45, 56]), [57, 58, 59, 60]),
+    (short(10, milestones=[5, 9], decay_factor=1.0), [6, 7, 8, 9, 10]),  # nothing changes
+    (short(10, milestones=[5, 9], decay_factor=0.5), [10]),
+    (short(3), [1, 2, 3]),
+    (short(1), [1]),
+    (short(90, decay="cosine"), [90]),
+    (short(1, decay="cosine"), [1]),
+    (short(6, warmup="gradual", warmup_epochs=3), [4, 5, 6]),
+    (short(6, warmup="constant", warmup_epochs=5), [6]),
+    (short(6, warmup="gradual", warmup_epochs=6), [6]),  # the warm-up is the whole run
+    (short(6, warmup="constant", warmup_epochs=3, milestones=[3]), [4, 5, 6]),
+    # back at the reference lr, but not throughout
+    (short(4, warmup="constant", warmup_epochs=1, milestones=[3], decay_factor=0.125), [4]),
+    (short(4, warmup="gradual", warmup_epochs=3, scaling="none"), [1, 2, 3, 4]),  # no warm-up
+]
+
+
+@pytest.mark.parametrize(("config", "epochs"), FINAL_EPOCHS)
+def test_the_error_is_of_the_epochs_at_the_final_learning_rate(config, epochs):
+    assert [*final_epochs(config)] == epochs
+    # the same from every step's learning rate: the longest end of whole epochs at one of them
+    steps = config.steps_per_epoch
+    rates = [
+        {lr_at(config, step) for step in range(e * steps, (e + 1) * steps)}
+        for e in range(config.recipe.epochs)
+    ]
+    last, settled = {lr_at(config, config.total_steps - 1)}, 0
+    while settled < min(len(rates), 5) and rates[-1 - settled] == last:
+        settled += 1
+    assert len(epochs) == max(settled, 1)
+
+
+def test_the_rule_in_words():
+    assert error_rule(range(86, 91)) == "median of epochs 86 to 90"
+    assert error_rule([12]) == "epoch 12"

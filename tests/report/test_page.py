@@ -12,6 +12,7 @@ import pytest
 
 from harness.cli import main
 from harness.journal import read_log
+from harness.report.page import VERDICTS
 from tests.report.conftest import HOSTILE
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
@@ -131,9 +132,12 @@ def test_the_answer_says_mean_spread_and_difference(browser, study):
     rows = browser.find_elements(By.CSS_SELECTOR, ".answers tbody tr")
     (row,) = [r for r in rows if r.find_element(By.TAG_NAME, "th").text == "gradual"]
     cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
-    assert cells[1] == f"{mean:.2f} ± {std:.2f} %" and cells[2].startswith("60.00 ± 25.00 %")
-    assert cells[3].startswith(f"{mean - 60:+.2f}".replace("-", "−"))
-    assert ("within the spread" in cells[3]) == (abs(mean - 60) <= std + 25)
+    assert cells[1] == f"{mean:.2f} ± {std:.2f} %\nepoch 3"
+    assert cells[2].startswith("60.00 ± 25.00 %")
+    difference, verdict, basis = cells[3].split("\n", 2)
+    assert difference == f"{mean - 60:+.2f}".replace("-", "−")
+    assert verdict in VERDICTS.values()
+    assert basis.startswith("Welch's t-test, 2 runs against 5: p = ") and "over 2 rows" in basis
     assert cells[5:8] == ["256", "8 × 32", "1"]
     happened = browser.find_element(By.ID, "happened").text
     assert "diverged at step 1: the loss is not finite" in happened

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -72,6 +73,34 @@ def test_a_run_that_goes_on_is_told_as_such_and_has_no_error_yet(written, tmp_pa
     page = (tmp_path / "r.html").read_text()
     assert "running at step 5 of 15, last heard of " in page and "1 run (1 running)" in page
     assert "0 of 1" in page and "40.00 %" in page  # seeds finished; the last evaluation
+
+
+def test_the_page_says_rule_verdict_and_its_basis(written, tmp_path):
+    """A run of 3 epochs whose lr falls at the end of the second: its error is 13 %."""
+    lines = [start(0, 0), evaluation(5, 1, 90.0), evaluation(10, 2, 60.0), evaluation(15, 3, 13.0)]
+
+    def page(**expect):
+        run = written(lines, f"run{len(list(tmp_path.iterdir()))}", error=60.0, config=expect)
+        assert main(["report", str(run), "--to", str(tmp_path / "r.html")]) == FINISHED
+        return (tmp_path / "r.html").read_text()
+
+    text = page(expect__std=1.0, expect__runs=5, expect__error=20.0)
+    # 2.776 * 1 * sqrt(1.2) = 3.04
+    assert "top-1 validation error, epoch 3<br>" in text and "13.00 %" in text
+    assert "20.00 ± 1.00 % (a test, 5 runs): difference −7.00" in text
+    assert '<span class="verdict lower">lower than expected</span>' in text
+    assert "95 % prediction interval 16.96 to 23.04 %" in text and "one run: a wide" in text
+    text = page(expect__error=20.0)
+    assert 'class="verdict ' not in text and "no verdict: expect has no std and no runs" in text
+
+
+def test_a_page_without_any_expectation(written, tmp_path):
+    run = written([start(0, 0), evaluation(5, 1, 90.0)], state="running", heartbeat=0.0)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"expect:\n(  .*\n)+", "", config))
+    assert main(["report", str(run), "--to", str(tmp_path / "r.html")]) == FINISHED
+    page = (tmp_path / "r.html").read_text()
+    assert "no expectation for this recipe" in page and 'class="band"' not in page
 
 
 def test_mistakes_are_told_in_a_line_and_nothing_is_written(study, tmp_path, capsys):

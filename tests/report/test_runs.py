@@ -4,6 +4,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.journal import read_lines, read_log
+from harness.report.happenings import happenings
 from harness.report.runs import find_run_folders, read_run
 
 
@@ -46,8 +47,19 @@ def test_what_was_superseded_is_no_result_but_took_its_time(written):
     run = read_run(written(lines, torn='{"event": "tra', error=30.0))
     assert [e.train_error for e in run.epochs] == [50.0, 20.0]
     assert [e.error for e in run.evaluations] == [40.0, 30.0]
-    assert run.wall_s == 17 + 15 and run.world_sizes == [1, 2] and run.error == 30.0
+    assert run.wall_s == 17 + 15 and run.world_sizes == [1, 2]
     assert [launch.last_step for launch in run.launches] == [8, 10]
+
+
+def test_the_error_of_an_older_versions_run_is_computed_from_its_log(written):
+    """3 epochs, the lr falls at the end of the second; it recorded the median of them all."""
+    lines = [start(0, 0), evaluation(5, 1, 90.0), evaluation(10, 2, 60.0), evaluation(15, 3, 13.0)]
+    run = read_run(written(lines, error=60.0))
+    assert run.error == 13.0 and run.headline.epochs == (3,)
+    lost = read_run(written(lines[:-1], "lost", error=60.0))
+    assert lost.error is None and lost.headline.error == 60.0
+    (warning,) = [h for h in happenings(lost) if h.kind == "warning"]
+    assert "60.00 % (median of epochs 1 to 3), is of other epochs" in warning.text
 
 
 def test_a_line_torn_within_the_log_is_passed_over(tmp_path):
