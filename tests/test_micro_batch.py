@@ -90,15 +90,29 @@ def test_a_rehearsal_leaves_no_trace(small):
     assert not any(buffer.any() for name, buffer in model.named_buffers() if "sums" in name)
 
 
+@pytest.mark.parametrize("name", ["quickstart", "distill/quickstart"])
+def test_the_quickstart_rounds_alike_on_any_number_of_ranks(name):
+    """Each pass is one worker's 32 images, from 1 rank with 8 of them to 8 ranks with one each."""
+    config = load_config(f"configs/{name}.yaml")
+    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    for ranks in range(1, 9):
+        for rank in range(ranks):
+            share = len(minibatch.workers_of(rank, ranks))
+            assert minibatch.micro_batch_images(share, config.run.micro_batch) == 32
+            assert len(minibatch.micro_batches(rank, ranks, 32)) == share
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_auto_is_the_same_run_as_the_size_it_found(small, tmp_path, ranks):
     # measured by all ranks, recorded, kept by a resume, and then bit for bit as if it were typed
     config, auto = small(run__micro_batch="auto"), tmp_path / "auto"
-    assert harness("train", config, "--out", auto, ranks=ranks).returncode == 0
+    output = harness("train", config, "--out", auto, ranks=ranks).stdout
     found = yaml.safe_load((auto / "config.yaml").read_text())["run"]["micro_batch"]
     assert found in candidates(Minibatch(8, 32), ranks, "cpu")
     assert read_log(auto / "log.jsonl")[0]["micro_batch"] == found
     assert json.loads((auto / "environment.json").read_text())["ranks"] == ranks
+    assert f"micro-batch  {found} images a rank, measured as the fastest; rounding" in output
+    assert f"repeat with run.micro_batch={found}" in output
     typed = tmp_path / "typed"
     ended = harness("train", config, f"run.micro_batch={found}", "--out", typed, ranks=ranks)
     assert ended.returncode == 0
