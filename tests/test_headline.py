@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from harness.cli import main
 from harness.config import load_config
 from harness.headline import Headline, headline, read_headline, recorded_headline
 from harness.train import train
@@ -44,7 +45,7 @@ def test_an_older_versions_figure_is_not_taken_for_this_rules(config):
     assert recorded_headline(config, new, {}) == Headline(13.0, (6,), 13.0, 12.0)
 
 
-def test_a_run_folder_of_an_older_version(small, tmp_path):
+def test_a_run_folder_of_an_older_version(small, tmp_path, capsys):
     """Its result is that of its log, for train, study and status alike."""
     path, run = small(recipe__epochs=6, recipe__milestones=[5]), tmp_path / "run"
     run.mkdir()
@@ -57,8 +58,12 @@ def test_a_run_folder_of_an_older_version(small, tmp_path):
     status = {"state": "finished", "step": 30, "error": 86.39, "expected": 50.0}
     (run / "status.json").write_text(json.dumps(status))
     assert train(load_config(path), run, resume=True).error == 13.06
+    assert main(["train", str(path), "--out", str(run), "--resume"]) == 0
+    said = "error 13.06 % (epoch 6; last 13.06 %, best 13.06 %)"
+    assert capsys.readouterr().out.splitlines()[-3:-1] == [said, "expected 50.00 % (a test)"]
+    main(["train", str(path), "--out", str(run), "--resume", "expect=null"])
+    assert capsys.readouterr().out.splitlines()[-2] == "no expectation for this recipe"
     assert read_headline(run, status).epochs == (6,)
-    said = "error 13.06 % (epoch 6; last 13.06 %, best 13.06 %), "
-    assert finished_error(run, status) == f"{said}expected 50.00 %"
+    assert finished_error(run, status) == f"{said}, expected 50.00 %"
     no_longer = status | {"expected": None}
-    assert finished_error(run, no_longer) == f"{said}no expectation for this recipe"
+    assert finished_error(run, no_longer) == f"{said}, no expectation for this recipe"
