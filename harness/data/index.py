@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+import unicodedata
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +29,9 @@ from harness.errors import UserError
 from harness.recipe.losses import UNLABELLED
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+# made by file servers, file systems and archivers; hidden folders are not classes either
+NO_CLASSES = ("@eaDir", "lost+found", "__MACOSX", "#recycle", "$RECYCLE.BIN")
+NO_CLASSES += ("System Volume Information", "__pycache__")
 FORMAT_VERSION = 1
 MEND_OR_SKIP = "mend it or set data.on_bad_image=skip"
 # A folder changed as short as this before its listing may change again within one tick of the
@@ -183,6 +187,10 @@ def check_indices(train: Index, val: Index, config: Config) -> None:
             for names, index in ((only_train, train), (only_val, val))
             if names
         ]
+        if names := next(iter(equal_but_for_form([*only_train, *only_val])), None):
+            parts.append(
+                f"{' and '.join(map(ascii, names))} differ in Unicode form only (NFC, NFD)"
+            )
         raise UserError(
             f"the classes of train and val differ: {'; '.join(parts)}; mend the folders"
         )
@@ -226,7 +234,7 @@ def class_folders(folder: Path) -> dict[str, int]:
             found = {
                 entry.name: entry.stat().st_mtime_ns
                 for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir()
+                if is_class_name(entry.name) and entry.is_dir()
             }
     except OSError as error:
         raise UserError(
@@ -237,7 +245,25 @@ def class_folders(folder: Path) -> dict[str, int]:
             f"{folder}: no class folders in it; images belong in {folder}/CLASS/, "
             "or set run.data_root to another folder"
         )
+    for names in equal_but_for_form(found):
+        raise UserError(
+            f"{folder}: the classes {' and '.join(map(ascii, names))} look alike, as their names "
+            "differ in Unicode form only (NFC, NFD); merge or rename them"
+        )
     return dict(sorted(found.items()))
+
+
+def is_class_name(name: str) -> bool:
+    """Whether a folder of this name in a split is a class: neither hidden nor the system's."""
+    return not name.startswith(".") and name not in NO_CLASSES
+
+
+def equal_but_for_form(names: Iterable[str]) -> list[list[str]]:
+    """Names that are the same text in different Unicode forms, such as é as one or two points."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return [sorted(group) for group in groups.values() if len(group) > 1]
 
 
 def image_names(folder: Path) -> list[str]:
@@ -261,7 +287,8 @@ def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Index
     if empty := [name for name, found in names.items() if not found]:
         raise UserError(
             f"{folder}: no images ({', '.join(SUFFIXES)}) in class {some_of(empty)}; "
-            "add some or remove the folder"
+            "add some (those in subfolders do not count) or remove the folder; "
+            f"`harness data check {folder.parent}` says what is in it"
         )
     flat = [os.fsencode(name) for found in names.values() for name in found]
     partial = cache.with_suffix(".partial") if cache else None

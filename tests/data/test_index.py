@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -278,6 +279,31 @@ def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match=r"train: no class folders.*run\.data_root"):
         load_index(tmp_path, "train")
+
+
+def test_folders_of_the_system_are_no_classes(root: Path) -> None:
+    for name in ("@eaDir", "lost+found", "__MACOSX", ".ipynb_checkpoints"):
+        (root / "train" / name).mkdir()
+        shutil.copy(root / "train" / "cat" / "0.jpg", root / "train" / name)
+    assert load_index(root, "train").classes == ("ant", "cat", "dog")
+    assert len(load_index(root, "train")) == 40
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # the same text in NFC and NFD
+
+
+def test_classes_that_differ_in_unicode_form_only_are_explained(
+    root: Path, make_config: Callable[..., Config]
+) -> None:
+    (root / "train" / "cat").rename(root / "train" / COMPOSED)
+    (root / "val" / "cat").rename(root / "val" / DECOMPOSED)
+    train, val = load_index(root, "train"), load_index(root, "val")
+    explained = r"'cafe\\u0301' and 'caf\\xe9' differ in Unicode form only \(NFC, NFD\)"
+    with pytest.raises(UserError, match=explained):
+        check_indices(train, val, make_config())
+    (root / "train" / DECOMPOSED).mkdir()
+    with pytest.raises(UserError, match=r"train: the classes .* look alike, as their names differ"):
+        load_index(root, "train")
 
 
 def test_class_without_images(root: Path) -> None:
