@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a temporary file, flushes it to the disk and renames it: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)

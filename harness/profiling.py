@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from harness.atomic_file import write_atomically
 from harness.config import PROFILE_TRACED, PROFILE_WARM_UP
 from harness.distributed import World
 from harness.journal import Journal
@@ -136,7 +137,7 @@ class Profile:
             text = (
                 f"profile of steps {first} to {last}, ms a step\n{render(ranks, straggler)}\n{why}"
             )
-            (self._folder / "table.txt").write_text(text + "\n")
+            write_atomically(self._folder / "table.txt", f"{text}\n".encode())
             self._journal.say(f"{text}\ntable and traces are in {self._folder}")
             self._journal.event("profile", self._traced_to, ranks=ranks, straggling_rank=straggler)
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from harness.atomic_file import write_atomically
 from harness.checkpoint import (
     DamagedCheckpoint,
     load_checkpoint,
@@ -26,6 +25,7 @@ from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
 from harness.models import build_model
+from harness.output_file import check_output, write_output
 from harness.step import Pixels, set_precision
 
 
@@ -117,6 +117,8 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
     A validation image's label is the network's class of the name of its folder.
     `predictions`: a CSV file to write, a line an image: path, label, prediction (class names).
     """
+    if predictions is not None:
+        check_output(predictions, "--predictions")
     config = trained.config
     world = world_from_environment(config.run.device)
     if world.world_size > 1:
@@ -145,36 +147,32 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
     finally:
         loader.close()
     if predictions is not None:
-        _write_predictions(predictions, rows)
+        write_output(predictions, "--predictions", _predictions_csv(rows))
     return evaluation
 
 
-def _write_predictions(file: Path, rows: list[tuple[str, str, str]]) -> None:
-    try:
-        with open(file, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("path", "label", "prediction"))
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"--predictions {file}: {error.strerror}") from error
+def _predictions_csv(rows: list[tuple[str, str, str]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(("path", "label", "prediction"))
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def export_trained(trained: Trained, file: Path) -> str:
     """Writes the plain float32 state dict with torchvision's names; says what it wrote."""
+    if file.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"--to {file}: the name must end in .pt or .safetensors")
+    check_output(file, "--to")
     state = {
         name: (value.float() if value.is_floating_point() else value).contiguous()
         for name, value in trained.model.state_dict().items()
     }
     if file.suffix == ".safetensors":
         content = safetensors_bytes(state)
-    elif file.suffix == ".pt":
+    else:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
-    else:
-        raise UserError(f"--to {file}: the name must end in .pt or .safetensors")
-    try:
-        write_atomically(file, content)
-    except OSError as error:
-        raise UserError(f"--to {file}: {error.strerror}") from error
+    write_output(file, "--to", content)
     return f"{file}: {len(state)} tensors of {trained.config.model.name}, from {trained.checkpoint}"

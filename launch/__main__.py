@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from harness.errors import FINISHED, USER_ERROR, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     options = _parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names need not be UTF-8
+        sys.stdout.reconfigure(errors="replace")
     try:
         return options.command(options)
     except UserError as error:

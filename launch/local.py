@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from harness.atomic_file import write_atomically
 from harness.config import dump_config
 from harness.data.child_process import PR_SET_PDEATHSIG
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
@@ -108,7 +109,7 @@ class Child:
             return "stopped", "before its first step"
         how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
         why = f"ended {how}: {self._complaint()}"
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8", errors="surrogateescape") as log:
             log.write(f"error: {why}\n")  # the last line is what `status` shows
         return "failed", why
 
@@ -164,7 +165,8 @@ class LocalStudy:
         run = wanted.config.run
         if run.loader_threads == "auto":  # which would be all cores
             run = run.model_copy(update={"loader_threads": device.threads})
-        config.write_text(dump_config(wanted.config.model_copy(update={"run": run})))
+        resolved = wanted.config.model_copy(update={"run": run})
+        write_atomically(config, dump_config(resolved).encode())
         words = [sys.executable, "-m", "harness", "train", str(config), *wanted.typed]
         with log_path.open("ab") as log:
             log.write(f"{BEGUN}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())

@@ -17,6 +17,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
+from harness.atomic_file import write_atomically
 from harness.config import dump_config
 from harness.errors import UserError
 from launch.cluster import Cluster
@@ -147,7 +148,7 @@ def _task(cluster: Cluster, target: Path, wanted: Wanted, code: str | None) -> T
     config, log = folder / f"{wanted.name}.yaml", folder / f"{wanted.name}.log"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(dump_config(wanted.config))
+        write_atomically(config, dump_config(wanted.config).encode())
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written: {error.strerror}; take another folder"

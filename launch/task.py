@@ -267,7 +267,9 @@ class MergedLog:
     """The file that a person reads: all of rank 0, and what went wrong on any other rank."""
 
     def __init__(self, path: str, place: Place) -> None:
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (to the end)
+        self._file = open(  # noqa: SIM115 (closed by the end of the process)
+            path, "a", encoding="utf-8", errors="surrogateescape", buffering=1
+        )
         self._leader, self._place = place.leader, place.name
         self._in_traceback = False
         self.complaint = ""  # the last that this task's ranks said of what is wrong

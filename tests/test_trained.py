@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
@@ -43,14 +44,18 @@ def test_eval_takes_the_loader_threads_that_are_typed(run):
     assert load_trained(run, ["run.loader_threads=0"]).config.run.loader_threads == 0
 
 
-def test_eval_of_one_checkpoint_and_its_predictions(run, tmp_path, capsys):
+def test_eval_of_one_checkpoint_and_its_predictions(run, own_digits, tmp_path, capsys):
+    old = min((own_digits / "val" / "3").iterdir())
+    old.rename(os.fsdecode(bytes(old.parent) + b"/caf\xe9, 3.png"))  # Latin-1, as in old archives
     checkpoint = list_checkpoints(run / "checkpoints")[-1]  # of the first epoch
     file = tmp_path / "predictions.csv"
-    assert main(["eval", str(checkpoint), "--json", "--predictions", str(file)]) == 0
+    words = ["eval", str(checkpoint), f"run.data_root={own_digits}", "--json"]
+    assert main([*words, "--predictions", str(file)]) == 0
     result = json.loads(capsys.readouterr().out)
     first = next(line for line in read_log(run / "log.jsonl") if line["event"] == "evaluation")
     assert result["error"] == first["error"]
-    with file.open() as stream:
+    assert b'"3/caf\xe9, 3.png",3,' in file.read_bytes()
+    with file.open(encoding="utf-8", errors="surrogateescape") as stream:
         rows = list(csv.DictReader(stream))
     assert len({row["path"] for row in rows}) == 360
     assert sum(row["label"] == row["prediction"] for row in rows) == result["correct"]
@@ -134,6 +139,15 @@ def test_an_exported_resnet_is_torchvisions(small, tmp_path):
     assert main(["export", str(folder), "--to", str(file)]) == 0
     model = torchvision.models.resnet18(num_classes=10)
     model.load_state_dict(torch.load(file, weights_only=True), strict=True)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(run, monkeypatch, capsys):
+    for name in ("evaluate", "safetensors_bytes"):
+        monkeypatch.setattr(f"harness.trained.{name}", lambda *_: pytest.fail("the work has begun"))
+    for words in (["eval", str(run), "--predictions"], ["export", str(run), "--to"]):
+        for file in ("/proc/p.safetensors", f"/tmp/{'p' * 300}.safetensors"):
+            assert main([*words, file]) == 2
+            assert f"{words[-1]} {file}: " in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):

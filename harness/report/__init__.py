@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.atomic_file import write_atomically
 from harness.errors import UserError
+from harness.output_file import check_output, write_output
 from harness.report.figures import Section, sections
 from harness.report.groups import Group, group_runs
 from harness.report.page import render
@@ -26,6 +26,9 @@ def write_report(paths: Sequence[Path], to: Path, assets: Path | None = None) ->
     paths = [path for path in paths if path not in files]
     if not paths:
         raise UserError("scaling results alone make no report; give a RUN or STUDY too")
+    _check(to, "--to")
+    if assets is not None:
+        _check(assets / "figure.svg", "--assets")
     scaling = [scaling_section(read_scaling(path)) for path in files]
     runs = read_runs(paths)
     groups = group_runs(runs)
@@ -77,9 +80,16 @@ def _write_assets(folder: Path, found: Sequence[Section]) -> int:
     return 2 * len(figures)
 
 
+def _check(path: Path, option: str) -> None:
+    """Raise UserError where the file, or the first missing folder above it, cannot be made."""
+    while not path.parent.exists():
+        path = path.parent
+    check_output(path, option)
+
+
 def _write(path: Path, text: str, option: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror}") from None
+    write_output(path, option, text)

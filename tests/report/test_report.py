@@ -103,7 +103,7 @@ def test_a_page_without_any_expectation(written, tmp_path):
     assert "no expectation for this recipe" in page and 'class="band"' not in page
 
 
-def test_mistakes_are_told_in_a_line_and_nothing_is_written(study, tmp_path, capsys):
+def test_mistakes_are_told_in_a_line_and_nothing_is_written(study, tmp_path, monkeypatch, capsys):
     to = tmp_path / "r.html"
     (tmp_path / "no.json").write_text('{"points": 7}')
     for paths, told in [
@@ -117,6 +117,16 @@ def test_mistakes_are_told_in_a_line_and_nothing_is_written(study, tmp_path, cap
         assert told in error and error.startswith("error: ") and error.count("\n") == 1
     assert main(["report", str(study), "--to", str(study / "none")]) == USER_ERROR
     assert f"error: --to {study / 'none'}: " in capsys.readouterr().err
+    # before the runs are read, and with no folder made
+    monkeypatch.setattr("harness.report.read_runs", lambda paths: pytest.fail("the work has begun"))
+    (tmp_path / "file").touch()
+    for words in (
+        ["--to", str(tmp_path / "file" / "r.html")],
+        ["--to", str(tmp_path / "r.html"), "--assets", str(tmp_path / "file" / "figures")],
+        ["--to", "/proc/r.html"],
+    ):
+        assert main(["report", str(study), *words]) == USER_ERROR
+        assert f"error: {words[-2]} {words[-1]}" in capsys.readouterr().err
     assert not to.exists()
 
 
