@@ -4,6 +4,7 @@ import io
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -89,24 +90,24 @@ def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, int]]:
 
 def _fill_val(prepared: PreparedFolder, path: Path, devkit: DevKit, bar: tqdm) -> None:
     with opened(path) as archive:
-        for member in members(archive, path):
-            match = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", member.name)
+        for name, member in _named_members(archive, path):
+            match = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", name)
             if not match or not 1 <= int(match[1]) <= len(devkit.val_classes):
                 raise refusal(path, member, "no validation image that the development kit knows")
-            name = f"val/{devkit.val_classes[int(match[1]) - 1]}/{member.name}"
-            if not prepared.holds(name, member.size):
-                prepared.write(name, read(archive, path, member))
+            place = f"val/{devkit.val_classes[int(match[1]) - 1]}/{name}"
+            if not prepared.holds(place, member.size):
+                prepared.write(place, read(archive, path, member))
             bar.update()
 
 
 def _fill_train(prepared: PreparedFolder, path: Path, devkit: DevKit, bar: tqdm) -> None:
     with opened(path) as archive:
-        for member in members(archive, path):
-            wnid = member.name.removesuffix(".tar")
-            if not member.name.endswith(".tar") or wnid not in devkit.train_images:
+        for name, member in _named_members(archive, path):
+            wnid = name.removesuffix(".tar")
+            if not name.endswith(".tar") or wnid not in devkit.train_images:
                 raise refusal(path, member, "no archive of a class that the development kit knows")
             images = devkit.train_images[wnid]
-            if prepared.place(f"train/{wnid}").exists():  # put there whole, see below
+            if prepared.images(f"train/{wnid}") == images:
                 bar.update(images)
                 continue
             with opened(f"{path}/{member.name}", archive.extractfile(member)) as class_archive:
@@ -124,10 +125,25 @@ def _gather_class(
     prepared: PreparedFolder, archive: tarfile.TarFile, path: str, wnid: str, bar: tqdm
 ) -> None:
     (prepared.partial / wnid).mkdir(exist_ok=True)
-    for member in members(archive, path):
-        if not re.fullmatch(rf"{wnid}_[0-9]+\.JPEG", member.name):
+    for name, member in _named_members(archive, path):
+        if not re.fullmatch(rf"{wnid}_[0-9]+\.JPEG", name):
             raise refusal(path, member, f"no image of {wnid}")
-        name = f"{wnid}/{member.name}"
-        if not prepared.holds(name, member.size):
-            prepared.write(name, read(archive, path, member))
+        if not prepared.holds(f"{wnid}/{name}", member.size):
+            prepared.write(f"{wnid}/{name}", read(archive, path, member))
         bar.update()
+
+
+def _named_members(
+    archive: tarfile.TarFile, path: Path | str
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Members with their names alone: archives packed again have `./` or `val/` before them.
+
+    UserError naming the member: a name that comes twice, in whatever folders.
+    """
+    seen: set[str] = set()
+    for member in members(archive, path):
+        name = PurePosixPath(member.name).name
+        if name in seen:
+            raise refusal(path, member, "there twice")
+        seen.add(name)
+        yield name, member

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -170,6 +171,41 @@ def test_imagenet_disk_full_is_one_line_and_goes_on(tmp_path: Path, archives: Pa
     first, second = result.stdout.splitlines()
     assert first.startswith("UserError ") and "No space left on device" in first
     assert second.endswith("12 training and 6 validation images of 3 classes")
+
+
+@pytest.mark.parametrize("prefix", ["./", "val/", "./ILSVRC2012_img_val/"])
+def test_imagenet_from_archives_packed_again(tmp_path: Path, prefix: str) -> None:
+    def packed(*files: tuple[str, bytes]) -> list[tuple[str, bytes]]:
+        return [(prefix + name, content) for name, content in files]
+
+    inner = {wnid: tar(*packed(*(image(wnid, i) for i in range(4)))) for wnid in WNIDS}
+    classes = packed(*((f"{wnid}.tar", content) for wnid, content in inner.items()))
+    images = packed(*map(val_image, range(1, 7)))
+    archives = write_archives(tmp_path / "archives", train=tar(*classes), val=tar(*images))
+    prepare_imagenet(tmp_path / "i", archives, expected=SMALL)
+    (tmp_path / "i" / MARKER).unlink()
+    assert tree(tmp_path / "i") == images_in_archives()
+    twice = val_image(1)[0], b"another"
+    write_archives(archives, val=tar(*images, twice))
+    message = error_of(prepare_imagenet, tmp_path / "j", archives, expected=SMALL)
+    assert f"member {twice[0]!a} refused: there twice" in message
+
+
+def test_imagenet_that_lost_files_is_completed(tmp_path: Path, archives: Path) -> None:
+    call = partial(prepare_imagenet, tmp_path / "i", archives, expected=SMALL)
+    call()
+    for path in (f"train/{WNIDS[0]}/{image(WNIDS[0], 1)[0]}", f"val/{IDS[5]}/{val_image(1)[0]}"):
+        (tmp_path / "i" / path).unlink()
+    shutil.rmtree(tmp_path / "i" / "train" / WNIDS[2])
+    (archives / "ILSVRC2012_img_train.tar").rename(tmp_path / "away.tar")
+    message = error_of(call)
+    assert "has lost files: holds 7 training and 5 validation images of 2 classes" in message
+    assert "of 12 training and 6 validation images of 3 classes; " in message
+    assert "ILSVRC2012_img_train.tar missing" in message
+    (tmp_path / "away.tar").rename(archives / "ILSVRC2012_img_train.tar")
+    assert call().endswith("imagenet: 12 training and 6 validation images of 3 classes")
+    (tmp_path / "i" / MARKER).unlink()
+    assert tree(tmp_path / "i") == images_in_archives()
 
 
 SPARSE = tarfile.TarInfo("n01440764_9.JPEG")  # one byte that would become 10**12

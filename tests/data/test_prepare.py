@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pickle
+import shutil
 import signal
 import struct
 import tarfile
@@ -77,6 +78,41 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     assert "holds digits, not cifar10" in error_of(prepare_cifar10, folder, None)
     assert "not digits, 0.5 labelled" in error_of(prepare_digits, folder, 0.5)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_folder_that_lost_files_is_counted_and_completed(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "digits", tmp_path / "whole"
+    for place in (folder, whole):
+        prepare_digits(place, labelled=0.5)
+    kept_file = min((folder / "train" / "3").iterdir())
+    kept = kept_file.stat()
+    shutil.rmtree(folder / "val" / "7")
+    for place in (folder / "train" / "2", folder / "unlabelled"):
+        for file in sorted(place.iterdir())[:5]:
+            file.unlink()
+    line = prepare_digits(folder, labelled=0.5)
+    # halves of 142, 146, 141, 147, 144, 146, 145, 143, 139, 144: 719 stay; class 7 of val has 36
+    assert "has lost files: holds 714 training, 713 unlabelled and 324 validation images" in line
+    assert line.endswith("719 training, 718 unlabelled and 360 validation images of 10 classes")
+    assert tree(folder) == tree(whole)
+    now = kept_file.stat()
+    assert (now.st_ino, now.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+    shutil.rmtree(folder / "train")
+    assert "has lost files" in prepare_digits(folder, labelled=0.5)
+    assert tree(folder) == tree(whole)
+
+
+def test_a_folder_that_files_were_added_to_is_refused(tmp_path: Path) -> None:
+    prepare_digits(tmp_path / "digits")
+    for name in ("@eaDir/1.png", "3/.DS_Store", "3/notes.txt"):  # no images of it
+        (tmp_path / "digits" / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "digits" / "train" / name).touch()
+    assert "prepared before: 1,437" in prepare_digits(tmp_path / "digits")
+    (tmp_path / "digits" / "train" / "3" / "mine.png").touch()
+    before = tree(tmp_path / "digits")
+    message = error_of(prepare_digits, tmp_path / "digits")
+    assert "holds 1,438 training" in message and "files were added" in message
+    assert tree(tmp_path / "digits") == before
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
@@ -234,6 +270,29 @@ def test_cifar10_refuses_other_counts_then_takes_the_right_archive(tmp_path: Pat
     archive.write_bytes(tar(*((f"{s}/cat/{s}.jpg", b"x") for s in ("train", "test"))))
     prepare_cifar10(tmp_path / "c", archive, expected=Counts(1, 1, 1))
     assert set(tree(tmp_path / "c")) == {MARKER, "train/cat/train.jpg", "val/cat/test.jpg"}
+
+
+def test_cifar10_that_lost_files_takes_no_other_archive(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "c", tmp_path / "c.tar.gz"
+    official_cifar10(archive)
+    prepare_cifar10(folder, archive, expected=SMALL_CIFAR10)
+    whole = tree(folder)
+    (folder / "train/cat/20013.png").unlink()
+    lossy = tree(folder)
+    files = [
+        (f"{split}/{label}/{i}.jpg", b"x")
+        for split, images in (("train", 10), ("test", 2))
+        for label in CIFAR10_CLASSES
+        for i in range(images)
+    ]
+    (tmp_path / "other.tar").write_bytes(tar(*files))
+    for wrong in (tmp_path / "other.tar", tmp_path / "none.tar"):
+        message = error_of(prepare_cifar10, folder, wrong, expected=SMALL_CIFAR10)
+        assert "has lost files: holds 99 training and 20 validation images of 10" in message
+        assert tree(folder) == lossy  # no file of another archive is mixed in
+    assert "no such archive" in message
+    prepare_cifar10(folder, archive, expected=SMALL_CIFAR10)
+    assert tree(folder) == whole
 
 
 @pytest.mark.parametrize(
