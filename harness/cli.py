@@ -174,7 +174,7 @@ def _add_data(commands: Any) -> None:
     cifar10.add_argument("--archive", type=Path, metavar="FILE")
     imagenet = kinds.add_parser("imagenet", help="from the official archives")
     imagenet.add_argument("--archives", type=Path, required=True, metavar="DIR")
-    check = kinds.add_parser("check", help="find damaged and odd images; 1 if any is damaged")
+    check = kinds.add_parser("check", help="find what training refuses, leaves out or trips over")
     check.add_argument("--json", action="store_true", help="lists all, not the first 20 of a kind")
     for kind in (digits, cifar10, imagenet, check):
         kind.add_argument("folder", type=Path, metavar="DIR")
@@ -200,7 +200,7 @@ def _check(options: argparse.Namespace) -> int:
 
     report = check_folder(options.folder)
     print(json.dumps(report.as_json(), indent=2) if options.json else report)
-    return FAILED if report.damaged else FINISHED
+    return FAILED if report.failed else FINISHED
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ from harness.recipe.losses import UNLABELLED
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # made by file servers, file systems and archivers; hidden folders are not classes either
-NO_CLASSES = ("@eaDir", "lost+found", "__MACOSX", "#recycle", "$RECYCLE.BIN")
+NO_CLASSES: tuple[str, ...] = ("@eaDir", "lost+found", "__MACOSX", "#recycle", "$RECYCLE.BIN")
 NO_CLASSES += ("System Volume Information", "__pycache__")
 FORMAT_VERSION = 1
 MEND_OR_SKIP = "mend it or set data.on_bad_image=skip"

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from harness.cli import main
-from harness.data.check import KINDS, Report, check_folder
+from harness.data.check import Report, check_folder
+from harness.data.findings import KINDS
+from harness.data.index import check_indices, load_index
 from harness.data.reference import decode
 
 CUT = "cannot be decoded"
@@ -64,12 +68,9 @@ def test_the_odd_and_the_intact(root: Path) -> None:
         "palette": ["train/ant/palette.png"],
         "with alpha": ["train/ant/alpha.png"],
         "16-bit": ["train/ant/deep.png"],
-        # 0.jpg to 3.jpg are in train/cat and val/cat, val/ant, and but for the last in val/dog
-        "same name in several places": [f"train/cat/{i}.jpg" for i in range(4)],
+        # 0.jpg to 3.jpg are in train/cat, val/cat and val/ant too: equal names are no duplicates
     }
-    also = details(report, "same name in several places")
-    assert also["train/cat/3.jpg"] == "also val/ant/3.jpg, val/cat/3.jpg"
-    assert report.damaged == 0
+    assert report.damaged == 0 and not report.failed
 
 
 def test_what_cannot_be_decoded(root: Path, jpeg: bytes, photo: Callable) -> None:
@@ -156,27 +157,163 @@ def test_huge_rotated_and_misnamed(root: Path, jpeg: bytes, photo: Callable) -> 
     }
 
 
-def test_names_equal_but_for_case_and_unlabelled_images(root: Path, jpeg: bytes) -> None:
-    (root / "unlabelled").mkdir()
-    for name in ("train/ant/X.jpg", "train/cat/x.jpg", "unlabelled/y.jpg", "unlabelled/13.jpg"):
-        (root / name).write_bytes(jpeg)
-    (root / "unlabelled" / "z.jpg").write_bytes(jpeg[:500])
+def test_names_that_some_systems_do_not_tell_apart(root: Path, photo: Callable) -> None:
+    # in one folder only: train/ant/X.jpg and train/cat/x.jpg are two files on every system
+    names = ["ant/X.jpg", "ant/x.jpg", "cat/X.jpg", "dog/caf\u00e9.jpg", "dog/cafe\u0301.jpg"]
+    for number, name in enumerate(names):
+        photo(number, 40, 30).save(root / "train" / name)
     report = check_folder(root)
-    assert report.images == {"train": 42, "val": 11, "unlabelled": 3}
     assert details(report, "names equal but for case") == {
-        "train/ant/X.jpg": "also train/cat/x.jpg"
+        "train/ant/X.jpg": "also 'train/ant/x.jpg'"
     }
-    assert details(report, "same name in several places")["train/cat/13.jpg"] == (
-        "also unlabelled/13.jpg"
+    assert details(report, "names equal but for Unicode form") == {
+        "train/dog/cafe\u0301.jpg": "also 'train/dog/caf\\xe9.jpg'"
+    }
+    assert not report.failed
+
+
+def test_duplicates_are_equal_bytes(root: Path, jpeg: bytes, capsys) -> None:
+    (root / "unlabelled").mkdir()
+    other, third, fourth = (jpeg[:-2] + bytes([0xFF, 0xFE, 0, 3, i]) + jpeg[-2:] for i in range(3))
+    files = {
+        "train/ant/a.jpg": jpeg,  # and in val, which is worse than the rest
+        "train/cat/b.jpg": jpeg,
+        "val/ant/a.jpg": jpeg,
+        "train/ant/c.jpg": other,
+        "train/dog/c.jpg": other,
+        "train/cat/d.jpg": third,
+        "train/cat/e.jpg": third,
+        "val/dog/f.jpg": fourth,  # unlabelled images are trained on, too
+        "unlabelled/1.jpg": fourth,
+        "unlabelled/0.jpg": jpeg[:500],
+        "unlabelled/2.jpg": jpeg[:500],  # damage is told once, as such
+    }
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    report = check_folder(root)
+    assert report.images == {"train": 46, "val": 13, "unlabelled": 3}
+    assert details(report, "same bytes in val and in training") == {
+        "train/ant/a.jpg": "also train/cat/b.jpg, val/ant/a.jpg",
+        "val/dog/f.jpg": "also unlabelled/1.jpg",
+    }
+    assert details(report, "same bytes in two classes") == {
+        "train/ant/c.jpg": "also train/dog/c.jpg"
+    }
+    assert details(report, "same bytes") == {"train/cat/d.jpg": "also train/cat/e.jpg"}
+    assert found(report, CUT) == ["unlabelled/0.jpg", "unlabelled/2.jpg"]
+    for name in ("0", "2"):
+        (root / "unlabelled" / f"{name}.jpg").unlink()
+    assert main(["data", "check", str(root)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "nothing is damaged or left out, but val shares 2 images with what is trained on"
     )
-    assert found(report, CUT) == ["unlabelled/z.jpg"]
+
+
+def test_what_is_left_out_is_listed_and_fails(root: Path, jpeg: bytes, capsys) -> None:
+    ant, png = root / "train" / "ant", io.BytesIO()
+    Image.new("RGB", (9, 9)).save(png, "PNG")
+    for suffix in ("webp", "bmp", "gif", "tiff"):
+        Image.new("RGB", (9, 9)).save(ant / f"x.{suffix}")
+    (ant / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(9))
+    (ant / "empty.webp").touch()
+    (ant / "web.jpg").write_bytes((ant / "x.webp").read_bytes())  # WebP by content
+    (ant / "a.JPG.txt").write_bytes(jpeg)
+    (ant / "noname").write_bytes(png.getvalue())
+    (ant / ".b.jpg").write_bytes(jpeg)
+    (ant / "._c.jpg").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (ant / "Thumbs.db").write_bytes(b"thumbs")
+    (ant / "more.zip").write_bytes(b"PK")
+    (ant / "deep" / "er").mkdir(parents=True)
+    (ant / "deep" / "er" / "y.png").write_bytes(png.getvalue())
+    (ant / "notes").mkdir()
+    (ant / "@eaDir").mkdir()
+    (ant / "z.png").symlink_to("/nowhere/z.png")
+    (root / "train" / "bird").symlink_to("/nowhere/bird")
+    (root / "train" / "loose.jpg").write_bytes(jpeg)
+    (root / "train" / "@eaDir").mkdir()
+    (root / "test").mkdir()
+    report = check_folder(root)
+    seen = {kind: found(report, kind) for kind in KINDS if KINDS[kind].counts_as == "left out"}
+    assert seen == {
+        "another format": [
+            *("train/ant/empty.webp", "train/ant/phone.heic", "train/ant/x.bmp", "train/ant/x.gif"),
+            *("train/ant/x.tiff", "train/ant/x.webp"),
+        ],
+        "JPEG or PNG that is not named so": ["train/ant/a.JPG.txt", "train/ant/noname"],
+        "link that leads nowhere": ["train/ant/z.png", "train/bird"],
+        "images in a subfolder": ["train/ant/deep"],
+        "image outside of the class folders": ["train/loose.jpg"],
+        "hidden image": ["train/ant/.b.jpg"],
+        "archive or table, perhaps of images": ["train/ant/more.zip"],
+    }
+    assert details(report, "another format")["train/ant/phone.heic"] == "HEIC"
+    assert details(report, CUT) == {"train/ant/web.jpg": "it is WebP"}
+    noted = ["train/ant/._c.jpg", "train/ant/Thumbs.db", "train/ant/notes"]
+    assert found(report, "no image") == noted
+    unused = ["test", "train/@eaDir", "train/ant/@eaDir"]
+    assert found(report, "folder that is not read") == unused
+    assert report.config == {"train_images": 41, "val_images": 11, "classes": 3}
+    assert main(["data", "check", str(root)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "FAILED: 14 left out, 1 damaged"
+    assert "`harness data import" in lines[-2]
+
+
+def test_what_training_refuses_fails(root: Path, capsys) -> None:
+    (root / "val" / "cat").rename(root / "val" / "Cat")
+    (root / "val" / "dog").rename(root / "val" / "caf\u00e9")
+    (root / "train" / "dog").rename(root / "train" / "cafe\u0301")
+    (root / "train" / "empty").mkdir()
+    shutil.rmtree(root / "val" / "ant")
+    report = check_folder(root)
+    assert found(report, "class without images") == ["train/empty"]
+    assert details(report, "class in one of train and val only") == {
+        "train/ant": "not in val",
+        "train/empty": "not in val",
+        "train/cat": "not in val, which has 'Cat'",
+        "val/Cat": "not in train, which has 'cat'",
+        "train/cafe\u0301": "not in val, which has 'caf\\xe9' in another Unicode form than "
+        "'cafe\\u0301'",
+        "val/caf\u00e9": "not in train, which has 'cafe\\u0301' in another Unicode form than "
+        "'caf\\xe9'",
+    }
+    assert report.config is None
+    assert main(["data", "check", str(root), "--json"]) == 1
+    parsed = json.loads(capsys.readouterr().out)
+    assert (parsed["refused"], parsed["left_out"], parsed["damaged"]) == (7, 0, 0)
+    assert parsed["config"] is None
+    shutil.rmtree(root / "val")
+    (root / "val").mkdir()
+    report = check_folder(root)
+    assert found(report, "no images in the split") == ["val"] and report.failed
+
+
+def test_what_check_passes_training_takes(root: Path, make_config: Callable, capsys) -> None:
+    (root / "unlabelled").mkdir()
+    name = os.fsdecode(b"caf\xe9.jpg")  # not UTF-8
+    (root / "val" / "cat" / "0.jpg").rename(root / "unlabelled" / name)
+    assert main(["data", "check", str(root)]) == 0
+    out = capsys.readouterr().out
+    keys = yaml.safe_load(out[out.index("\ndata:\n") : out.index("\nnothing is damaged")])["data"]
+    assert keys == {"train_images": 40, "val_images": 10, "unlabelled_images": 1, "classes": 3}
+    assert "train: 3 classes of 12, 14 and 14 images (least, median, most)" in out
+    del keys["unlabelled_images"]  # which need a config that distills
+    check_indices(load_index(root, "train"), load_index(root, "val"), make_config(**keys))
+    (root / "unlabelled" / name).write_bytes(b"")
+    assert main(["data", "check", str(root), "--json"]) == 1
+    parsed = json.loads(capsys.readouterr().out)
+    assert parsed["findings"]["cannot be decoded"][0]["path"] == f"unlabelled/{name}"
+    assert parsed["classes"]["val"] == {"ant": 4, "cat": 3, "dog": 3}
+    assert main(["data", "check", str(root)]) == 1
+    assert "unlabelled/caf\\udce9.jpg" in capsys.readouterr().out
 
 
 def test_exit_codes_and_what_is_shown(
     root: Path, break_images: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["data", "check", str(root)]) == 0
-    assert capsys.readouterr().out.endswith("\nnothing is damaged\n")
+    assert capsys.readouterr().out.endswith("\nnothing is damaged or left out\n")
     break_images(root / "train", [f"dog/{i:02}.png" for i in range(12)])
     break_images(root / "train", [f"cat/{i}.jpg" for i in range(10)])
     assert main(["data", "check", str(root)]) == 1

@@ -1,0 +1,29 @@
+"""Images whose files are equal, byte for byte: within train and, worse, in train and val."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from harness.data.findings import LEAKED, SAME_BYTES, TWO_CLASSES, Finding
+
+
+def find_duplicates(digests: Iterable[tuple[str, bytes]]) -> Iterator[Finding]:
+    """Findings on (path, SHA-256 of the file), one for each group of equal files.
+
+    Paths are SPLIT/CLASS/NAME, or unlabelled/NAME.
+    """
+    groups: dict[bytes, list[str]] = defaultdict(list)
+    for path, digest in digests:
+        groups[digest].append(path)
+    for group in groups.values():
+        if len(group) > 1:
+            yield Finding(_kind(group), group[0], f"also {', '.join(group[1:])}")
+
+
+def _kind(paths: list[str]) -> str:
+    splits = {path.split("/")[0] for path in paths}
+    if "val" in splits and len(splits) > 1:
+        return LEAKED
+    classes = {path.split("/")[1] for path in paths if not path.startswith("unlabelled/")}
+    return TWO_CLASSES if len(classes) > 1 else SAME_BYTES

@@ -1,0 +1,124 @@
+"""What is damaged or odd in one image file: a strict reading of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.io import decode_jpeg
+
+from harness.data.findings import (
+    ALPHA,
+    CMYK,
+    DAMAGED_INSIDE,
+    DEEP,
+    GRAY,
+    HUGE,
+    HUGE_BYTES,
+    JPEG_AS_PNG,
+    PALETTE,
+    PNG_AS_JPEG,
+    ROTATED,
+    UNDECODABLE,
+)
+from harness.data.image_format import TRAINED_ON, format_of
+from harness.data.reference import decode
+from harness.data.scan import FORMATS
+from harness.errors import UserError
+
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+# what libjpeg says of damaged pixels; its other warnings are about headers
+COMPLAINTS = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
+MODES = {"CMYK": CMYK, "L": GRAY, "LA": GRAY, "1": GRAY, "P": PALETTE}
+
+
+def examine(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
+    """Kinds of findings on an image file, each with its detail: what is wrong or odd with it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about size and metadata
+        try:
+            decode(path)  # as training does
+        except UserError as error:
+            kind = format_of(content[:16])
+            is_other = kind and kind not in TRAINED_ON
+            yield UNDECODABLE, f"it is {kind}" if is_other else str(error).removeprefix(f"{path}: ")
+            return
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            yield from _oddities(image, path.suffix.lower(), content)
+        if complaint := _complaint(content):
+            yield DAMAGED_INSIDE, complaint
+
+
+def _oddities(image: Image.Image, suffix: str, content: bytes) -> Iterator[tuple[str, str]]:
+    """From the header alone."""
+    decoded_bytes = image.width * image.height * 3
+    if decoded_bytes > HUGE_BYTES:
+        mebibytes = decoded_bytes / 2**20
+        yield HUGE, f"{image.width} x {image.height} pixels, {mebibytes:.0f} MiB as RGB"
+    is_png = image.format == "PNG"
+    if is_png and suffix != ".png":
+        yield PNG_AS_JPEG, ""
+    if not is_png and suffix == ".png":
+        yield JPEG_AS_PNG, ""
+    if image.mode.startswith("I") or (is_png and content[24] == 16):  # the header's bit depth
+        yield DEEP, image.mode
+    if image.mode in MODES:
+        yield MODES[image.mode], ""
+    if image.mode in ("LA", "RGBA") or "transparency" in image.info:
+        yield ALPHA, ""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # PIL raises many kinds for what broken metadata contains
+        return
+    if orientation in range(2, 9):
+        yield ROTATED, f"orientation {orientation}"
+
+
+def _complaint(content: bytes) -> str:
+    """What a strict reading of an image that PIL decodes says against it; "" if nothing."""
+    try:
+        if not content.startswith(b"\xff\xd8"):
+            Image.open(io.BytesIO(content)).verify()  # the checksums of a PNG
+            return ""
+        with _standard_error() as said:
+            decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    except RuntimeError as error:
+        return str(error).splitlines()[0].rsplit(": ", 1)[-1]
+    except (OSError, SyntaxError) as error:
+        return str(error)
+    return next((line for line in said if line.startswith(COMPLAINTS)), "")
+
+
+@contextmanager
+def _standard_error() -> Iterator[list[str]]:
+    """The lines written to standard error within, filled in at the end.
+
+    libjpeg decodes damaged data to wrong pixels; PIL silences its warnings, torchvision lets it
+    print them, and that is the only trace.
+    """
+    lines: list[str] = []
+    log, saved = _diversion()
+    os.ftruncate(log, 0)
+    os.lseek(log, 0, os.SEEK_SET)
+    os.dup2(log, 2)
+    try:
+        yield lines
+    finally:
+        os.dup2(saved, 2)
+        os.lseek(log, 0, os.SEEK_SET)
+        lines += os.read(log, 4096).decode(errors="replace").splitlines()
+
+
+@cache
+def _diversion() -> tuple[int, int]:
+    """Descriptors of a temporary file, and of the standard error of this process."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno()), os.dup(2)

@@ -1,0 +1,44 @@
+"""The format of an image file, by its first bytes and not by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TRAINED_ON = ("JPEG", "PNG")  # what the loaders decode
+IMPORTED = ("WebP", "BMP", "GIF", "TIFF")  # what `harness data import` decodes to PNG
+
+SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"8BPS": "PSD",
+    b"P5": "PGM",
+    b"P6": "PPM",
+}
+BRANDS = dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"), "HEIC")
+BRANDS |= dict.fromkeys((b"avif", b"avis"), "AVIF")
+
+
+def image_format(file: Path) -> str:
+    """Such as JPEG or WebP; "" where it is no image that is known. Raises OSError."""
+    with open(file, "rb") as stream:
+        return format_of(stream.read(16))
+
+
+def format_of(head: bytes) -> str:
+    """As `image_format`, of the first 16 bytes of a file."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[4:8] == b"ftyp":
+        return BRANDS.get(head[8:12], "")
+    if head[:2] == b"BM" and head[6:10] == bytes(4):  # reserved; two letters alone are any text
+        return "BMP"
+    return next((name for start, name in SIGNATURES.items() if head.startswith(start)), "")

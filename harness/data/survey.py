@@ -1,0 +1,221 @@
+"""What a data folder holds: the images that training reads, and what it leaves out or refuses."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.data.findings import (
+    BROKEN_LINK,
+    EMPTY_CLASS,
+    EMPTY_SPLIT,
+    HIDDEN,
+    LOOSE,
+    MISNAMED,
+    NO_IMAGE,
+    ONE_SIDED,
+    OTHER_FORMAT,
+    PACKED,
+    SAME_BUT_CASE,
+    SAME_BUT_FORM,
+    SAME_CLASS,
+    SUBFOLDER,
+    UNREADABLE,
+    UNUSED_FOLDER,
+    Finding,
+)
+from harness.data.image_format import TRAINED_ON, image_format
+from harness.data.index import SUFFIXES, equal_but_for_form, image_names, is_class_name
+from harness.data.layouts import recognise
+from harness.errors import UserError
+
+# by name, where the content says nothing (an empty file, a format without a signature)
+OTHER_SUFFIXES: tuple[str, ...] = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif")
+OTHER_SUFFIXES += (".avif", ".jp2", ".jxl", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".dcm")
+PACKED_SUFFIXES: tuple[str, ...] = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+PACKED_SUFFIXES += (".parquet", ".arrow", ".npy", ".npz", ".h5", ".hdf5", ".tfrecord", ".pkl")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Split -> class -> names of the images that training reads; unlabelled ones have class ""."""
+
+    images: dict[str, dict[str, list[str]]]
+    findings: list[Finding]
+
+    def paths(self, split: str) -> list[str]:
+        """Relative to the data folder."""
+        return [
+            "/".join(filter(None, (split, class_name, name)))
+            for class_name, names in self.images[split].items()
+            for name in names
+        ]
+
+
+def survey(folder: Path) -> Survey:
+    """Lists train/, val/ and, if it is there, unlabelled/.
+
+    Raises UserError where train/ or val/ is missing.
+    """
+    for split in ("train", "val"):
+        if not (folder / split).is_dir():
+            layout = recognise(folder) if folder.is_dir() else None
+            hint = f"; {layout.advice(folder)}" if layout else ""
+            where = f"{folder / split}: no such folder"
+            raise UserError(f"{where}; give the folder that holds train/ and val/{hint}")
+    images: dict[str, dict[str, list[str]]] = {}
+    findings: list[Finding] = []
+    for split in ("train", "val"):
+        images[split], found = _survey_split(folder, split)
+        findings += found
+    findings += _one_sided(images)
+    if (folder / "unlabelled").is_dir():  # flat: without classes
+        names, found = _survey_folder(folder, "unlabelled")
+        images["unlabelled"] = {"": names}
+        findings += found
+        if not names:
+            findings.append(Finding(EMPTY_SPLIT, "unlabelled"))
+    findings += _beside(folder)
+    result = Survey(images, findings)
+    findings += _alike(path for split in images for path in result.paths(split))
+    return result
+
+
+def _survey_split(folder: Path, split: str) -> tuple[dict[str, list[str]], list[Finding]]:
+    """Class -> images, and findings."""
+    images: dict[str, list[str]] = {}
+    findings: list[Finding] = []
+    for entry in _entries(folder / split, split, findings):
+        path = f"{split}/{entry.name}"
+        if not _is_dir(entry):
+            findings += _left_out(entry, path, LOOSE)
+        elif not is_class_name(entry.name):
+            findings.append(Finding(UNUSED_FOLDER, path))
+        else:
+            images[entry.name], found = _survey_folder(folder, path)
+            findings += found
+            if not images[entry.name]:
+                findings.append(Finding(EMPTY_CLASS, path))
+    if not any(images.values()):
+        findings.append(Finding(EMPTY_SPLIT, split))
+    for names in equal_but_for_form(images):
+        alike = ", ".join(map(ascii, names))
+        findings.append(Finding(SAME_CLASS, f"{split}/{names[0]}", alike))
+    return images, findings
+
+
+def _survey_folder(folder: Path, path: str) -> tuple[list[str], list[Finding]]:
+    """Images that lie in folder/path itself, as training takes them, and findings on the rest."""
+    findings: list[Finding] = []
+    entries = _entries(folder / path, path, findings)
+    try:
+        names = image_names(folder / path) if entries else []
+    except UserError as error:
+        return [], [Finding(UNREADABLE, path, str(error).removeprefix(f"{folder / path}: "))]
+    taken = set(names)
+    for entry in entries:
+        if entry.name in taken:
+            continue
+        place = f"{path}/{entry.name}"
+        if not _is_dir(entry):
+            findings += _left_out(entry, place, MISNAMED)
+        elif not is_class_name(entry.name):
+            findings.append(Finding(UNUSED_FOLDER, place))
+        elif inside := _images_below(Path(entry.path)):
+            findings.append(Finding(SUBFOLDER, place, f"{inside:,} in it"))
+        else:
+            findings.append(Finding(NO_IMAGE, place, "a folder"))
+    return names, findings
+
+
+def _left_out(entry: os.DirEntry[str], path: str, image_kind: str) -> Iterator[Finding]:
+    """Why a file is not read. image_kind: where it is an intact JPEG or PNG in sight."""
+    suffix = Path(entry.name).suffix.lower()
+    try:
+        is_file = entry.is_file()
+        if not is_file and entry.is_symlink():
+            raise FileNotFoundError
+        kind = image_format(Path(entry.path)) if is_file else ""
+    except OSError as error:
+        if entry.is_symlink():
+            yield Finding(BROKEN_LINK, path, f"to {os.readlink(entry.path)}")
+        else:
+            yield Finding(UNREADABLE, path, error.strerror or "")
+        return
+    hidden = entry.name.startswith(".")
+    if kind in TRAINED_ON:
+        yield Finding(HIDDEN if hidden else image_kind, path)
+    elif kind or (not hidden and suffix in OTHER_SUFFIXES):
+        yield Finding(OTHER_FORMAT, path, kind or f"{suffix} by its name")
+    elif not hidden and suffix in SUFFIXES:  # empty or damaged, and not in a class folder
+        yield Finding(image_kind, path, "and no image by its content")
+    elif not hidden and suffix in PACKED_SUFFIXES:
+        yield Finding(PACKED, path)
+    else:
+        yield Finding(NO_IMAGE, path)
+
+
+def _entries(place: Path, path: str, findings: list[Finding]) -> list[os.DirEntry[str]]:
+    """Sorted by name; none, and a finding, where the folder cannot be listed."""
+    try:
+        with os.scandir(place) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        findings.append(Finding(UNREADABLE, path, error.strerror or ""))
+        return []
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into a folder that is closed
+        return False
+
+
+def _images_below(folder: Path) -> int:
+    """By their names; at any depth."""
+    suffixes = SUFFIXES + OTHER_SUFFIXES
+    return sum(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
+
+
+def _one_sided(images: dict[str, dict[str, list[str]]]) -> Iterator[Finding]:
+    """Classes of train or val alone, with the one that is perhaps the same."""
+    for split, other in (("train", "val"), ("val", "train")):
+        by_key = {_folded(name): name for name in images[other]}
+        for name in images[split]:
+            if name not in images[other]:
+                near = by_key.get(_folded(name))
+                detail = f"not in {other}" + (f", which has {near!a}" if near is not None else "")
+                if near is not None and equal_but_for_form([name, near]):
+                    detail += f" in another Unicode form than {name!a}"
+                yield Finding(ONE_SIDED, f"{split}/{name}", detail)
+
+
+def _beside(folder: Path) -> Iterator[Finding]:
+    """What lies in the data folder itself."""
+    for entry in _entries(folder, ".", []):
+        if entry.name.startswith(".") or entry.name in ("train", "val", "unlabelled"):
+            continue
+        if _is_dir(entry):
+            yield Finding(UNUSED_FOLDER, entry.name)
+        elif entry.name.lower().endswith(SUFFIXES + OTHER_SUFFIXES):
+            yield Finding(LOOSE, entry.name)
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _alike(paths: Iterable[str]) -> Iterator[Finding]:
+    """Files that would be one on a system that does not tell case or Unicode forms apart."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        groups[_folded(path)].append(path)
+    for group in groups.values():
+        if len(group) > 1:
+            kind = SAME_BUT_FORM if equal_but_for_form(group) else SAME_BUT_CASE
+            yield Finding(kind, group[0], f"also {', '.join(map(ascii, group[1:]))}")
