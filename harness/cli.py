@@ -164,8 +164,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="make image folders: digits, cifar10, imagenet; check")
-    kinds = data.add_subparsers(required=True, metavar="digits|cifar10|imagenet|check", dest="kind")
+    data = commands.add_parser("data", help="make and check folders of images")
+    kinds = data.add_subparsers(
+        required=True, metavar="digits|cifar10|imagenet|import|check", dest="kind"
+    )
     digits = kinds.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
     digits.add_argument(
         "--labelled", type=float, default=1.0, metavar="SHARE", help="rest: unlabelled/"
@@ -174,9 +176,12 @@ def _add_data(commands: Any) -> None:
     cifar10.add_argument("--archive", type=Path, metavar="FILE")
     imagenet = kinds.add_parser("imagenet", help="from the official archives")
     imagenet.add_argument("--archives", type=Path, required=True, metavar="DIR")
+    imported = kinds.add_parser("import", help="from another layout (tiny-imagenet, Kaggle, …)")
+    imported.add_argument("source", type=Path, metavar="SOURCE")
+    imported.add_argument("--val", type=float, metavar="SHARE", help="hold out, if it has no val")
     check = kinds.add_parser("check", help="find what training refuses, leaves out or trips over")
     check.add_argument("--json", action="store_true", help="lists all, not the first 20 of a kind")
-    for kind in (digits, cifar10, imagenet, check):
+    for kind in (digits, cifar10, imagenet, imported, check):
         kind.add_argument("folder", type=Path, metavar="DIR")
     data.set_defaults(command=_data)
 
@@ -184,6 +189,11 @@ def _add_data(commands: Any) -> None:
 def _data(options: argparse.Namespace) -> int:
     if options.kind == "check":
         return _check(options)
+    if options.kind == "import":
+        from harness.data.import_layout import import_layout
+
+        print(import_layout(options.source, options.folder, options.val))
+        return FINISHED
     from harness.data import prepare
 
     if options.kind == "digits":

@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness.data.archive import members, opened, read, refusal
-from harness.data.imagenet_archives import fill_imagenet
+from harness.data.imagenet_archives import archive_paths, fill_imagenet
+from harness.data.layouts import recognise
 from harness.data.prepared_folder import Counts, PreparedFolder, prepare
 from harness.errors import UserError
 
@@ -96,6 +97,12 @@ def prepare_imagenet(folder: Path, archives: Path, *, expected: Counts = IMAGENE
     """
 
     def fill(prepared: PreparedFolder) -> Counts:
+        try:
+            archive_paths(archives)
+        except UserError as error:
+            if archives.is_dir() and (layout := recognise(archives)):
+                raise UserError(f"{error}; {layout.advice(archives)}") from None
+            raise
         fill_imagenet(prepared, archives, expected.train + expected.val)
         return expected
 
