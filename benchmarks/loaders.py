@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.conditions import benchmark_parser, spread, versions, write_results
 from benchmarks.pipelines import CONTENDERS, SIZE, Job, Unavailable, ours
-from harness.data.index import SUFFIXES
+from harness.data.listing import SUFFIXES
 
 WARM_UP = 6  # batches: more than any queue holds
 BASES = ("torchvision, PIL", "DALI's own reader")

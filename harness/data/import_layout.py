@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from harness.data.child_process import worker_processes
 from harness.data.image_format import IMPORTED, TRAINED_ON, image_format
-from harness.data.index import SUFFIXES, equal_but_for_form, is_class_name
 from harness.data.layouts import LabelledFile, recognise
+from harness.data.listing import SUFFIXES, equal_but_for_form, is_class_name
 from harness.data.prepared_folder import Counts, PreparedFolder, prepare
 from harness.errors import UserError
 

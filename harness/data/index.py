@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-import unicodedata
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,14 +23,11 @@ from harness.data.digest import (
     positions_by_class,
 )
 from harness.data.index_places import cache_places, lock_first
+from harness.data.listing import SUFFIXES, class_folders, equal_but_for_form, image_names
 from harness.data.scan import read_sizes, size_of
 from harness.errors import UserError
 from harness.recipe.losses import UNLABELLED
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
-# made by file servers, file systems and archivers; hidden folders are not classes either
-NO_CLASSES: tuple[str, ...] = ("@eaDir", "lost+found", "__MACOSX", "#recycle", "$RECYCLE.BIN")
-NO_CLASSES += ("System Volume Information", "__pycache__")
 FORMAT_VERSION = 1
 MEND_OR_SKIP = "mend it or set data.on_bad_image=skip"
 # A folder changed as short as this before its listing may change again within one tick of the
@@ -225,60 +221,6 @@ def check_headers(index: Index, skip: bool, remedy: str = MEND_OR_SKIP) -> None:
 def some_of(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def class_folders(folder: Path) -> dict[str, int]:
-    """Class name -> time of the last change of its folder in ns, sorted by name."""
-    try:
-        with os.scandir(folder) as entries:
-            found = {
-                entry.name: entry.stat().st_mtime_ns
-                for entry in entries
-                if is_class_name(entry.name) and entry.is_dir()
-            }
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror}; set run.data_root, or make it with `harness data`"
-        ) from None
-    if not found:
-        raise UserError(
-            f"{folder}: no class folders in it; images belong in {folder}/CLASS/, "
-            "or set run.data_root to another folder"
-        )
-    for names in equal_but_for_form(found):
-        raise UserError(
-            f"{folder}: the classes {' and '.join(map(ascii, names))} look alike, as their names "
-            "differ in Unicode form only (NFC, NFD); merge or rename them"
-        )
-    return dict(sorted(found.items()))
-
-
-def is_class_name(name: str) -> bool:
-    """Whether a folder of this name in a split is a class: neither hidden nor the system's."""
-    return not name.startswith(".") and name not in NO_CLASSES
-
-
-def equal_but_for_form(names: Iterable[str]) -> list[list[str]]:
-    """Names that are the same text in different Unicode forms, such as é as one or two points."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-    return [sorted(group) for group in groups.values() if len(group) > 1]
-
-
-def image_names(folder: Path) -> list[str]:
-    """The images that lie in `folder` itself, sorted by their names."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if entry.name.lower().endswith(SUFFIXES)
-                and not entry.name.startswith(".")
-                and entry.is_file()
-            )
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; make it readable") from None
 
 
 def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Index:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.data.imagenet_archives import DEVKIT, TRAIN, read_devkit
-from harness.data.index import is_class_name
 from harness.data.label_table import read_labels
+from harness.data.listing import is_class_name
 from harness.errors import UserError
 
 SPLIT_NAMES = {

@@ -29,8 +29,8 @@ from harness.data.findings import (
     Finding,
 )
 from harness.data.image_format import TRAINED_ON, image_format
-from harness.data.index import SUFFIXES, equal_but_for_form, image_names, is_class_name
 from harness.data.layouts import recognise
+from harness.data.listing import SUFFIXES, equal_but_for_form, image_names, is_class_name
 from harness.errors import UserError
 
 # by name, where the content says nothing (an empty file, a format without a signature)
