@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ MAKE_AGAIN = "make it again with `harness cache`, in an empty folder"
 
 @dataclass(frozen=True)
 class Rows:
-    """How the logits of an image are kept: all of them, or the `top` largest and the mean of the
-    others, which stands for each of them."""
+    """How the logits of an image are stored: all of them, or the `top` largest and one logit that
+    replaces each of the others."""
 
     classes: int
     dtype: str  # float16 | float32
@@ -56,18 +58,25 @@ class Rows:
         kept = [("classes", number, (self.top,)), ("logits", self.dtype, (self.top,))]
         return np.dtype([*kept, ("others", self.dtype)])
 
-    def encode(self, logits: Tensor) -> NDArray[Any]:
-        """float32 (B, K) -> (B,) rows. Raises UserError where float16 is too narrow."""
+    @np.errstate(over="ignore")  # refused below
+    def encode(self, logits: Tensor, temperature: float) -> NDArray[Any]:
+        """float32 (B, K) -> (B,) rows. Raises UserError where float16 is too narrow.
+
+        The others get the logit T log mean exp(z / T) over them: softened at T = `temperature`,
+        they have the sum of their true targets, so each of the `top` largest has its true target.
+        """
         if self.top is None:
-            rows = values = logits.numpy().astype(self.dtype)
+            rows = logits.numpy().astype(self.dtype)
+            values = [rows]
         else:
             largest = logits.topk(self.top)
-            others = (logits.sum(1) - largest.values.sum(1)) / max(self.classes - self.top, 1)
+            others = logits.scatter(1, largest.indices, -torch.inf)
+            log_sum = (others / temperature).logsumexp(1)
             rows = np.empty(len(logits), self.type)
             rows["classes"], rows["logits"] = largest.indices.numpy(), largest.values.numpy()
-            rows["others"] = others.numpy()
-            values = rows["logits"]
-        if not np.isfinite(values).all():
+            rows["others"] = temperature * (log_sum - math.log(self.classes - self.top)).numpy()
+            values = [rows["logits"], rows["others"]]
+        if not all(np.isfinite(numbers).all() for numbers in values):
             raise UserError(f"a logit of the teacher does not fit {self.dtype}; see its run")
         return rows
 
@@ -99,9 +108,13 @@ def all_shards(epochs: int, images: int) -> list[Shard]:
     return [Shard(e, s, min(s + SHARD_IMAGES, images)) for e in range(epochs) for s in starts]
 
 
-def identify(config: Config, feed: Feed, teacher: Teacher) -> dict[str, Any]:
-    """What logits depend on: those of a cache are right where all of this is the same."""
-    data = config.data
+def identify(config: Config, feed: Feed, teacher: Teacher, top: int | None) -> dict[str, Any]:
+    """Everything the rows of a cache depend on: they are right where all of it is the same.
+
+    All logits serve any temperature; the `top` largest are exact at one (see `Rows.encode`).
+    """
+    data, distill = config.data, config.distill
+    assert distill is not None
     return {
         "format": FORMAT_VERSION,
         "seed": config.seed,
@@ -114,6 +127,7 @@ def identify(config: Config, feed: Feed, teacher: Teacher) -> dict[str, Any]:
         "classes": data.classes,
         "teacher": teacher.identity,
         **teacher.computes,
+        **({} if top is None else {"temperature": distill.temperature}),
     }
 
 
@@ -150,7 +164,7 @@ def write_cache(
     assert config.distill is not None and config.distill.cache is not None
     folder, rows = Path(config.distill.cache), Rows(config.data.classes, dtype, top)
     teacher = load_teacher(config, feed.train.classes)
-    plan = identify(config, feed, teacher) | asdict(rows) | {"epochs": epochs}
+    plan = identify(config, feed, teacher, top) | asdict(rows) | {"epochs": epochs}
     plan |= {"loader": config.run.loader, "class_digests": feed.train.class_digests()}
     shards = all_shards(epochs, len(feed.train))
     size_mb = epochs * len(feed.train) * rows.type.itemsize / 1e6
@@ -170,7 +184,8 @@ def write_cache(
         evaluation = teacher.evaluate(loader.evaluate)
         batches = loader.train(0)
         for shard in sweep.shards:
-            _write_shard(folder, shard, rows, teacher, batches)
+            encode = partial(rows.encode, temperature=config.distill.temperature)
+            _write_shard(folder, shard, encode, teacher, batches)
         barrier(control)  # a rank may wait here as long as another needs for a shard more
         if world.rank == 0:
             sums = {shard.name: _sum_file(folder, shard).read_text() for shard in shards}
@@ -215,7 +230,11 @@ def _sum_file(folder: Path, shard: Shard) -> Path:
 
 
 def _write_shard(
-    folder: Path, shard: Shard, rows: Rows, teacher: Teacher, batches: Iterator[Batch]
+    folder: Path,
+    shard: Shard,
+    encode: Callable[[Tensor], NDArray[Any]],
+    teacher: Teacher,
+    batches: Iterator[Batch],
 ) -> None:
     """The next batches of a sweep are the shard's; its checksum is written last.
 
@@ -223,7 +242,7 @@ def _write_shard(
     """
     parts: list[NDArray[Any]] = []
     while sum(map(len, parts)) < shard.end - shard.first:
-        parts.append(rows.encode(teacher(0, next(batches)).cpu()))
+        parts.append(encode(teacher(0, next(batches)).cpu()))
     file = io.BytesIO()
     np.save(file, np.concatenate(parts))
     content = file.getvalue()
@@ -285,11 +304,10 @@ def open_teacher(config: Config, feed: Feed, world: World) -> AnyTeacher | None:
     folder = Path(config.distill.cache)
     manifest = read_manifest(folder)
     _check_data(f"distill.cache: {folder}", manifest, feed.train)
-    for key, here in identify(config, feed, teacher).items():
-        if manifest.get(key) != here:
+    for key, here in identify(config, feed, teacher, manifest.get("top")).items():
+        if (there := manifest.get(key, "not recorded")) != here:
             raise UserError(
-                f"distill.cache: {folder}: is of another {key} ({manifest.get(key)}, here {here}); "
-                f"{MAKE_AGAIN}"
+                f"distill.cache: {folder}: is of another {key} ({there}, here {here}); {MAKE_AGAIN}"
             )
     # each rank checks its share: whoever finds a fault ends the run
     for name, checksum in list(manifest["shards"].items())[world.rank :: world.world_size]:

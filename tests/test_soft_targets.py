@@ -13,6 +13,7 @@ from harness.cli import main
 from harness.data.loader import open_loader
 from harness.data.sampling import crops, permutation
 from harness.distributed import world_from_environment
+from harness.errors import UserError
 from harness.journal import read_log
 from harness.soft_targets import Rows, all_shards, open_teacher
 from harness.train import prepare, train
@@ -55,19 +56,40 @@ def test_shards_cover_every_image_of_every_epoch():
     ]  # fmt: skip
 
 
-def test_rows_keep_all_logits_or_the_largest_and_the_mean_of_the_others():
+def test_rows_keep_all_logits_or_the_largest_and_one_for_the_others():
     logits = torch.tensor([[1.0, 5.0, -2.0, 4.0, 0.0]])
     everything = Rows(5, "float32", None)
-    assert everything.decode(everything.encode(logits)).tolist() == logits.tolist()
+    assert everything.decode(everything.encode(logits, 4.0)).tolist() == logits.tolist()
     top = Rows(5, "float16", 2)
-    rows = top.encode(logits)
+    rows = top.encode(logits, 1.0)
     assert rows["classes"].tolist() == [[1, 3]]
-    # (1 - 2 + 0) / 3 = -1/3, in float16 -0.33325
-    assert top.decode(rows).tolist() == [[pytest.approx(-1 / 3, abs=1e-3), 5.0,
-        pytest.approx(-1 / 3, abs=1e-3), 4.0, pytest.approx(-1 / 3, abs=1e-3)]]  # fmt: skip
+    # log((e^1 + e^-2 + e^0) / 3) = log(3.8536 / 3) = 0.2504
+    other = pytest.approx(0.2504, abs=1e-3)
+    assert top.decode(rows).tolist() == [[other, 5.0, other, 4.0, other]]
     # ImageNet: 1000 logits of 2 bytes; or 10 classes and logits of 2 bytes each, and the others'
     assert Rows(1000, "float16", None).type.itemsize * 1_281_167 == 2_562_334_000
     assert Rows(1000, "float16", 10).type.itemsize == 10 * (2 + 2) + 2
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 2.0, 4.0, 1000.0])
+def test_the_largest_have_their_true_targets_at_the_caches_temperature(temperature):
+    # exp(z / T) = 80, 18 and eight times 1/4: 80 of 80 + 18 + 2 = 0.8, 18 of them 0.18. With the
+    # mean logit of the others it would be 80 of 80 + 9 (18 / 4^8)^(1/9) = 80 of 83.6: 0.957
+    weights = torch.tensor([[0.25, 18.0, 0.25, 80.0, *[0.25] * 6]], dtype=torch.float64)
+    logits = (temperature * weights.log()).float()
+    for top, kept in ((1, {3: 0.8}), (2, {3: 0.8, 1: 0.18})):
+        rows = Rows(10, "float32", top)
+        decoded = torch.from_numpy(rows.decode(rows.encode(logits, temperature)))
+        targets = (decoded / temperature).softmax(1)[0].tolist()
+        for number, target in enumerate(targets):
+            rest = (1 - sum(kept.values())) / (10 - top)
+            assert target == pytest.approx(kept.get(number, rest), rel=1e-4)
+
+
+def test_logits_that_float16_cannot_hold_are_refused():
+    for logits in ([[7e4, 0.0, 0.0]], [[0.0, -7e4, -7e4]]):  # a kept one, then the others'
+        with pytest.raises(UserError, match="does not fit float16"):
+            Rows(3, "float16", 1).encode(torch.tensor(logits), 1.0)
 
 
 def test_a_student_of_the_cache_is_that_of_the_live_teacher(student, cache, tmp_path, monkeypatch):
@@ -112,9 +134,11 @@ def test_float16_and_the_largest_lose_so_much(student, cache, tmp_path, options,
         logits.append(open_teacher(config, feed, world)(0, next(loader.train(0))))
         loader.close()
     full, less = (x.topk(kept).values for x in logits)
-    # 11 bits of logits below 32: half of 2^-6; their mean stays, up to that
+    # 11 bits of logits below 32: half of 2^-6
     assert 0 < (full - less).abs().max() <= 2**-7
-    assert (logits[0].mean(1) - logits[1].mean(1)).abs().max() <= 2**-7
+    # a target p moves by at most p (1 - p) <= 1/4 of twice that over T = 4
+    targets, theirs = ((x / 4).softmax(1).gather(1, logits[0].topk(kept).indices) for x in logits)
+    assert (targets - theirs).abs().max() <= 2**-7 * 2 / 4 / 4
     assert torch.equal(logits[0].argmax(1), logits[1].argmax(1))
 
 
@@ -167,6 +191,27 @@ def test_a_foreign_cache_is_refused(student, cache, override, key, capsys):
     path = student(precision="float64", cache=str(cache))
     line = one_line(capsys, "train", path, override)
     assert f"is of another {key} (" in line and "harness cache" in line
+
+
+def test_the_largest_serve_their_own_temperature_and_all_logits_any(
+    student, cache, tmp_path, capsys
+):
+    top = tmp_path / "top"
+    path = student(precision="float64", cache=str(top), temperature=2.0, changes=FLOAT64)
+    assert main(["cache", str(path), "--epochs", "1", "--top", "3"]) == 0
+    feed, config = prepare(load_config(path), world_from_environment("cpu"))
+    world = world_from_environment("cpu")
+    assert open_teacher(config, feed, world) is not None
+    line = one_line(capsys, "train", path, "distill.temperature=4.0")
+    assert "is of another temperature (2.0, here 4.0); make it again with `harness cache`" in line
+    manifest = json.loads((top / "manifest.json").read_text())
+    del manifest["temperature"]  # as those were whose other classes have the mean of their logits
+    (top / "manifest.json").write_text(json.dumps(manifest))
+    line = one_line(capsys, "train", path)
+    assert "of another temperature (not recorded, here 2.0); make it again with `harness" in line
+    for temperature in (1.0, 20.0):
+        overrides = [f"distill.cache={cache}", f"distill.temperature={temperature}"]
+        assert open_teacher(load_config(path, overrides), feed, world) is not None
 
 
 def test_a_cache_of_another_teacher_is_refused(student, own_cache, capsys):
