@@ -38,7 +38,7 @@ setup(
         "jinja2>=3.1",
         "numpy>=1.26",
         "pillow>=10",
-        "pydantic>=2.7",
+        "pydantic>=2.11",
         "pyyaml>=6",
         "safetensors>=0.4",
         "scipy>=1.11",  # Student's t for the report; ImageNet's meta.mat

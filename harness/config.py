@@ -27,15 +27,27 @@ from harness.config_errors import ConfigError as ConfigError
 from harness.config_errors import config_error, explain, found
 from harness.strict_yaml import read_yaml, write_yaml
 
-Count = Annotated[int, Field(ge=1)]
+# Numbers beyond these mean nothing here, and would overflow the integers and floats of PyTorch
+LARGEST_COUNT, LARGEST_SIDE, LARGEST_FLOAT32 = 2**31 - 1, 2**15, 3.4e38
+# Within these the soft loss is finite in float32 for all logits that float16 can hold: its largest,
+# T · 2 · 65504 an image, is 1.3e8 at T = 1000. A larger T rounds the gradient, as the softened
+# logits of the classes come nearer to each other than float32 resolves.
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 1000.0
+
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 # YAML has lists only, so these tuples take them; their items stay strict
-Pair = Annotated[tuple[Positive, Positive], Strict(False)]
-Colour = Annotated[tuple[float, float, float], Strict(False)]
-ColourScale = Annotated[tuple[Positive, Positive, Positive], Strict(False)]
+Areas = Annotated[tuple[Positive, Positive], Strict(False)]
+Ratio = Annotated[float, Field(ge=0.001, le=1000)]  # width to height
+Ratios = Annotated[tuple[Ratio, Ratio], Strict(False)]
+# of pixels from 0 to 1: figures for pixels from 0 to 255 are refused
+Colour = Annotated[tuple[Fraction, Fraction, Fraction], Strict(False)]
+Deviation = Annotated[float, Field(ge=0.001, le=1)]
+ColourScale = Annotated[tuple[Deviation, Deviation, Deviation], Strict(False)]
 Epochs = Annotated[tuple[Count, ...], Strict(False)]
 Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
 
@@ -90,12 +102,15 @@ class Data(Section):
 
     train_images: Count  # checked against the index; lets the dry run work without data
     val_images: Count
-    classes: Count
-    unlabelled_images: Annotated[int, Field(ge=0)] = 0
-    crop: Count = 224
-    resize: Count = 256  # short side at evaluation
-    crop_area: Pair = (0.08, 1.0)
-    crop_ratio: Pair = (0.75, 1.3333333333333333)
+    classes: Annotated[int, Field(ge=1, le=2**20)]
+    unlabelled_images: CountOrZero = 0
+    crop: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] = 224
+    # short side at evaluation: by default as 256 is to a crop of 224 (section 5.1)
+    resize: Annotated[int, Field(ge=1, le=2 * LARGEST_SIDE)] = Field(
+        default_factory=lambda data: round(data["crop"] * 256 / 224)
+    )
+    crop_area: Areas = (0.08, 1.0)
+    crop_ratio: Ratios = (0.75, 1.3333333333333333)
     flip: bool = True
     mean: Colour = (0.485, 0.456, 0.406)
     std: ColourScale = (0.229, 0.224, 0.225)
@@ -117,7 +132,7 @@ class Model(Section):
     name: Text
     last_gamma: Annotated[int, Field(ge=0, le=1)] = 0  # table 2b
     weights: Text | None = None  # start from a state dict (fine-tuning)
-    width: Count = 16  # small ResNets only
+    width: Annotated[int, Field(ge=1, le=1024)] = 16  # small ResNets only
 
     def meaningless(self) -> dict[str, str]:
         small = self.name in SMALL_RESNETS
@@ -140,7 +155,7 @@ class Recipe(Section):
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
-    weight_decay: NotNegative = 0.0001  # never on batch norm
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT32)] = 0.0001  # not on batch norm
     label_smoothing: Fraction = 0.0
 
     def meaningless(self) -> dict[str, str]:
@@ -156,6 +171,8 @@ class Recipe(Section):
             yield f"minibatch: {kn} is not a multiple of worker_batch {n}; take {nearest}"
         if self.nesterov and self.momentum == 0:
             yield "nesterov: needs a momentum above 0; set nesterov: false or raise momentum"
+        if self.reference_lr * max(kn / self.reference_minibatch, 1) > LARGEST_FLOAT32:
+            yield f"reference_lr: {self.reference_lr:g}, scaled, is no float32 number; lower it"
         if self._warmup_end() > self.epochs:
             yield (
                 f"warmup_epochs: {self.warmup_epochs} is past the end (epochs: {self.epochs}); "
@@ -185,9 +202,9 @@ class Distill(Section):
 
     teacher: Text  # a config, a run folder, or a state dict
     teacher_model: Text | None = None  # name, for a bare state dict
-    temperature: Positive = 4.0
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)] = 4.0
     hard_weight: Fraction = 0.1
-    soft_weight: NotNegative | None = None  # None: 1 - hard_weight
+    soft_weight: Annotated[float, Field(ge=0, le=1e6)] | None = None  # None: 1 - hard_weight
     precision: Precision = "bfloat16"  # the teacher's
     cache: Text | None = None  # folder written by `harness cache CONFIG --epochs E`
 
@@ -218,13 +235,13 @@ class Run(Section):
     compile: bool | Literal["auto"] = "auto"
     gradient_precision: Literal["float32", "bfloat16"] = "float32"
     loader: Literal["auto", "dali", "reference", "memory"] = "auto"
-    loader_threads: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    loader_threads: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
     evaluate_every_epochs: Count = 1
     log_every_steps: Count = 20
     checkpoint_every_minutes: Positive = 10.0  # and at every epoch's end
     keep_checkpoints: Count = 3  # and the best
-    hang_timeout_s: Positive = 300.0
-    profile_steps: Annotated[int, Field(ge=0)] = 0
+    hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 300.0
+    profile_steps: CountOrZero = 0
 
 
 class Config(Section):

@@ -47,6 +47,8 @@ def explain(error: ValidationError, known: Sequence[str]) -> list[str]:
     by_key: dict[str, list[Any]] = {}
     # a misspelt key is often missing too: the spelling first
     for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
+        if item["type"] == "default_factory_not_called":  # follows from another key's mistake
+            continue
         if item["type"] == "value_error":  # an impossible combination, which names its keys itself
             problems += str(item["ctx"]["error"]).splitlines()
             continue

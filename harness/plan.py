@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from harness.config import NO_EXPECTATION, Config, Expect
 from harness.errors import UserError
 from harness.lr_picture import COLUMNS, draw_lr
-from harness.models import build_model
+from harness.models import build_model, check_model
 from harness.prediction import Hardware, predict, render_prediction
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
@@ -36,9 +36,12 @@ def make_plan(
     """What `config` would run on `ranks` ranks, JSON-ready; builds the model on the CPU.
 
     `teachers` are the stages before, whose plans are their own; `hardware`: what the predicted
-    times assume. Raises UserError where there are more ranks than workers, one of `lr_at_steps` is
-    not a step of the run, or a figure of the hardware is not above 0.
+    times assume. Raises UserError where a network cannot train on its crops, there are more ranks
+    than workers, one of `lr_at_steps` is not a step of the run, or a figure of the hardware is not
+    above 0.
     """
+    for stage_config in (*(stage.config for stage in teachers), config):
+        check_model(stage_config)
     for step in lr_at_steps:
         if not 0 <= step < config.total_steps:
             last = config.total_steps - 1
@@ -72,6 +75,8 @@ def _plan_steps(config: Config) -> dict[str, Any]:
         "images": config.images,
         "images_used_per_epoch": used,
         "images_unused_per_epoch": config.images - used,
+        "crop": config.data.crop,
+        "resize": config.data.resize,
     }
 
 
@@ -138,20 +143,25 @@ def _plan_lr(config: Config) -> dict[str, Any]:
 
 
 def _corners(config: Config) -> dict[int, str]:
-    """Step -> what happens to the lr there."""
+    """Step -> what happens to the lr there; all of it, where several corners share a step."""
     recipe = config.recipe
     warmup = warmup_steps(recipe, config.steps_per_epoch)
-    corners = {config.total_steps - 1: "last step"}
+    cosine = recipe.decay == "cosine"
+    decays = [] if cosine else [epoch * config.steps_per_epoch for epoch in recipe.milestones]
+    corners: dict[int, list[str]] = defaultdict(list)
     if warmup:
-        corners |= {0: f"{recipe.warmup} warm-up starts", warmup: "peak, end of warm-up"}
-    else:
-        corners[0] = "peak, no warm-up"
-    if recipe.decay == "cosine":
-        corners[warmup] += ", cosine starts"
-    else:
-        for epoch in recipe.milestones:
-            corners[epoch * config.steps_per_epoch] = f"× {recipe.decay_factor:g}"
-    return corners
+        corners[0].append(f"{recipe.warmup} warm-up starts")
+    if warmup not in decays:
+        corners[warmup].append("peak")
+    corners[warmup].append("end of warm-up" if warmup else "no warm-up")
+    if cosine:
+        corners[warmup].append("cosine starts")
+    for step in decays:
+        corners[step].append(f"× {recipe.decay_factor:g}")
+    corners[config.total_steps - 1].append("last step")
+    # where the warm-up is the whole run, its end is no step of it
+    steps = [step for step in corners if step < config.total_steps]
+    return {step: ", ".join(corners[step]) for step in steps}
 
 
 def inspect_model(
@@ -253,6 +263,8 @@ def _summary(plan: dict[str, Any]) -> list[str]:
         f"steps        {plan['steps_per_epoch']:,} an epoch, {plan['total_steps']:,} in all",
         f"images       {plan['images_used_per_epoch']:,} used in an epoch, "
         f"{plan['images_unused_per_epoch']:,} left over (others each time)",
+        f"crop         {plan['crop']} pixels; evaluation: short side to {plan['resize']}, then the "
+        f"central {plan['crop']}",
         f"peak lr      {plan['peak_lr_arithmetic']}",
         *_distillation(plan),
     ]

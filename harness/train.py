@@ -32,7 +32,7 @@ from harness.headline import Headline, headline, read_headline
 from harness.host_memory import keep_freed_memory
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
-from harness.models import build_model
+from harness.models import build_model, check_model
 from harness.objective import build_objective
 from harness.provenance import describe_environment
 from harness.recipe.minibatch import Minibatch
@@ -176,12 +176,6 @@ def cache_soft_targets(
     config: Config, teachers: Sequence[Stage], epochs: int, dtype: str, top: int | None
 ) -> Path:
     """Fills the folder `config.distill.cache` by its finished teacher, on all ranks."""
-    for stage in teachers[-1:]:
-        if finished_result(RunFolder(stage.folder), stage.config) is None:
-            raise UserError(
-                f"distill.teacher: {stage.path}: {stage.folder} is no finished run of it; "
-                f"harness train {stage.path} --resume"
-            )
     world = world_from_environment(config.run.device)
     set_precision(config.run.precision)
     assert config.distill is not None
@@ -189,6 +183,12 @@ def cache_soft_targets(
     distill = config.distill.model_copy(update={"cache": None})
     feed, prepared = prepare(config.model_copy(update={"distill": distill}), world)
     config = config.model_copy(update={"run": prepared.run})
+    for stage in teachers[-1:]:
+        if finished_result(RunFolder(stage.folder), stage.config) is None:
+            raise UserError(
+                f"distill.teacher: {stage.path}: {stage.folder} is no finished run of it; "
+                f"harness train {stage.path} --resume"
+            )
     return write_cache(config, feed, world, epochs, dtype, top)
 
 
@@ -203,11 +203,12 @@ def finished_result(folder: RunFolder, config: Config) -> Result | None:
 
 
 def prepare(config: Config, world: World) -> tuple[Feed, Config]:
-    """What can be found wrong before any process group: data, ranks, micro-batch.
+    """What can be found wrong before any process group: network, data, ranks, micro-batch.
 
     Returns the rank's feed, and the config with "auto" resolved where the machine decides.
     Raises UserError.
     """
+    check_model(config)
     run, minibatch = config.run, Minibatch(config.workers, config.recipe.worker_batch)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
     train_index, val_index = load_indices(config)

@@ -34,6 +34,13 @@ def test_ranks_that_fail_alike_do_not_all_speak(small, tmp_path):
     assert len(finished.stderr.splitlines()) == 1
 
 
+def test_a_network_that_cannot_be_trained_on_such_crops(small, tmp_path):
+    """n = 1 where the last stage is 1 x 1: refused before there is a run folder."""
+    crop = {"data__crop": 4, "data__resize": 4}
+    one = {"recipe__minibatch": 8, "recipe__worker_batch": 1, "run__micro_batch": 8}
+    expect_refusal(small(**crop, **one), tmp_path, "resnet8 cannot be trained on 4 × 4 pixels")
+
+
 def test_missing_and_empty_data_folders(small, tmp_path):
     expect_refusal(small(run__data_root=str(tmp_path / "missing")), tmp_path, "missing")
     (tmp_path / "empty" / "train").mkdir(parents=True)

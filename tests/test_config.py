@@ -160,6 +160,26 @@ def test_numbers_at_the_ends_of_their_ranges(load):
 
 
 @pytest.mark.parametrize(
+    ("crop", "resize"),
+    # 96 * 256 / 224 = 109.7; 32 * 8 / 7 = 36.6; 299 * 8 / 7 = 341.7; then the largest crop
+    [(224, 256), (96, 110), (32, 37), (1, 1), (299, 342), (32768, 37449)],
+)
+def test_an_omitted_resize_is_in_proportion_to_the_crop(load, crop, resize):
+    config = load(SMALLEST, f"data.crop={crop}")
+    assert config.data.resize == resize
+    # stored, it stays as it is whatever the default is by then
+    assert f"resize: {resize}" in dump_config(config)
+    assert load(dump_config(config)) == config
+    assert load(SMALLEST, f"data.crop={crop}", f"data.resize={crop}").data.resize == crop
+
+
+def test_a_crop_that_is_refused_is_the_only_mistake_told(refused):
+    assert refused(SMALLEST, "data.crop=0") == (
+        "x.yaml + command line: data.crop: expected at least 1, found 0"
+    )
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ["recipe.milestones=[5, 89]"],  # the first and the last epoch that are allowed

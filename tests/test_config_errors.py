@@ -127,7 +127,7 @@ def test_a_number_out_of_range(override, expected):
             "recipe.nesterov: needs a momentum above 0; set nesterov: false or raise momentum",
         ),
         (
-            ["data.crop=257"],
+            ["data.crop=257", "data.resize=256"],
             "data.crop: 257 is larger than resize 256; lower it or raise resize",
         ),
         (
@@ -140,7 +140,17 @@ def test_a_number_out_of_range(override, expected):
         ),
         (["data.crop_area=[0, 1]"], "data.crop_area[0]: expected more than 0, found 0"),
         (["data.crop_ratio=[2, 1]"], "data.crop_ratio: expected low <= high, found [2.0, 1.0]"),
-        (["data.std=[1, 0, 1]"], "data.std[1]: expected more than 0, found 0"),
+        (["data.std=[1, 0, 1]"], "data.std[1]: expected at least 0.001, found 0"),
+        (
+            # the figures for pixels from 0 to 255
+            ["data.mean=[123.7, 116.3, 103.5]"],
+            "data.mean[0]: expected at most 1, found 123.7 (and 2 more)",
+        ),
+        (
+            # 1e38 * 8192 / 256 = 3.2e39 is above the largest float32, 3.4e38
+            ["recipe.reference_lr=1e38"],
+            "recipe.reference_lr: 1e+38, scaled, is no float32 number; lower it",
+        ),
         (
             ["run.micro_batch=48"],
             "run.micro_batch: 48 is not a multiple of recipe.worker_batch 32",
@@ -186,7 +196,9 @@ def test_what_the_rest_of_the_config_does_not_allow(override, message):
 
 
 def test_several_mistakes_the_first_and_a_count():
-    message = refusal("data.crop=300", "recipe.minibatch=100", "recipe.momentum=0")
+    message = refusal(
+        "data.crop=300", "data.resize=256", "recipe.minibatch=100", "recipe.momentum=0"
+    )
     assert message.startswith("data.crop: 300") and message.endswith("(and 2 more)")
 
 

@@ -203,6 +203,54 @@ def test_no_warmup_and_scalings() -> None:
     assert root["lr_corners"][0][3] == "peak, no warm-up"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "corners"),
+    [
+        # 5 steps an epoch; a warm-up of the whole run ends at step 10, which is no step of it
+        (
+            {"epochs": 2, "warmup_epochs": 2, "milestones": []},
+            {0: "gradual warm-up starts", 9: "last step"},
+        ),
+        (
+            {"epochs": 2, "warmup_epochs": 2, "decay": "cosine"},
+            {0: "gradual warm-up starts", 9: "last step"},
+        ),
+        (
+            {"epochs": 3, "warmup_epochs": 2, "decay": "cosine"},
+            {
+                0: "gradual warm-up starts",
+                10: "peak, end of warm-up, cosine starts",
+                14: "last step",
+            },
+        ),
+        (  # the first milestone is the end of the warm-up: the peak is never reached
+            {"epochs": 3, "warmup_epochs": 2, "milestones": [2]},
+            {0: "gradual warm-up starts", 10: "end of warm-up, × 0.1", 14: "last step"},
+        ),
+    ],
+)
+def test_corners_that_share_a_step_or_lie_past_the_end(recipe: dict, corners: dict) -> None:
+    plan = make_plan(digits(recipe), 1)
+    assert {step: what for step, _, _, what in plan["lr_corners"]} == corners
+    assert render_plan(plan)
+
+
+def test_a_run_of_one_step_whose_only_step_is_warm_up() -> None:
+    plan = make_plan(
+        digits({"epochs": 1, "warmup_epochs": 1, "milestones": [], "minibatch": 1408}), 1
+    )
+    assert plan["total_steps"] == 1  # floor(1437 / 1408)
+    assert plan["lr_corners"] == [[0, 0.0, 0.1, "gradual warm-up starts, last step"]]
+    assert render_plan(plan)
+
+
+def test_the_crop_and_the_resize_are_shown() -> None:
+    config = load_config(CONFIGS / "imagenet" / "resnet50_256.yaml", ["data.crop=96"])
+    plan = make_plan(config, 1)
+    assert (plan["crop"], plan["resize"]) == (96, 110)  # 96 * 256 / 224 = 109.7
+    assert "96 pixels; evaluation: short side to 110, then the central 96\n" in render_plan(plan)
+
+
 def test_failures_are_found_and_said() -> None:
     """A model and an optimizer with the field's mistakes: the plan reads them, nothing assumed."""
     config = digits()

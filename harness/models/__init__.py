@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
+from harness.config_errors import ConfigError
 from harness.errors import UserError
 from harness.models.cifar_resnet import DEPTHS, CifarResNet
 from harness.models.fused_blocks import fuse_blocks
@@ -38,8 +39,8 @@ def build_model(config: Config, channels_last: bool = False) -> nn.Module:
     """The config's model in float32 on the CPU, with ghost batch norm, its weights set.
 
     `channels_last` is the order of a micro-batch that its batch norms are given (see
-    `GhostBatchNorm2d`). Raises UserError for an unknown name and for a weights file that cannot be
-    read or does not fit.
+    `GhostBatchNorm2d`). Raises ConfigError for an unknown name, and UserError for a weights file
+    that cannot be read or does not fit.
     """
     model = _bare_model(config.model, config.data.classes)
     convert_batch_norms(model, config.recipe.worker_batch, channels_last)
@@ -50,11 +51,32 @@ def build_model(config: Config, channels_last: bool = False) -> nn.Module:
     return model
 
 
+def check_model(config: Config) -> None:
+    """Raise ConfigError where the config's network is unknown or cannot train on its crops.
+
+    By a forward pass in training on PyTorch's meta device, which has shapes and no data: it finds
+    crops that are too small, and a batch norm over one value.
+    """
+    n, pixels = config.recipe.worker_batch, config.data.crop
+    with torch.device("meta"):
+        model = _bare_model(config.model, config.data.classes)
+        # whether a batch norm has several values depends on whether n is 1, not on how large it is
+        images = torch.empty(min(n, 2), 3, pixels, pixels)
+    try:
+        model.train()(images)
+    except (ValueError, RuntimeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"data.crop: {config.model.name} cannot be trained on {pixels} × {pixels} pixels with "
+            f"recipe.worker_batch {n} ({why}); raise one of them"
+        ) from None
+
+
 def _bare_model(model: Model, classes: int) -> nn.Module:
     names = model_names()
     if model.name not in names:
         nearest = difflib.get_close_matches(model.name, names, n=1, cutoff=0.0)[0]
-        raise UserError(f"model.name: no model {model.name!r}; did you mean {nearest!r}?")
+        raise ConfigError(f"model.name: no model {model.name!r}; did you mean {nearest!r}?")
     if model.name in SMALL:
         return CifarResNet(SMALL[model.name], classes, model.width)
     return torchvision_models.get_model(model.name, weights=None, num_classes=classes)

@@ -12,6 +12,7 @@ import torch
 from harness.config import Config
 from harness.data.index import Index, check_indices, load_index
 from harness.errors import UserError
+from harness.models import check_model
 from harness.recipe.minibatch import Minibatch
 
 SHARED_GPU = "HARNESS_VERIFY_SHARED_GPU"  # set where several ranks take one GPU, and so Gloo
@@ -101,7 +102,8 @@ class Request:
 def check_setting(
     config: Config, ranks: Sequence[int], steps: int, folder: Path, rank_program: Sequence[str]
 ) -> Setting:
-    """Raises UserError for ranks, steps or data that nothing can be verified with."""
+    """Raises UserError for a network, ranks, steps or data that nothing can be verified with."""
+    check_model(config)
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
         raise UserError("harness verify starts its own ranks; start it without torchrun or srun")
     if config.distill is not None:

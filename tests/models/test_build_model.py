@@ -10,17 +10,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harness.config import config_from_mapping
+from harness.config_errors import ConfigError
 from harness.errors import UserError
-from harness.models import build_model, model_names
+from harness.models import build_model, check_model, model_names
 from harness.models.ghost_batch_norm import ghost_batch_norms
 
 
-def config(model, seed=1, classes=10, worker_batch=4):
+def config(model, seed=1, classes=10, worker_batch=4, crop=224):
     return config_from_mapping(
         {
             "seed": seed,
             "expect": {"error": 3.0, "source": "test"},
-            "data": {"train_images": 64, "val_images": 8, "classes": classes},
+            "data": {"train_images": 64, "val_images": 8, "classes": classes, "crop": crop},
             "model": model,
             "recipe": {"minibatch": 16, "worker_batch": worker_batch, "epochs": 90},
         },
@@ -34,6 +35,30 @@ def test_every_resnet_of_torchvision_and_the_small_ones():
     resnext = {"resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"}
     wide = {"wide_resnet50_2", "wide_resnet101_2"}
     assert sorted(model_names()) == sorted(small | plain | resnext | wide)
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [("resnet8", 4), ("resnet56", 4), ("resnet18", 32), ("resnet50", 32)],
+)
+def test_one_image_a_worker_needs_more_than_one_place_in_the_last_stage(name, stride):
+    """The last stage has ceil(crop / stride) places a side: batch norm needs two values."""
+    check_model(config({"name": name}, worker_batch=1, crop=stride + 1))
+    check_model(config({"name": name}, worker_batch=2, crop=1))
+    with pytest.raises(ConfigError) as refused:
+        check_model(config({"name": name}, worker_batch=1, crop=stride))
+    start = f"data.crop: {name} cannot be trained on {stride} × {stride} pixels with recipe.worker"
+    assert str(refused.value).startswith(f"{start}_batch 1 (Expected more than 1 value per channel")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_crop_that_a_network_makes_nothing_of_is_refused(monkeypatch):
+    """No ResNet does: one that a feature map of 4 pixels is too small for."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 7), nn.BatchNorm2d(8))
+    monkeypatch.setattr("harness.models._bare_model", lambda model, classes: network.to("meta"))
+    check_model(config({"name": "resnet8"}, crop=7))
+    with pytest.raises(ConfigError, match=r"cannot be trained on 4 × 4 pixels .*; raise one of"):
+        check_model(config({"name": "resnet8"}, crop=4))
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "resnet50"])
