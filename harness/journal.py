@@ -179,6 +179,7 @@ class Journal:
         values = {
             "loss": reading.loss,
             "error": reading.error,
+            **({} if reading.kl is None else {"kl": reading.kl}),
             "lr": lr,
             "images_per_s": images / elapsed_s,
             "data_wait": min(data_wait_s / elapsed_s, 1.0),

@@ -24,6 +24,7 @@ class Reading:
     overflows: int  # float16: updates that were skipped
     overflows_in_row: int  # up to the last step
     first_bad_step: int | None  # the first step with a loss that is not finite
+    kl: float | None = None  # KL divergence of the student from its teacher; None without one
     labelled_shares: list[float] = field(default_factory=list)  # step by step
 
 
@@ -38,14 +39,17 @@ class Metrics:
         self.device, self.minibatch = device, minibatch
         self._steps: list[int] = []
         self._overflows: list[Tensor] = []  # of each step in float16
-        # of each micro-batch: loss, correct images, labelled images
-        self._local: list[tuple[Tensor, Tensor, Tensor]] = []
+        # of each micro-batch: loss, correct images, labelled images, and KL with a teacher
+        self._local: list[tuple[Tensor, ...]] = []
         self._overflows_in_row = 0
 
-    def add_micro_batch(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """`loss`: the micro-batch's share of the step's loss, Σ/(kn); `logits`: (B, K)."""
+    def add_micro_batch(
+        self, loss: Tensor, logits: Tensor, labels: Tensor, kl: Tensor | None = None
+    ) -> None:
+        """`loss` and `kl`: the micro-batch's share of the step's, Σ/(kn); `logits`: (B, K)."""
         correct = (logits.argmax(1) == labels).sum()
-        self._local.append((loss.detach(), correct, (labels != UNLABELLED).sum()))
+        counts = loss.detach(), correct, (labels != UNLABELLED).sum()
+        self._local.append(counts if kl is None else (*counts, kl))
 
     def end_step(self, step: int, overflow: Tensor | None = None) -> None:
         """`overflow`: 1.0 where float16 gradients overflowed, so that the update was skipped.
@@ -60,14 +64,15 @@ class Metrics:
         """Means over the ranks since the last reading. Synchronises device and ranks."""
         overflowed = self._overflowed()
         local = self._local_by_step().masked_fill_(overflowed.to(self.device), 0.0)
-        replaced = local.new_tensor([local_replaced])
-        sums = sum_over_ranks(torch.cat([local[:2].sum(1), replaced, local[2]]))
-        loss, correct, images_replaced, *labelled = sums.tolist()
+        replaced, kl = local.new_tensor([local_replaced]), local[3:].sum().view(1)
+        sums = sum_over_ranks(torch.cat([local[:2].sum(1), replaced, kl, local[2]]))
+        loss, correct, images_replaced, divergence, *labelled = sums.tolist()
         counted = max(len(self._steps) - int(overflowed.sum()), 1)
         reading = Reading(
             loss=loss / counted,
             error=100.0 * (1.0 - correct / sum(labelled)) if any(labelled) else math.nan,
             labelled_shares=[images / self.minibatch for images in labelled],
+            kl=divergence / counted if len(local) > 3 else None,
             replaced=int(images_replaced),
             overflows=int(overflowed.sum()),
             overflows_in_row=self._overflows_in_row,
@@ -80,12 +85,12 @@ class Metrics:
         return reading
 
     def _local_by_step(self) -> Tensor:
-        """(3, steps) float64: this rank's loss, correct and labelled images.
+        """(3 or 4, steps) float64: this rank's loss, correct and labelled images, and KL.
 
         A rank has as many micro-batches in each step: their number is settled before the first.
         """
         columns = [torch.stack(column).double() for column in zip(*self._local, strict=True)]
-        return torch.stack(columns).view(3, len(self._steps), -1).sum(2)
+        return torch.stack(columns).view(len(columns), len(self._steps), -1).sum(2)
 
     def _overflowed(self) -> Tensor:
         """(steps,) bool, on the host. Counts those in a row, over readings."""

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from harness.config import Config
 from harness.data.loader import Batch
-from harness.recipe.losses import soft_loss, training_loss
+from harness.recipe.losses import kl_divergence, soft_loss, training_loss
 
-# of logits (B, K) and labels (B,), both on the device: the sum over B, divided by kn
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Loss:
+    """A micro-batch's share of a step's loss: sums over its images, divided by kn.
+
+    `minimised` is what the gradient is taken of. `kl` is only logged: the KL divergence of the
+    student from its teacher, None without one.
+    """
+
+    minimised: Tensor
+    kl: Tensor | None = None
+
+
+# the loss of logits (B, K) and labels (B,), both on the device
+LossOf = Callable[[Tensor, Tensor], Loss]
 # a teacher's logits, float32 (B, K) on the device, for a micro-batch of a step
 SoftTargets = Callable[[int, Batch], Tensor]
 # asked before the network is, whose activations then take the memory
-Objective = Callable[[int, Batch], Loss]
+Objective = Callable[[int, Batch], LossOf]
 
 
 def build_objective(config: Config, soft_targets: SoftTargets | None) -> Objective:
@@ -30,17 +44,18 @@ def build_objective(config: Config, soft_targets: SoftTargets | None) -> Objecti
         training_loss, global_batch=recipe.minibatch, label_smoothing=recipe.label_smoothing
     )
     if distill is None:
-        return lambda step, batch: hard_loss
+        return lambda step, batch: lambda logits, labels: Loss(hard_loss(logits, labels))
     if soft_targets is None:
         raise ValueError("distill: this objective needs a teacher")
     hard_weight, soft_weight = distill.weights
 
-    def objective(step: int, batch: Batch) -> Loss:
+    def objective(step: int, batch: Batch) -> LossOf:
         teacher_logits = soft_targets(step, batch)
 
-        def loss(logits: Tensor, labels: Tensor) -> Tensor:
-            soft = soft_loss(logits, teacher_logits, recipe.minibatch, distill.temperature)
-            return hard_weight * hard_loss(logits, labels) + soft_weight * soft
+        def loss(logits: Tensor, labels: Tensor) -> Loss:
+            softening = teacher_logits, recipe.minibatch, distill.temperature
+            hard, soft = hard_loss(logits, labels), soft_loss(logits, *softening)
+            return Loss(hard_weight * hard + soft_weight * soft, kl_divergence(logits, *softening))
 
         return loss
 

@@ -187,8 +187,8 @@ class Step:
                 logits = self.model(images)
             loss = loss_of(logits, labels)
         with self.part("backward"):
-            self.scaler.scale(loss).backward()
-        self.metrics.add_micro_batch(loss, logits, labels)
+            self.scaler.scale(loss.minimised).backward()
+        self.metrics.add_micro_batch(loss.minimised, logits, labels, loss.kl)
 
     def rehearse(self, pixels: Tensor, local: bool = True) -> None:
         """Forward and backward pass of images (B, 3, H, W) uint8, which no other rank hears of.

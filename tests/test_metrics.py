@@ -31,6 +31,21 @@ def test_means_over_steps_and_images():
     assert metrics.read().loss == pytest.approx(2.0)  # a reading starts anew
 
 
+def test_the_kl_divergence_is_the_mean_of_the_steps_that_counted():
+    metrics = Metrics(torch.device("cpu"), minibatch=4)
+    logits, labels = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    # two micro-batches a step, each Σ/(kn): 0.25 + 0.125; then 0.5 + 0.125; the third overflows
+    steps = [(0.25, 0.125, 0.0), (0.5, 0.125, 0.0), (math.inf, math.nan, 1.0)]
+    for step, (first, second, overflow) in enumerate(steps):
+        for divergence in (first, second):
+            metrics.add_micro_batch(torch.tensor(1.0), logits, labels, torch.tensor(divergence))
+        metrics.end_step(step, torch.tensor(overflow))
+    assert metrics.read().kl == pytest.approx((0.375 + 0.625) / 2)
+    add(metrics, 1.0, correct=1, images=2)
+    metrics.end_step(3)
+    assert metrics.read().kl is None  # no teacher
+
+
 def test_the_first_step_that_is_not_finite_is_kept_until_it_is_read():
     metrics = Metrics(torch.device("cpu"), minibatch=2)
     for step, loss in enumerate([0.5, math.inf, math.nan, 0.5]):

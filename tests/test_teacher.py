@@ -15,8 +15,9 @@ from harness.data.loader import open_loader
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.journal import read_log
+from harness.models import build_model
 from harness.objective import build_objective
-from harness.step import Step
+from harness.step import Pixels, Step
 from harness.teacher import load_teacher
 from harness.train import prepare, train
 from harness.trained import export_trained, load_trained
@@ -62,6 +63,28 @@ def first_logits(config, path):
     loader.close()
     network = load_teacher(config, feed.train.classes)
     return network, batch, network(0, batch)
+
+
+def test_the_kl_divergence_is_logged_beside_the_loss(small, student, tmp_path):
+    once = {"recipe__epochs": 1, "recipe__milestones": [], "run__log_every_steps": 1}
+    config = load_config(student(temperature=2.0, hard_weight=0.3, changes=once))
+    train(config, tmp_path / "run")
+    lines = [x for x in read_log(tmp_path / "run" / "log.jsonl") if x["event"] == "train"]
+    assert [line["step"] for line in lines if line["kl"] > 0] == [1, 2, 3, 4, 5]
+    # the first step, from the networks themselves: the mean over its 256 images
+    _, batch, theirs = first_logits(config, tmp_path)
+    pixels = Pixels(config, torch.device("cpu"))
+    ours = build_model(config).train()(pixels(batch.images))
+    p, q = (theirs / 2).double().softmax(1), (ours / 2).double().softmax(1)
+    divergence = (p * (p / q).log()).sum(1).mean().item()
+    assert lines[0]["kl"] == pytest.approx(divergence, rel=1e-4)
+    labels = torch.nn.functional.cross_entropy(ours, batch.labels).item()
+    entropy = -(p * p.log()).sum(1).mean().item()
+    soft = 2**2 * (divergence + entropy)
+    assert lines[0]["loss"] == pytest.approx(0.3 * labels + 0.7 * soft, rel=1e-4)
+    # without a teacher there is none
+    train(load_config(small("plain.yaml", **once)), tmp_path / "plain")
+    assert not any("kl" in line for line in read_log(tmp_path / "plain" / "log.jsonl"))
 
 
 def test_it_sees_the_students_crop_in_evaluation_mode_normalised_as_it_was_trained(
@@ -190,8 +213,9 @@ def test_a_missing_or_unfinished_teacher_is_refused(student, teacher, small, tmp
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("distill.temperature=0", "distill.temperature: expected more than 0"),
-        ("distill.temperature=-1.0", "distill.temperature: expected more than 0"),
+        ("distill.temperature=0", "distill.temperature: expected at least 0.01, found 0"),
+        ("distill.temperature=0.009", "distill.temperature: expected at least 0.01"),
+        ("distill.temperature=1001.0", "distill.temperature: expected at most 1000"),
         ("distill.hard_weight=1.5", "distill.hard_weight: expected at most 1"),
         ("distill.hard_weight=-0.1", "distill.hard_weight: expected at least 0"),
         ("distill={teacher: x, hard_weight: 0, soft_weight: 0}", "distill.soft_weight: 0, as"),

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.config import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+
 UNLABELLED = -1  # the label of an image without one
 
 
@@ -39,14 +41,35 @@ def soft_loss(
     Hinton et al. 2015 (arXiv 1503.02531), section 2: both logits, (B, K), are softened,
     q_i = exp(z_i / T) / Σ_j exp(z_j / T). The gradient falls as 1/T², which T² makes up for:
     Σ over B of T (q - p) / kn, near (z - v) / (K kn) at a large T. Computed in at least float32.
-    Raises ValueError for T <= 0.
+    Raises ValueError for T outside [LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE].
     """
-    if not temperature > 0.0:
-        raise ValueError(f"temperature {temperature} is not above 0")
+    softened, targets = _soften(logits, teacher_logits, temperature)
+    total = F.cross_entropy(softened, targets, reduction="sum")
+    return temperature**2 * total / global_batch
+
+
+@torch.no_grad()
+def kl_divergence(
+    logits: Tensor, teacher_logits: Tensor, global_batch: int, temperature: float
+) -> Tensor:
+    """KL(p || q) in nats, summed over B, divided by kn: p the teacher's targets, q the student's.
+
+    Both (B, K) are softened as in `soft_loss`, which is T² times this plus T² times the entropy of
+    p: a constant of the teacher, so both have one gradient, but only this one is 0 where the
+    student agrees. To be logged; without gradient.
+    """
+    softened, targets = _soften(logits, teacher_logits, temperature)
+    return F.kl_div(softened.log_softmax(1), targets, reduction="sum") / global_batch
+
+
+def _soften(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The student's logits divided by T, and the teacher's softened targets in their dtype."""
+    if not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        bounds = f"[{LOWEST_TEMPERATURE}, {HIGHEST_TEMPERATURE:g}]"
+        raise ValueError(f"temperature {temperature} is not in {bounds}")
     targets = (_in_float32(teacher_logits) / temperature).softmax(1)
     logits = _in_float32(logits)
-    total = F.cross_entropy(logits / temperature, targets.to(logits.dtype), reduction="sum")
-    return temperature**2 * total / global_batch
+    return logits / temperature, targets.to(logits.dtype)
 
 
 def _in_float32(logits: Tensor) -> Tensor:

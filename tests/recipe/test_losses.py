@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from harness.recipe.losses import UNLABELLED, soft_loss, training_loss
+from harness.config import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from harness.recipe.losses import UNLABELLED, kl_divergence, soft_loss, training_loss
 
 LOGITS = [[2.0, 0.0, 0.0, 0.0]]
 
@@ -143,8 +144,48 @@ def test_at_a_large_temperature_the_gradient_is_the_difference_of_the_logits():
     assert gradient.tolist() == pytest.approx([0.25, -0.625, 0.625, -0.25], rel=0.003)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_not_above_zero_is_an_error(temperature):
+@pytest.mark.parametrize("temperature", [LOWEST_TEMPERATURE, 1.0, HIGHEST_TEMPERATURE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_the_soft_loss_is_finite_for_all_logits_of_float16(temperature, dtype, classes):
+    """The teacher is as sure of class 0 as the student is of class 1."""
+    largest = torch.finfo(torch.float16).max  # 65504
+    teacher, student = torch.full((2, 512, classes), -largest)
+    teacher[:, 0], student[:, 1] = largest, largest
+    student = student.to(dtype).requires_grad_()
+    loss = soft_loss(student, teacher, 1, temperature)
+    # -log q_0 = 2 * 65504 / T, times T², of 512 images
+    assert loss.item() == pytest.approx(512 * 2 * 65504 * temperature, rel=1e-5)
+    divergence = kl_divergence(student, teacher, 1, temperature).item()
+    assert divergence == pytest.approx(512 * 2 * 65504 / temperature, rel=1e-5)
+    loss.backward()
+    # T (q - p): -T for class 0, T for class 1
+    assert student.grad is not None
+    assert student.grad[0, :2].tolist() == pytest.approx([-temperature, temperature])
+    assert student.grad.isfinite().all()
+
+
+def test_the_kl_divergence_by_hand():
+    # p = (1/5, 4/5), q = (3/4, 1/4): KL = 1/5 log(4/15) + 4/5 log(16/5), one of kn = 8 images
+    divergence = 1 / 5 * math.log(4 / 15) + 4 / 5 * math.log(16 / 5)
+    student = torch.tensor(STUDENT, requires_grad=True)
+    teacher = torch.tensor(TEACHER)
+    found = kl_divergence(student, teacher, 8, 2.0)
+    assert found.item() == pytest.approx(divergence / 8)
+    assert not found.requires_grad
+    # T² KL is what is minimised less T² times the entropy of p
+    entropy = -(1 / 5 * math.log(1 / 5) + 4 / 5 * math.log(4 / 5))
+    loss = soft_loss(student, teacher, 8, 2.0).item()
+    assert found.item() == pytest.approx(loss / 4 - entropy / 8)
+    assert kl_divergence(teacher, teacher, 1, 2.0).item() == pytest.approx(0.0, abs=1e-6)
+    # a teacher that is sure: p = (1, 0) exactly, KL = -log q_0 = log(1 + e^-2) at T = 1
+    sure = torch.tensor([[1000.0, -1000.0]])
+    found = kl_divergence(torch.tensor([[1.0, -1.0]]), sure, 1, 1.0)
+    assert found.item() == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 0.0099, 1000.1, math.nan, math.inf])
+def test_a_temperature_out_of_bounds_is_an_error(temperature):
     with pytest.raises(ValueError, match="temperature"):
         soft_loss(torch.tensor(STUDENT), torch.tensor(TEACHER), 1, temperature)
 
