@@ -15,7 +15,13 @@ DALI_CUDA12 = [f"nvidia-dali-cuda120>=2.4; {BUILT}"]
 # scikit-learn carries the 1,797 digits
 QUICKSTART = ["scikit-learn>=1.3", *DALI]
 SLURM = ["submitit>=1.5.3"]  # for python -m launch
-PYTEST = ["pytest>=8", "selenium>=4.20", "pytest-timeout>=2.3", "pytest-xdist>=3.6"]
+PYTEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "selenium>=4.20",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+]
 TEST = [*PYTEST, "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"]
 
 setup(
