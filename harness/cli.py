@@ -26,6 +26,7 @@ from harness.errors import (
     UserError,
     record_for_torchrun,
 )
+from harness.unfailing_output import unfailing_output
 
 TORCHRUN_ENDS_OTHERS_S = 2.0
 
@@ -229,6 +230,7 @@ def _plan(options: argparse.Namespace) -> int:
     return FINISHED
 
 
+@unfailing_output()
 def _train(options: argparse.Namespace) -> int:
     from harness.stages import load_stages
 

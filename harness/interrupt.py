@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FORWARDED_S = 2.0  # torchrun hands a terminal's Ctrl-C on, so one key press comes as two signals
 # a message costs a millisecond or two of a core: little beside what is done in a second
 ASK_EVERY_S = 1.0
@@ -32,8 +32,15 @@ class StopRequest:
 
     @contextmanager
     def listen(self) -> Iterator[StopRequest]:
-        """Handles the signals within; the previous handlers are restored after."""
-        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Handles the signals within; the previous handlers are restored after.
+
+        SIGHUP (a closed terminal, a dropped ssh) stays ignored where nohup or a launcher that
+        decides for its runs has ignored it. The other signals are handled even then: launchers
+        ignore those only until this process is ready for them.
+        """
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield self
         finally:

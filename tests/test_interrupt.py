@@ -1,8 +1,15 @@
 import ast
 import os
+import pty
 import signal
+import subprocess
+import sys
 
+import pytest
+
+from harness.data.child_process import worker_processes
 from harness.interrupt import Agreement, StopRequest
+from harness.unfailing_output import unfailing_output
 from tests.conftest import start_ranks
 
 
@@ -81,3 +88,72 @@ def test_the_slowest_ranks_steps_count():
 def test_a_message_is_never_more_than_twenty_steps_away():
     """Messages at 0, 1, 2, then every twentieth step, however short: that of 3 is sent at 22."""
     assert agreed(0.001, 0.001) == {1: SAVE, 42: STOP}
+
+
+def test_a_closed_terminal_is_a_signal_like_any_other_and_nohup_keeps_it_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for usual, heard in [(signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, None)]:
+            signal.signal(signal.SIGHUP, usual)
+            request, inner = StopRequest(), StopRequest()
+            with request.listen():
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert request.signal == heard
+                with inner.listen():  # as of a stage within stages
+                    os.kill(os.getpid(), signal.SIGHUP)
+                    assert inner.signal == heard
+            assert signal.getsignal(signal.SIGHUP) == usual
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_child_leaves_a_closed_terminal_to_its_parent():
+    """A hangup goes to the whole process group; a worker that died of it would end the run."""
+    with worker_processes(1) as executor:
+        pid = executor.submit(os.getpid).result()
+        os.kill(pid, signal.SIGHUP)
+        assert executor.submit(os.getpid).result() == pid
+
+
+CHATTY = """
+import os, sys
+from harness.unfailing_output import unfailing_output
+with unfailing_output():
+    print("heard", flush=True)
+    os.read(0, 1)
+    print("lost", flush=True)
+    print("lost", file=sys.stderr, flush=True)
+    os.write(int(sys.argv[1]), b"survived")
+try:
+    print("outside", flush=True)
+except OSError as error:
+    os.write(int(sys.argv[1]), f", {error.strerror}".encode())
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind, why", [("terminal", "Input/output"), ("pipe", "Broken pipe")])
+def test_output_that_nobody_reads_any_more_does_not_end_a_run(kind, why):
+    theirs, ours = pty.openpty()[::-1] if kind == "terminal" else os.pipe()[::-1]
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHATTY, str(writing)],
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=theirs,
+        pass_fds=[writing],
+    )
+    os.close(theirs)
+    os.close(writing)
+    assert b"heard" in os.read(ours, 100)
+    os.close(ours)
+    process.communicate(b"x", timeout=60)
+    assert process.returncode == 0
+    with os.fdopen(reading) as told:
+        assert told.read().startswith(f"survived, {why}")
+
+
+def test_output_without_a_file_stays_as_it_is(capsys):
+    with unfailing_output():
+        print("captured")
+    assert capsys.readouterr().out == "captured\n"

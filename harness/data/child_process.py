@@ -16,7 +16,8 @@ from multiprocessing import get_context
 from harness.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, a closed terminal
+STOP_SIGNALS = (*TERMINAL_SIGNALS, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def starting_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def settle_child(parent: int, ignored: Iterable[signal.Signals] = (signal.SIGINT,)) -> None:
+def settle_child(parent: int, ignored: Iterable[signal.Signals] = TERMINAL_SIGNALS) -> None:
     """Called first in a child: it dies with the process `parent`, and `ignored` do not reach it.
 
     The terminal and SLURM signal whole process groups, but it is the parent that decides how to
