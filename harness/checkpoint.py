@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
+import os
 import re
 import time
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,17 @@ from typing import Any
 import torch
 
 from harness.atomic_file import write_atomically
-from harness.errors import UserError
+from harness.errors import RunFailed, UserError
 
 NAME = re.compile(r"checkpoint-(\d{3,})-(\d{8,})\.pt")  # incarnation, step
+SHA256 = re.compile(r"[0-9a-f]{64}(?=\s|$)")
 
 
-class DamagedCheckpoint(Exception):
+def _ignore(text: str) -> None:
+    """The `report` of callers that have no one to inform."""
+
+
+class DamagedCheckpoint(RunFailed):
     """A checkpoint that cannot be read whole; the message says why, in one line."""
 
 
@@ -39,9 +45,21 @@ def checkpoint_key(path: Path) -> tuple[int, int]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first."""
-    found = [path for path in folder.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)]
+    """Return a folder's checkpoints, newest first; [] where there is no such folder.
+
+    Raises UserError where the folder cannot be read, which must not pass for an empty one.
+    """
+    found = [folder / name for name in _visible_files(folder) if NAME.fullmatch(name)]
     return sorted(found, key=checkpoint_key, reverse=True)
+
+
+def _visible_files(folder: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if not name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from error
 
 
 def _checksum_path(path: Path) -> Path:
@@ -61,46 +79,111 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     write_atomically(path, content)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU; never executes what the file contains.
+def load_checkpoint(path: Path, report: Callable[[str], None] = _ignore) -> dict[str, Any]:
+    """Read a checkpoint to the CPU; never execute what the file contains.
 
-    Raises DamagedCheckpoint where it is empty, torn, altered or carries code.
+    A checkpoint without a checksum beside it (a copy of the .pt alone, a purge of small files) is
+    verified by the CRC-32 of each record of its zip archive, which torch.load itself ignores, and
+    `report` receives a line that says so.
+    Raises DamagedCheckpoint where it is unreadable, empty, torn, altered, carries code or is none.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
-    checksum = _checksum_path(path)
-    if not checksum.exists():
-        raise DamagedCheckpoint(f"{path}: its checksum {checksum.name} is missing")
-    if checksum.read_text().split()[:1] != [hashlib.sha256(content).hexdigest()]:
-        raise DamagedCheckpoint(f"{path}: does not match its checksum")
+    expected, why = _recorded_checksum(path)
+    if expected is None:
+        _verify_archive(path, content)
+    elif expected != hashlib.sha256(content).hexdigest():
+        raise DamagedCheckpoint(f"{path}: does not match its checksum {_checksum_path(path).name}")
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DamagedCheckpoint(f"{path}: {str(error).splitlines()[0]}") from error
+        payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile file may raise anything
+        raise DamagedCheckpoint(f"{path}: {_first_line(error)}") from error
+    if not isinstance(payload, dict) or "step" not in payload:
+        raise DamagedCheckpoint(f"{path}: no checkpoint of a run (it records no step)")
+    if expected is None:
+        report(f"{path}: {why}; verified by the archive's CRC only")
+    return payload
+
+
+def _recorded_checksum(path: Path) -> tuple[str | None, str]:
+    """The SHA-256 beside a checkpoint; else None, and why there is none."""
+    file = _checksum_path(path)
+    try:
+        found = SHA256.match(file.read_text(errors="replace"))
+    except FileNotFoundError:
+        return None, f"its checksum {file.name} is missing"
+    except OSError as error:
+        return None, f"its checksum {file.name} cannot be read ({error.strerror})"
+    return (found[0], "") if found else (None, f"{file.name} holds no checksum")
+
+
+def _verify_archive(path: Path, content: bytes) -> None:
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+    except Exception as error:  # a torn or altered archive may raise anything
+        raise DamagedCheckpoint(f"{path}: {_first_line(error)}") from error
+    if damaged is not None:
+        raise DamagedCheckpoint(f"{path}: its record {damaged} does not match its CRC")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest valid checkpoint; damaged ones on the way are reported and passed over."""
+    """Return the newest valid checkpoint; report the damaged ones that are passed over.
+
+    Returns None where the folder holds no checkpoint at all. Raises UserError where it holds some
+    but no valid one: a run that started over would bury, and in time remove, what may be repaired.
+    """
+    passed_over = []
     for path in list_checkpoints(folder):
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, report)
         except DamagedCheckpoint as error:
             report(f"damaged checkpoint passed over: {error}")
+            passed_over.append(path.name)
+    others = [name for name in _visible_files(folder) if not name.endswith(".sha256")]
+    if passed_over:
+        raise UserError(
+            f"{folder}: none of its {len(passed_over)} checkpoints is valid (newest: "
+            f"{passed_over[0]}); restore one, or choose another --out to start over"
+        )
+    if others:
+        raise UserError(
+            f"{folder}: holds {min(others)}, which is no checkpoint's name "
+            "(checkpoint-INCARNATION-STEP.pt); rename it, or choose another --out to start over"
+        )
     return None
 
 
-def _surplus(folder: Path, keep: int, best_step: int | None) -> Iterator[Path]:
-    best = [path for path in list_checkpoints(folder) if checkpoint_key(path)[1] == best_step]
-    for path in list_checkpoints(folder)[keep:]:
-        if path not in best[:1]:
-            yield path
+def surplus_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
+    """Return the checkpoints that may be removed, given that the newest one is valid.
+
+    Kept are the newest `keep`, that of `best_step`, and, beside them, those of older incarnations
+    that are as far as the newest or further. The run resumed before them, perhaps because they
+    could not be read for a while; until it has passed them they may be all that is left of it.
+    One without its checksum was copied, restored or stripped by a person, who decides about it.
+    """
+    found = list_checkpoints(folder)
+    best = [path for path in found if checkpoint_key(path)[1] == best_step][:1]
+    if not found:
+        return []
+    incarnation, step = checkpoint_key(found[0])
+    passed = [
+        path
+        for path, (its_incarnation, its_step) in zip(found, map(checkpoint_key, found), strict=True)
+        if its_incarnation == incarnation or its_step < step
+    ]
+    surplus = [path for path in passed[keep:] if path not in best]
+    return [path for path in surplus if _checksum_path(path).exists()]
 
 
 def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
-    """Keeps the newest `keep` checkpoints and the one of `best_step`."""
-    for path in list(_surplus(folder, keep, best_step)):
+    """Remove the surplus checkpoints; call it once the newest one has been written whole."""
+    for path in surplus_checkpoints(folder, keep, best_step):
         path.unlink(missing_ok=True)
         _checksum_path(path).unlink(missing_ok=True)
 
