@@ -24,7 +24,7 @@ from harness.data.loader import Batch, Feed, open_loader, resolve_loader, resolv
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
-from harness.models import build_model
+from harness.models import build_without_weights
 from harness.output_file import check_output, write_output
 from harness.step import Pixels, set_precision
 
@@ -53,21 +53,23 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
                 f"{override}: only run.* may be changed; the rest fixed what was trained"
             )
     if path.is_dir():
-        found = newest_checkpoint(path / "checkpoints", lambda text: print(f"warning: {text}"))
+        found = newest_checkpoint(path / "checkpoints", _warn)
         if found is None:
             raise UserError(f"{path}: holds no valid checkpoint; give a run folder or a checkpoint")
         checkpoint, payload = found
     elif path.exists():
         try:
-            checkpoint, payload = path, load_checkpoint(path)
+            checkpoint, payload = path, load_checkpoint(path, _warn)
         except DamagedCheckpoint as error:
             raise UserError(f"damaged checkpoint: {error}") from error
     else:
         raise UserError(f"{path}: no such run folder or checkpoint")
+    if missing := [key for key in ("config", "model") if key not in payload]:
+        raise UserError(f"{checkpoint}: no checkpoint of a run (it records no {missing[0]})")
     # the machine that evaluates need not be the one that trained
     overrides = ["run.loader_threads=auto", *overrides]
     config = config_from_mapping(payload["config"], str(checkpoint), overrides)
-    model = build_model(config)
+    model = build_without_weights(config)
     model.load_state_dict(payload["model"], strict=True)
     return Trained(config, model, checkpoint, payload.get("class_names", ()))
 
@@ -108,7 +110,7 @@ def load_validation(trained: Trained) -> Index:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {text}", file=sys.stderr, flush=True)  # standard output may be JSON
 
 
 def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evaluation:

@@ -42,13 +42,27 @@ def build_model(config: Config, channels_last: bool = False) -> nn.Module:
     `GhostBatchNorm2d`). Raises ConfigError for an unknown name, and UserError for a weights file
     that cannot be read or does not fit.
     """
+    model = build_without_weights(config, channels_last)
+    load_start_weights(model, config)
+    return model
+
+
+def build_without_weights(config: Config, channels_last: bool = False) -> nn.Module:
+    """As `build_model`, but do not read `model.weights`, which a checkpoint will replace.
+
+    The file a run started from may be gone by the time the run is resumed, evaluated or exported.
+    """
     model = _bare_model(config.model, config.data.classes)
     convert_batch_norms(model, config.recipe.worker_batch, channels_last)
     fuse_blocks(model)
     initialize(model, config.seed, config.model.last_gamma)
+    return model
+
+
+def load_start_weights(model: nn.Module, config: Config) -> None:
+    """Load `model.weights` where the config names a file. Raises UserError as `load_weights`."""
     if config.model.weights is not None:
         load_weights(model, Path(config.model.weights))
-    return model
 
 
 def check_model(config: Config) -> None:
