@@ -149,12 +149,12 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> tuple[Path
     if passed_over:
         raise UserError(
             f"{folder}: none of its {len(passed_over)} checkpoints is valid (newest: "
-            f"{passed_over[0]}); restore one, or choose another --out to start over"
+            f"{passed_over[0]}); restore one; to start over, choose another --out"
         )
     if others:
         raise UserError(
             f"{folder}: holds {min(others)}, which is no checkpoint's name "
-            "(checkpoint-INCARNATION-STEP.pt); rename it, or choose another --out to start over"
+            "(checkpoint-INCARNATION-STEP.pt); rename it; to start over, choose another --out"
         )
     return None
 

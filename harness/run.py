@@ -308,17 +308,13 @@ class Run:
                 )
 
 
-def choose_checkpoint(
-    folder: RunFolder, going_on: bool, control: dist.ProcessGroup | None
-) -> Path | None:
-    """The newest valid checkpoint, chosen by rank 0 for all; damaged ones are reported.
+def choose_checkpoint(folder: RunFolder) -> Path | None:
+    """Return the newest valid checkpoint of a run that resumes; report damaged ones.
 
-    `going_on`: true on rank 0 of a run that resumes.
+    None where the run ended before its first checkpoint. Raises UserError where none is valid.
     """
-    chosen: list[str | None] = [None]
-    if going_on:
-        found = newest_checkpoint(folder.checkpoints, lambda text: print(f"warning: {text}"))
-        chosen = [str(found[0]) if found else None]
-    if control is not None:
-        dist.broadcast_object_list(chosen, src=0, group=control)
-    return Path(chosen[0]) if chosen[0] else None
+    found = newest_checkpoint(folder.checkpoints, lambda text: print(f"warning: {text}"))
+    if found is None:
+        print(f"warning: {folder.path}: holds no checkpoint; starting from step 0", flush=True)
+        return None
+    return found[0]

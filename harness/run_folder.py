@@ -7,118 +7,62 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from harness.atomic_file import write_atomically
+from harness.checkpoint import list_checkpoints
 from harness.config import Config, curve_differences, dump_config, load_config
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
+from harness.run_ownership import Fenced, Launch, RunOwnership
 
 ROUNDING = ("precision", "compile", "gradient_precision", "loader")  # keys of run: they change it
 HEARTBEAT_S = 10.0
 NEWS_S = 1.0  # so old may the step in status.json be
-STALE_S = 60.0  # a heartbeat this old is of a dead process: several beats, and a network's delay
-
-
-class Fenced(RunFailed):
-    """A newer incarnation of this run has taken over; this one must not write."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Which launch this process belongs to, and how often it was requeued and restarted.
-
-    `elastic`: under torchrun, which ends all ranks of a launch before it starts them again.
-    """
-
-    id: str
-    requeues: int
-    restarts: int
-    elastic: bool
-
-    @classmethod
-    def from_environment(cls) -> Launch:
-        """torchrun's run id and restart count, or SLURM's job id and requeue count."""
-        requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-        if run_id is not None:
-            if run_id == "none":  # torchrun's default: the agent, our parent, stands for the launch
-                run_id = f"{socket.gethostname()}:{os.getppid()}"
-            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-            return cls(run_id, requeues, restarts, elastic=True)
-        if "SLURM_JOB_ID" in os.environ:
-            return cls(os.environ["SLURM_JOB_ID"], requeues, 0, elastic=False)
-        return cls(f"{socket.gethostname()}:{os.getpid()}", 0, 0, elastic=False)
-
-    def follows(self, status: dict[str, Any]) -> bool:
-        """Whether the launch that wrote `status` started this process to go on in its place.
-
-        A new number of nodes restarts torchrun's ranks under the same restart count.
-        """
-        if status.get("launch") != self.id:
-            return False
-        return self.requeues > status["requeues"] or (
-            self.elastic and self.requeues == status["requeues"]
-        )
 
 
 class RunFolder:
-    """One run's folder. Only rank 0 writes; every write checks that no newer incarnation does."""
+    """One run's folder. Only rank 0 writes; every write checks that it still owns the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.log = path / "log.jsonl"
-        self.incarnation = 0
+        self.ownership = RunOwnership(path)
         self.environment: dict[str, Any] = {}  # of this process, once it has opened the folder
         self.previous_environment: dict[str, Any] = {}  # of the incarnation before
-        self._seen_incarnation = 0
-        self._status: dict[str, Any] = {}
+        self._status: dict[str, Any] = {"beats": 0}
         self._progress: dict[str, Any] = {}  # told by the loop, not written yet
         self._lock = threading.RLock()  # the loop and the heartbeat write the status
         self._warned = False
 
     def read_status(self) -> dict[str, Any]:
         """status.json, or {} where there is none. Raises UserError where it is damaged."""
-        try:
-            return json.loads((self.path / "status.json").read_text())
-        except FileNotFoundError:
-            return {}
-        except NotADirectoryError:
-            raise UserError(
-                f"{self.path}: is a file, not a run folder; choose another --out"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{self.path}/status.json: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{self.path}/status.json: damaged ({error}); remove it to go on"
-            ) from error
+        return self.ownership.read_status()
+
+    @property
+    def incarnation(self) -> int:
+        """This process' incarnation of the run; 0 until `open`."""
+        return self.ownership.incarnation
 
     def check(self, config: Config, resume: bool, typed: set[str]) -> bool:
-        """Whether the run is to be gone on with (True) or started (False); writes nothing.
+        """Return True to resume the run, False to start it; writes nothing.
 
         `typed` holds the dotted keys given on the command line. Raises UserError where the folder
-        exists and was not to be resumed, belongs to another config or is in use.
+        exists and was not to be resumed, or belongs to another config.
         """
         if not self.path.exists():
             return False
-        status = self.read_status()
-        self._seen_incarnation = status.get("incarnation", 0)
         if not (self.path / "config.yaml").exists():
-            begun = any(self.path.glob(".incarnation-*"))  # killed before it had written more
-            if not begun and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UserError(f"{self.path}: exists and is no run folder; choose another --out")
+            self._check_without_config()
             return False
-        restarted = Launch.from_environment().follows(status)
+        restarted = Launch.from_environment().follows(self.ownership.owner())
         if not (resume or restarted):
             raise UserError(
                 f"{self.path}: run folder exists; add --resume to go on, or choose another --out"
@@ -129,10 +73,18 @@ class RunFolder:
                 f"{self.path}: was run with another config ({'; '.join(differences)}); "
                 "give the same values or choose another --out"
             )
-        if not restarted:
-            self._check_not_in_use(status)
         self._check_rounding(stored, config, typed)
         return True
+
+    def _check_without_config(self) -> None:
+        if list_checkpoints(self.checkpoints):
+            raise UserError(
+                f"{self.path}: holds checkpoints, but its config.yaml is missing; copy the run's "
+                "config there to go on, or choose another --out"
+            )
+        begun = any(self.path.glob(".incarnation-*"))  # killed before it had written more
+        if not begun and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path}: exists and is no run folder; choose another --out")
 
     def recorded_micro_batch(self, environment: dict[str, Any]) -> int | None:
         """`run.micro_batch` as it was found fastest, if that was on as many ranks of this hardware.
@@ -152,14 +104,6 @@ class RunFolder:
         except (OSError, json.JSONDecodeError):
             return {}
 
-    def _check_not_in_use(self, status: dict[str, Any]) -> None:
-        if status.get("state") == "running" and _is_fresh(status):
-            raise UserError(
-                f"{self.path}: in use by process {status['pid']} on {status['host']}, last heard "
-                f"of {time.time() - status['heartbeat']:.0f} s ago; stop it first, wait "
-                f"{STALE_S:.0f} s if its machine is gone, or choose another --out"
-            )
-
     def _check_rounding(self, stored: Config, config: Config, typed: set[str]) -> None:
         for key in ROUNDING:
             old, new = getattr(stored.run, key), getattr(config.run, key)
@@ -174,20 +118,12 @@ class RunFolder:
 
         Raises UserError where the folder cannot be written, or another process took the number.
         """
-        launch = Launch.from_environment()
-        self._status = {
-            "incarnation": 0,
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "launch": launch.id,
-            "requeues": launch.requeues,
-            "restarts": launch.restarts,
-            "config": str(self.path / "config.yaml"),
-        }
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.incarnation = self._status["incarnation"] = self._claim(launch)
+            self._status |= self.ownership.claim() | {
+                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "config": str(self.path / "config.yaml"),
+            }
             write_atomically(self.path / "config.yaml", dump_config(config).encode())
             self.environment = environment
             self.previous_environment = self._recorded_environment()
@@ -198,38 +134,9 @@ class RunFolder:
         for torn in self.checkpoints.glob(".*.tmp"):  # of a process that was killed
             torn.unlink(missing_ok=True)
 
-    def _claim(self, launch: Launch) -> int:
-        """The next incarnation number, which exactly one process can take: its file is created.
-
-        The number before the claim is the one that `check` saw, so of two processes that start
-        at once the second finds the first one's claim.
-        """
-        number = self._seen_incarnation + 1
-        while True:
-            claim = self.path / f".incarnation-{number:03d}"
-            try:
-                with open(claim, "x") as file:
-                    json.dump(self._status | {"heartbeat": time.time()}, file)
-            except FileExistsError:
-                holder = json.loads(claim.read_text() or "{}")  # empty: just being written
-                if not launch.follows(holder) and _is_fresh(holder):
-                    raise UserError(
-                        f"{self.path}: another process started on it at the same moment; "
-                        "wait for it, or choose another --out"
-                    ) from None
-                number += 1  # its process died before it wrote its first status
-            else:
-                for older in sorted(self.path.glob(".incarnation-*"))[:-2]:
-                    older.unlink(missing_ok=True)
-                return number
-
     def check_current(self) -> None:
-        """Raises Fenced where a newer incarnation has taken over."""
-        newest = self.read_status().get("incarnation", 0)
-        if newest > self.incarnation:
-            raise Fenced(
-                f"{self.path}: incarnation {newest} took over; {self.incarnation} ends here"
-            )
+        """Raise Fenced where this incarnation has lost the folder."""
+        self.ownership.check()
 
     def report(self, **values: Any) -> None:
         """Rank 0: values that the heartbeat will write; the loop does not wait for the disk.
@@ -247,7 +154,9 @@ class RunFolder:
         """
         with self._lock:
             news = self._progress | values
-            self._status |= news | {"state": state, "heartbeat": round(time.time(), 3)}
+            # observers watch the count; the time is for people, as clocks may jump or stand still
+            beats = {"heartbeat": round(time.time(), 3), "beats": self._status["beats"] + 1}
+            self._status |= news | {"state": state} | beats
             text = json.dumps(self._status, indent=2) + "\n"
             try:
                 self.check_current()
@@ -257,6 +166,8 @@ class RunFolder:
                     why = getattr(error, "strerror", None) or error
                     print(f"warning: {self.path}/status.json: not written: {why}", file=sys.stderr)
                 self._warned = True
+                with suppress(OSError):
+                    os.utime(self.path / "status.json")  # a beat that needs no room on the disk
                 return False
             self._warned = False
             return True
@@ -286,22 +197,3 @@ class RunFolder:
         finally:
             ended.set()
             thread.join(HEARTBEAT_S)  # a disk that hangs does not hold the run
-
-
-def _is_fresh(status: dict[str, Any]) -> bool:
-    """Whether the process that wrote `status` may still be at work."""
-    if not status:
-        return True
-    if status["host"] == socket.gethostname() and not _is_alive(status["pid"]):
-        return False  # it died without a word
-    return time.time() - status["heartbeat"] < STALE_S
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

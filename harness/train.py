@@ -32,7 +32,7 @@ from harness.headline import Headline, headline, read_headline
 from harness.host_memory import keep_freed_memory
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
-from harness.models import build_model, check_model
+from harness.models import build_without_weights, check_model, load_start_weights
 from harness.objective import build_objective
 from harness.provenance import describe_environment
 from harness.recipe.minibatch import Minibatch
@@ -107,12 +107,14 @@ def train(
         keep_freed_memory()
     measured = config.run.micro_batch == "auto"
     feed, config = prepare(config, world)
-    going_on = world.rank == 0 and folder.check(config, resume, set(typed))
+    stop = stop or StopRequest()
+    resuming, checkpoint = False, None
+    if world.rank == 0:
+        resuming, checkpoint = find_start(folder, config, resume, typed, stop)
     cuda = world.device.type == "cuda"
-    model = build_model(config, channels_last=cuda)
+    model = build_without_weights(config, channels_last=cuda)
     teacher = open_teacher(config, feed, world)
     loader = open_loader(config, feed, config.run.loader, int(config.run.loader_threads), cuda)
-    stop = stop or StopRequest()
     timeout_s = config.run.hang_timeout_s
     with (
         stop.listen(),
@@ -121,6 +123,9 @@ def train(
         process_group(world, timeout_s) as control,
     ):
         watchdog.join_ranks()
+        checkpoint = first_ranks(checkpoint, control)
+        if checkpoint is None:
+            load_start_weights(model, config)
         model = on_device(model, config, world.device)
         if teacher is not None:
             teacher.to(world.device)
@@ -128,20 +133,31 @@ def train(
         watchdog.reductions = step.reductions
         environment = describe_environment(world.device, world.world_size)
         if measured:
-            keep = going_on and "run.micro_batch" not in typed
+            keep = resuming and "run.micro_batch" not in typed
             kept = folder.recorded_micro_batch(environment) if keep else None
             config = settle_micro_batch(config, kept, step, feed, world, control, watchdog)
         settle_graphs(step, feed, control, watchdog)
-        if world.rank == 0:
-            if idle := idle_gpus(world):
-                print(idle, flush=True)
-            folder.open(config, environment)
-        barrier(control)
-        checkpoint = choose_checkpoint(folder, going_on, control)
         run = Run(config, world, folder, step, feed, loader, control, stop, watchdog, teacher)
         if checkpoint is not None:
             run.restore(checkpoint)
+        if world.rank == 0:
+            if idle := idle_gpus(world):
+                print(idle, flush=True)
+            folder.open(config, environment)  # last, as the heartbeat begins right after it
+        barrier(control)
         return run_to_the_end(run, resume_command)
+
+
+def find_start(
+    folder: RunFolder, config: Config, resume: bool, typed: Collection[str], stop: StopRequest
+) -> tuple[bool, Path | None]:
+    """Rank 0: return whether the run resumes, and from which checkpoint; write nothing.
+
+    May wait while another process is perhaps still running it. Raises UserError and Stopped.
+    """
+    resuming = folder.check(config, resume, set(typed))
+    folder.ownership.wait_until_free(stop)
+    return resuming, choose_checkpoint(folder) if resuming else None
 
 
 def train_stages(

@@ -228,11 +228,11 @@ def test_a_cut_off_incarnation_notices_and_writes_nothing_more(small, tmp_path):
     process = start(arguments, plant=plant)
     read_until(process, "reached step 7")
     process.send_signal(signal.SIGSTOP)
-    status = tmp_path / "run" / "status.json"
-    old = json.loads(status.read_text())
-    status.write_text(json.dumps(old | {"heartbeat": time.time() - 61}))  # a minute later
-    out = harness(*arguments, "--resume")
-    assert out.returncode == 0, out.stderr
+    shorter = "from harness import run_ownership; run_ownership.WATCH_S = 2.0"
+    second = start([*arguments, "--resume"], plant=shorter)
+    out, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, out
+    assert f"waiting up to 2 s to see whether process {process.pid} on" in out
     weights, log = final_weights(tmp_path / "run"), (tmp_path / "run" / "log.jsonl").read_text()
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate(timeout=60)

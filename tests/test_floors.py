@@ -10,7 +10,7 @@ HARNESS = Path(__file__).parents[1] / "harness"
 # from the ground to the roof; names on one line do not import each other unless listed later
 FLOORS = [
     ["errors", "atomic_file", "communication", "host_memory", "provenance"],
-    ["unfailing_output"],
+    ["process_identity", "unfailing_output"],
     ["config_errors", "output_file"],
     ["strict_yaml"],
     ["config"],
@@ -18,6 +18,7 @@ FLOORS = [
     ["models"],
     ["data", "prediction", "lr_picture"],
     ["plan", "distributed", "interrupt", "checkpoint"],
+    ["run_ownership"],
     ["metrics", "run_folder", "watchdog", "graphs"],
     ["objective"],
     ["step"],

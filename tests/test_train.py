@@ -1,10 +1,16 @@
 """Whole runs, as a user starts them: on real digits, on real ranks, interrupted and resumed."""
 
+import fcntl
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,12 +19,16 @@ import torchvision
 
 from harness import load_config
 from harness.checkpoint import list_checkpoints, load_checkpoint
+from harness.cli import main
 from harness.errors import UserError
 from harness.interrupt import Stopped
 from harness.journal import read_log
+from harness.models import build_model
 from harness.run import Diverged
 from harness.train import train
+from harness.trained import load_trained
 from tests.conftest import free_port, harness, start_ranks
+from tests.faults import wait_for
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -212,6 +222,91 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_next_one_taken(small, t
     assert_same(expected, final_weights(tmp_path / "run"), 0.0)
 
 
+def test_without_a_valid_checkpoint_it_does_not_start_over(small, tmp_path, capsys):
+    config = small()
+    train(load_config(config, ["recipe.epochs=2", "recipe.milestones=[]"]), tmp_path / "run")
+    for path in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:-1])
+    status = tmp_path / "run" / "status.json"
+    status.write_text(status.read_text().replace("finished", "stopped"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    words = ["recipe.epochs=2", "recipe.milestones=[]", "--out", str(tmp_path / "run")]
+    assert main(["train", str(config), *words, "--resume"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none of its 2 checkpoints is valid" in line
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_without_their_checksums_the_checkpoints_are_gone_on_from(small, tmp_path, capsys):
+    config = load_config(small())
+    train(config, tmp_path / "run")
+    expected = final_weights(tmp_path / "run")
+    last, newest, _ = list_checkpoints(tmp_path / "run" / "checkpoints")
+    for path in [last, *newest.parent.glob("*.sha256")]:
+        path.unlink()
+    status = tmp_path / "run" / "status.json"
+    status.write_text(status.read_text().replace("finished", "stopped"))
+    train(config, tmp_path / "run", resume=True)
+    assert f"{newest}: its checksum {newest.stem}.sha256 is missing" in capsys.readouterr().out
+    (resumed,) = (e for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "resume")
+    assert resumed["step"] == 10
+    assert_same(expected, final_weights(tmp_path / "run"), 0.0)
+
+
+def test_a_fine_tuned_run_outlives_the_weights_it_started_from(small, tmp_path):
+    weights = tmp_path / "start.pt"
+    torch.save(build_model(load_config(small())).state_dict(), weights)
+    config = load_config(small(model__weights=str(weights)))
+    train(config, tmp_path / "run")
+    expected = final_weights(tmp_path / "run")
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    for later in checkpoints[:2]:
+        later.unlink()  # as after a stop at the end of the first epoch
+    status = tmp_path / "run" / "status.json"
+    status.write_text(status.read_text().replace("finished", "stopped"))
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model\.weights: .*start\.pt: no such file"):
+        train(config, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+    train(config, tmp_path / "run", resume=True)
+    assert_same(expected, final_weights(tmp_path / "run"), 0.0)
+    trained = load_trained(tmp_path / "run").model.state_dict()
+    assert_same(expected, trained, 0.0)
+
+
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint(small, tmp_path):
+    """Output to the terminal fails from then on, which must not be what ends the run."""
+    terminal, theirs = pty.openpty()
+
+    def own_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    arguments = ["train", str(small(recipe__epochs=400, run__log_every_steps=1))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments, "--out", str(tmp_path / "run")],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=own_terminal,
+    )
+    os.close(theirs)
+    os.set_blocking(terminal, False)
+
+    def first_epoch_is_saved():
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)
+        return len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 0
+
+    wait_for(first_epoch_is_saved, "a checkpoint")
+    os.close(terminal)
+    assert process.wait(timeout=60) == 75
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
+    assert load_checkpoint(newest)["step"] == status["step"]
+
+
 def test_resumed_without_any_checkpoint_it_starts_anew_and_logs_each_step_once(small, tmp_path):
     config = load_config(small())
     train(config, tmp_path / "run")
@@ -240,9 +335,6 @@ def test_divergence_names_step_and_images_and_keeps_the_last_good_checkpoint(sma
 
 
 def test_stopping_in_this_process_raises_stopped(small, tmp_path):
-    import os
-    import threading
-
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Stopped, match="checkpoint written"):
         train(load_config(small(recipe__epochs=500)), tmp_path / "run")

@@ -31,6 +31,7 @@ from harness.data.loader import Batch, Feed, Loader, open_loader
 from harness.distributed import (
     World,
     barrier,
+    first_ranks,
     global_running_statistics,
     process_group,
     world_from_environment,
@@ -141,11 +142,13 @@ class Rank:
         """As `train` opens one: new, or from the newest checkpoint of the run folder."""
         folder = RunFolder(Path(self.request.shared) / "run")
         config, step = in_precision(self.config, "float64"), self._step("float64")
-        going_on = self.world.rank == 0 and folder.path.exists()
+        checkpoint = None
         if self.world.rank == 0:
+            if folder.path.exists():
+                folder.ownership.wait_until_free(self.stopping)
+                checkpoint = choose_checkpoint(folder)
             folder.open(config, describe_environment(self.world.device, self.world.world_size))
-        barrier(self.control)
-        checkpoint = choose_checkpoint(folder, going_on, self.control)
+        checkpoint = first_ranks(checkpoint, self.control)
         ways = self.feed, self.loader, self.control, self.stopping, self.watchdog
         # asked after every step, so that the stop falls in mid-epoch
         run = Run(config, self.world, folder, step, *ways, ask_every_s=0.0)
