@@ -101,8 +101,12 @@ class Curves:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._folder = folder
+        self._writer: SummaryWriter | None = None
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        except UnicodeEncodeError:  # TensorBoard takes no path that is not UTF-8
+            print(f"warning: {str(folder)!a}: not written: the name is not UTF-8; going on")
         _hush_tensorboard()
 
     def add(self, values: dict[str, float], step: int) -> None:

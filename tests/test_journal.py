@@ -1,4 +1,5 @@
 import json
+import os
 
 from harness.config import load_config
 from harness.evaluate import Evaluation
@@ -27,6 +28,16 @@ def test_plain_lines_when_the_output_is_no_terminal(small, tmp_path, capsys):
     assert evaluation == (
         "epoch 1/3  error 2.50 %  top-5 error 0.00 %  loss 0.2500  (360 of 360 images counted)"
     )
+
+
+def test_a_run_folder_whose_name_is_not_utf8_has_a_log(small, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"run\xe9")
+    folder.mkdir()
+    journal = Journal(folder, load_config(small()), 0)
+    journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
+    journal.close()
+    assert "tensorboard': not written: the name is not UTF-8" in capsys.readouterr().out
+    assert [line["step"] for line in read_log(folder / "log.jsonl")] == [2]
 
 
 def test_the_log_leaves_out_torn_and_superseded_lines(small, tmp_path):

@@ -49,7 +49,8 @@ def examine(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
         except UserError as error:
             kind = format_of(content[:16])
             is_other = kind and kind not in TRAINED_ON
-            yield UNDECODABLE, f"it is {kind}" if is_other else str(error).removeprefix(f"{path}: ")
+            reason = str(error).removeprefix(f"{path}: ").removeprefix(f"{UNDECODABLE}: ")
+            yield UNDECODABLE, f"it is {kind}" if is_other else reason
             return
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             yield from _oddities(image, path.suffix.lower(), content)

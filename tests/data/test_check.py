@@ -289,6 +289,20 @@ def test_what_training_refuses_fails(root: Path, capsys) -> None:
     assert found(report, "no images in the split") == ["val"] and report.failed
 
 
+def test_a_folder_that_cannot_be_read_fails(root: Path, monkeypatch) -> None:
+    scandir = os.scandir
+
+    def closed(place: Path) -> object:  # for root, no folder is closed by its permissions
+        if str(place).endswith("train/dog"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    report = check_folder(root)
+    assert details(report, "cannot be read") == {"train/dog": "Permission denied"}
+    assert report.failed and report.config is None
+
+
 def test_what_check_passes_training_takes(root: Path, make_config: Callable, capsys) -> None:
     (root / "unlabelled").mkdir()
     name = os.fsdecode(b"caf\xe9.jpg")  # not UTF-8
