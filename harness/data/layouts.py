@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.data.image_format import image_format
 from harness.data.imagenet_archives import DEVKIT, TRAIN, read_devkit
 from harness.data.label_table import read_labels
 from harness.data.listing import is_class_name
@@ -199,7 +200,18 @@ def _labelled_by_tables(folder: Path) -> Iterator[LabelledFile]:
             raise UserError(
                 f"{table}: {first} is in none of {', '.join(map(str, places))}; unpack the images"
             )
-        yield from labelled_files(split, holding[0], labels, table)
+        by_split = _by_split(folder, split, labels) if holding[0] == folder else {split: labels}
+        for name, part in by_split.items():
+            yield from labelled_files(name, holding[0], part, table)
+
+
+def _by_split(folder: Path, split: str, labels: dict[str, str]) -> dict[str, dict[str, str]]:
+    """One table beside train/ and test/ holds the images of both: `labels` by their folder."""
+    splits = {place.name: name for name, place in split_folders(folder).items()}
+    parts: dict[str, dict[str, str]] = {}
+    for name, label in labels.items():
+        parts.setdefault(splits.get(Path(name).parts[0], split), {})[name] = label
+    return parts
 
 
 def _named_file(place: Path, name: str) -> Path | None:
@@ -226,9 +238,7 @@ def labelled_files(
             raise UserError(f"{table}: {name!a} is not in {place}; unpack all of the images")
         found.add(file)
         yield LabelledFile(split, class_name, file)
-    rest = [
-        f for f in visible_files(place) if f not in found and f.suffix not in (".csv", ".jsonl")
-    ]
+    rest = [file for file in visible_files(place) if file not in found and image_format(file)]
     if rest:
         raise UserError(
             f"{rest[0]} (and {len(rest) - 1} more): has no class in {table}; move it away"

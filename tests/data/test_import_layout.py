@@ -149,6 +149,16 @@ def test_hugging_faces_metadata(tmp_path: Path, save: Save, kind: str) -> None:
     assert imported(tmp_path) == expected
 
 
+def test_one_table_of_both_splits(tmp_path: Path, save: Save) -> None:
+    names = ["train/1.png", "train/2.png", "test/1.png", "test/2.png"]
+    contents = [save(name) for name in names]
+    rows = [f"{name},{label}" for name, label in zip(names, ["cat", "dog"] * 2, strict=True)]
+    text(tmp_path, "metadata.csv", "\n".join(["file_name,label", *rows]))
+    text(tmp_path, "README.md", "no image, and so without a class")
+    places = ["train/cat/1.png", "train/dog/2.png", "val/cat/1.png", "val/dog/2.png"]
+    assert imported(tmp_path) == dict(zip(places, contents, strict=True))
+
+
 def test_other_formats_become_pngs_of_the_same_pixels(
     tmp_path: Path, photo: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
