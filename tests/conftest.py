@@ -20,7 +20,7 @@ import yaml
 
 from harness.data.prepare import prepare_digits
 
-pytest_plugins = ["tests.distilling"]
+pytest_plugins = ["tests.distilling", "tests.limits"]
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
@@ -145,6 +145,6 @@ def start_ranks(world_size: int, arguments: list[str]) -> list[subprocess.Popen[
 def harness(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs `python -m harness` on so many ranks; the output is rank 0's, the code the greatest."""
     processes = start_ranks(ranks, ["-m", "harness", *map(str, arguments)])
-    outputs = [process.communicate(timeout=180) for process in processes]
+    outputs = [process.communicate() for process in processes]
     code = max(process.returncode for process in processes)
     return subprocess.CompletedProcess(processes[0].args, code, *outputs[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.checkpoint import list_checkpoints, load_checkpoint
 from tests.conftest import rank_environment
+from tests.limits import Limit
 
 # what a test plants comes before it: `train` is the command that the rank then runs
 PROGRAM = """
@@ -65,12 +66,25 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} did not come:\n{seen}")
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
     """Polls until `condition` holds."""
-    deadline_s = time.monotonic() + timeout_s
+    limit = Limit(seconds)
     while not condition():
-        assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s} s"
+        assert not limit.is_over(), f"{what}: not within {seconds} s of a machine that is not busy"
         time.sleep(0.02)
+
+
+def children_of(process: int) -> set[int]:
+    """Living processes started by `process`. From /proc, as minimal systems have no `ps`."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        if int(after_name[1]) == process and after_name[0] != "Z":
+            found.add(int(status.parent.name))
+    return found
 
 
 def newest_step(folder: Path) -> int:

@@ -13,7 +13,7 @@ from harness import load_config
 from harness.journal import read_log
 from harness.train import train
 from tests.conftest import free_port
-from tests.faults import newest_step, wait_for
+from tests.faults import children_of, newest_step, wait_for
 from tests.test_train import assert_same, final_weights
 
 QUICK = "last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=3,is_host={}"
@@ -43,7 +43,7 @@ class Agent:
             self.output += line
 
     def wait(self) -> int:
-        code = self.process.wait(timeout=200)
+        code = self.process.wait()
         self._reader.join(timeout=10)
         return code
 
@@ -58,12 +58,10 @@ class Agent:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below `pid`."""
-    out = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in out.stdout.splitlines()[1:]]
+    """All processes below `pid`, each after its parent."""
     found = [pid]
     for parent in found:
-        found += [child for child, its_parent in pairs if its_parent == parent]
+        found += sorted(children_of(parent))
     return found[1:]
 
 

@@ -27,7 +27,10 @@ from harness.models import build_model
 from harness.step import Step, set_precision
 from harness.train import on_device, prepare, train
 from tests.conftest import SMALL, free_port, start_ranks
+from tests.limits import starting
 
+# all of RUNS, in the first test's fixture: so many ranks, and as much again for what they train
+pytestmark = starting(2 * (2 + 3 + 4))
 STEPS = 50
 ONE_WORKER, TWO_WORKERS, ALL_WORKERS = 7, 14, 56  # images of a micro-batch
 # W -> (micro-batch, loader, its threads); 3 ranks have 3, 3 and 2 workers
@@ -137,7 +140,7 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         program = "import sys; from tests.test_one_curve import *; torch.set_num_threads(1); "
         program += "run_as_rank(Path(sys.argv[1]), sys.argv[2:])"
         ranks = start_ranks(world_size, ["-c", program, str(folder), *ports])
-        outputs = [rank.communicate(timeout=180) for rank in ranks]
+        outputs = [rank.communicate() for rank in ranks]
         assert all(rank.returncode == 0 for rank in ranks), outputs
     return folder
 

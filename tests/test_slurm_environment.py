@@ -35,7 +35,7 @@ def test_three_tasks_of_srun_train_together(small, tmp_path):
         )
         for task in range(3)
     ]
-    outputs = [task.communicate(timeout=180) for task in tasks]
+    outputs = [task.communicate() for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0, 0], outputs
     assert outputs[0][0].splitlines()[-3].startswith("error ")
     assert outputs[1][0] == outputs[2][0] == ""

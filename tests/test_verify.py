@@ -23,6 +23,8 @@ from harness.verify.launch import RANK_PROGRAM, Crashed, launch_ranks
 from harness.verify.setting import Setting, check_setting
 from harness.verify.table import render_verdict
 from tests.conftest import SMALL, harness
+from tests.faults import children_of
+from tests.limits import Limit
 
 STEPS = 11  # of 5 an epoch; single steps from 0 and 10
 TASKS = ["known_sum", "curve", "own_steps", "float64_steps"]
@@ -249,19 +251,6 @@ def test_under_torchrun_it_says_to_start_it_alone(config_file, monkeypatch):
         next(verify(load_config(config_file), [2], STEPS))
 
 
-def children_of(process: int) -> set[int]:
-    """Living processes started by `process`."""
-    found = set()
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after_name = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has just ended
-        if int(after_name[1]) == process and after_name[0] != "Z":
-            found.add(int(status.parent.name))
-    return found
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_and_no_file_is_left(config_file, tmp_path, number):
     command = [sys.executable, "-m", "harness", "verify", str(config_file), "--ranks", "2"]
@@ -272,14 +261,14 @@ def test_no_process_and_no_file_is_left(config_file, tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline_s = time.monotonic() + 60
+    limit = Limit(60)
     while not (ranks := children_of(process.pid)) or not list(tmp_path.rglob("progress.txt")):
-        assert time.monotonic() < deadline_s and process.poll() is None
+        assert not limit.is_over() and process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate()
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
-        assert time.monotonic() < deadline_s
+        assert not limit.is_over()
         time.sleep(0.05)
     if number == signal.SIGINT:
         assert process.returncode == 130 and error.endswith("error: interrupted\n")

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from harness.data.check import Report, check_folder
 from harness.data.findings import KINDS
 from harness.data.index import check_indices, load_index
 from harness.data.reference import decode
+from tests.faults import children_of, wait_for
 
 CUT = "cannot be decoded"
 INSIDE = "damaged inside, though it decodes"
@@ -359,22 +359,11 @@ def test_a_missing_folder_is_one_line(
 # ---- processes
 
 
-def children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-def expect_soon(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -391,8 +380,9 @@ def checking(root: Path, photo: Callable) -> Iterator[tuple[subprocess.Popen[str
         start_new_session=True,
     )
     try:
-        expect_soon(lambda: len(children(process.pid)) >= len(os.sched_getaffinity(0)))
-        yield process, children(process.pid)
+        cores = len(os.sched_getaffinity(0))
+        wait_for(lambda: len(children_of(process.pid)) >= cores, "a worker for each core", 30)
+        yield process, sorted(children_of(process.pid))
     finally:
         process.kill()
         process.wait()
@@ -401,7 +391,7 @@ def checking(root: Path, photo: Callable) -> Iterator[tuple[subprocess.Popen[str
 def test_ctrl_c_ends_it_in_one_line(root: Path, photo: Callable) -> None:
     with checking(root, photo) as (process, workers):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate()
         assert process.returncode == 130
         assert errors.splitlines() == ["error: interrupted"]
         assert not any(map(running, workers))
@@ -410,13 +400,13 @@ def test_ctrl_c_ends_it_in_one_line(root: Path, photo: Callable) -> None:
 def test_no_process_outlives_a_killed_check(root: Path, photo: Callable) -> None:
     with checking(root, photo) as (process, workers):
         process.kill()
-        expect_soon(lambda: not any(map(running, workers)))
+        wait_for(lambda: not any(map(running, workers)), "the workers' end", 30)
 
 
 def test_a_killed_worker_is_no_hang(root: Path, photo: Callable) -> None:
     with checking(root, photo) as (process, workers):
         os.kill(workers[0], signal.SIGKILL)  # as the system does when memory is short
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate()
         assert process.returncode == 2
         (line,) = errors.splitlines()
         assert "a worker process was killed" in line

@@ -66,7 +66,7 @@ def harmed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "step 8/" in line:
             break
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate()
     out = harness("train", config, "--out", folder / "run", "--resume", ranks=2)
     assert out.returncode == 0, out.stderr
     return folder / "run"
