@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test soak test-cluster cluster cluster-stop check bench bench-check clean
+.PHONY: help install quickstart test soak test-fresh test-cluster cluster cluster-stop check bench bench-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -21,6 +21,9 @@ test: $(VENV)/.test  ## the whole test suite
 
 soak: $(VENV)/.test  ## faults by the hundred, an hour or more
 	$(BIN)/python -m pytest -m soak -s --timeout 0
+
+test-fresh:  ## both commands of the README in a minimal Debian 12 (root, mmdebstrap)
+	@$(PYTHON) -m tests.fresh_machine
 
 test-cluster: $(VENV)/.test  ## the launcher on a throwaway SLURM (root, slurm-wlm, munge, iproute2)
 	@# scenarios wait more than they work: three of them at a time, on a cluster each
