@@ -1,10 +1,12 @@
 """Images/s of this project's loaders against others, and against bare decoding, on the same JPEGs.
 
-    python -m benchmarks.loaders FOLDER [--cores 2] [--repetitions 7] [--batches 20] [--write]
-    python -m benchmarks.loaders FOLDER --gpu [--write]
+    python -m benchmarks.loaders FOLDER [--cores 2] [--batch 64] [--repetitions 7] [--batches 20]
+    python -m benchmarks.loaders FOLDER --gpu [--batch 64]
+
+--write keeps the figures.
 
 FOLDER holds images, or class folders of images; they are gone through in random order again and
-again. Everybody makes the same: batches of 64 training windows, 224 x 224, RGB, half of them
+again. Everybody makes the same: batches of training windows, 224 x 224, RGB, half of them
 flipped, on the same cores, and nobody does anything with them. `float32` behind a name: normalised
 on the CPU, as it is often written; all others hand over uint8, as this project does. Each block
 starts its contender anew, lets it fill its queues, and measures from one batch to a later one; the
@@ -47,7 +49,7 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def make_job(images: Sequence[Path], batches: int, cores: int, batch: int = 64) -> Job:
+def make_job(images: Sequence[Path], batches: int, cores: int, batch: int) -> Job:
     """Enough images for the warm-up, `batches`, and what is in the making at the end."""
     needed = (WARM_UP + batches + 4 * cores + 8) * batch
     paths = [path for _ in range(needed // len(images) + 2) for path in images]
@@ -120,7 +122,9 @@ def print_table(rows: Sequence[dict[str, Any]], absent: dict[str, str]) -> None:
         print(f"{name:36}not run: {reason}")
 
 
-def measure_gpu(images: Sequence[Path], repetitions: int, batches: int) -> list[dict[str, Any]]:
+def measure_gpu(
+    images: Sequence[Path], repetitions: int, batches: int, batch: int
+) -> list[dict[str, Any]]:
     """The DALI loader on the current CUDA device, by threads and by who decodes."""
     from harness.data import dali
 
@@ -128,7 +132,7 @@ def measure_gpu(images: Sequence[Path], repetitions: int, batches: int) -> list[
     for load in (0.0, 1.0):
         dali.HARDWARE_LOAD = load
         for threads in GPU_THREADS:
-            job = make_job(images, batches, threads)
+            job = make_job(images, batches, threads, batch)
             rates = [gpu_images_per_s(job, batches) for _ in range(repetitions)]
             rows.append({"hardware_share": load, "threads": threads, "images_per_s": spread(rates)})
             print(f"hardware share {load}, {threads:2} threads: {rows[-1]['images_per_s']}")
@@ -160,8 +164,9 @@ def main() -> None:
     options = parser.parse_args()
     images = find_images(options.folder)
     about = {"images": len(images), "versions": versions(*PACKAGES), "pixels": SIZE}
+    about |= {"batch": options.batch, "batches_a_block": options.batches}
     if options.gpu:
-        rows = measure_gpu(images, options.repetitions, options.batches)
+        rows = measure_gpu(images, options.repetitions, options.batches, options.batch)
         name, about = "loaders_gpu", about | {"rows": rows}
     else:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
@@ -169,12 +174,7 @@ def main() -> None:
         job = make_job(images, options.batches, options.cores, options.batch)
         rows, absent = measure(options.only, job, options.repetitions, options.batches)
         print_table(rows, absent)
-        about |= {
-            "batch": job.batch,
-            "batches_a_block": options.batches,
-            "rows": rows,
-            "not_run": absent,
-        }
+        about |= {"rows": rows, "not_run": absent}
         name = "loaders"
     if options.write:
         print(write_results(name, about, options.write))

@@ -1,14 +1,16 @@
 """Peak memory of a rank against that of a bare PyTorch loop.
 
-    python -m benchmarks.memory [--repetitions 5] [--write]
+    python -m benchmarks.memory [--repetitions 5] [--[no-]compile] [--write]
 
 Each loop of `loops.py` trains a few steps in a fresh process: on a GPU the most that PyTorch's
 allocator held, on a CPU the most that was resident, less what was after the imports (all loops'
-imports, the same for all). The models and batches are those of `step.py`.
+imports, the same for all). The models and batches are those of `step.py`, and models are compiled
+(and this project's replayed as CUDA graphs) where runs do so: on a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import itertools
@@ -30,11 +32,11 @@ STEPS = 5
 IMPORTED = ("accelerate", "lightning", "torch.utils.tensorboard")  # when a loop begins
 
 
-def peak_mb(name: str, case: Case, precision: str) -> float | str:
+def peak_mb(name: str, case: Case, precision: str, compile: bool) -> float | str:
     """Of one loop, called in a fresh process; or why it cannot run."""
     torch.set_num_threads(1)
     set_precision(precision)
-    config = case_config(*case, precision)
+    config = case_config(*case, precision, compile)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in IMPORTED:
         with contextlib.suppress(ImportError):
@@ -54,7 +56,7 @@ def peak_mb(name: str, case: Case, precision: str) -> float | str:
 
 
 def measure(
-    case: Case, names: Sequence[str], precision: str, repetitions: int
+    case: Case, names: Sequence[str], precision: str, compile: bool, repetitions: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """A row for each loop, and why the others did not run."""
     peaks: dict[str, list[float]] = {name: [] for name in names}
@@ -62,7 +64,7 @@ def measure(
     for _ in range(repetitions):
         for name in [name for name in names if name not in absent]:
             with get_context("spawn").Pool(1) as pool:
-                peak = pool.apply(peak_mb, (name, case, precision))
+                peak = pool.apply(peak_mb, (name, case, precision, compile))
             if isinstance(peak, str):
                 absent[name] = peak
             else:
@@ -79,10 +81,17 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser = benchmark_parser(__doc__, repetitions=5)
     parser.add_argument("--precision", default="bfloat16" if cuda else "float32")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=cuda,
+        help="every loop's model; this project's is replayed as CUDA graphs too, if that is faster",
+    )
     options = parser.parse_args()
+    how = options.precision, options.compile
     cases = []
     for case in GPU_CASES if cuda else CPU_CASES:
-        rows, absent = measure(case, list(LOOPS), options.precision, options.repetitions)
+        rows, absent = measure(case, list(LOOPS), *how, options.repetitions)
         print(f"{case}: peak MB, and of the bare loop's")
         for row in rows:
             ratio = row["cost_ratio"]
@@ -94,7 +103,8 @@ def main() -> None:
             print(f"  {name:14} not run: {reason}")
         cases.append({"case": str(case), "loops": rows, "not_run": absent})
     if options.write:
-        about = {"precision": options.precision, "versions": versions("lightning", "accelerate")}
+        about = {"precision": options.precision, "compile": options.compile}
+        about["versions"] = versions("lightning", "accelerate")
         print(write_results("memory", about | {"cases": cases}, options.write))
 
 

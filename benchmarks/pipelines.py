@@ -51,7 +51,7 @@ class Job:
 
     paths: Sequence[Path]
     cores: int
-    batch: int = 64
+    batch: int
 
 
 # ---- this project

@@ -93,6 +93,26 @@ def test_the_file_of_results(
         assert rate["quartile_1"] <= rate["median"] <= rate["quartile_3"]
 
 
+def test_the_gpu_is_measured_in_batches_that_were_asked_for(
+    images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nvidia.dali")
+    asked = []
+
+    def rate(job: loaders.Job, batches: int) -> float:
+        asked.append((job.batch, job.cores, batches))
+        return 1.0
+
+    monkeypatch.setattr(loaders, "gpu_images_per_s", rate)
+    monkeypatch.setattr("harness.data.dali.HARDWARE_LOAD", 0.0)
+    words = ["--gpu", "--repetitions", "2", "--batches", "3", "--batch", "5", "--write"]
+    monkeypatch.setattr(sys, "argv", ["loaders", str(tmp_path / "images"), *words, str(tmp_path)])
+    loaders.main()
+    assert asked == 2 * [(5, threads, 3) for threads in loaders.GPU_THREADS for _ in range(2)]
+    results = json.loads((tmp_path / "loaders_gpu.json").read_text())
+    assert (results["batch"], results["batches_a_block"]) == (5, 3)
+
+
 def test_a_folder_without_images_is_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no images in it nor in its folders"):
         loaders.find_images(tmp_path)
