@@ -51,7 +51,9 @@ class CudaCapture:
     def __call__(self, work: Callable[[], T]) -> tuple[T, Replay]:
         graph = torch.cuda.CUDAGraph()
         # other threads, the loader's and NCCL's, may use the device meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        # torch.cuda.graph stays in its stream where a refused capture raises as it ends
+        with torch.cuda.stream(torch.cuda.current_stream()), capturing:
             result = work()
         return result, graph.replay
 

@@ -8,7 +8,7 @@ import torch
 
 from harness import load_config
 from harness.graph_trial import try_graphs
-from harness.graphs import GraphedModel
+from harness.graphs import CudaCapture, GraphedModel
 from harness.journal import read_log
 from harness.models import build_model
 from harness.step import Step
@@ -144,6 +144,75 @@ def test_graphs_that_are_wrong_are_found_out(small, capture, why):
     assert all(torch.equal(plain[name], value) for name, value in found.items())
 
 
+class Stream:
+    """In the place of a CUDA stream; `current` is the one in use."""
+
+    current = None
+
+    def wait_stream(self, other):
+        pass
+
+
+class InStream:
+    """In the place of `torch.cuda.stream`. No generator, which would leave when it is collected."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self.stream
+
+    def __exit__(self, *error):
+        Stream.current = self.before
+
+
+class RefusedGraph:
+    """In the place of a CUDA graph whose capture CUDA refuses: it says so at the end."""
+
+    def capture_begin(self, *pool, **how):
+        pass
+
+    def capture_end(self):
+        raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+
+def test_a_refused_capture_leaves_its_stream(small, monkeypatch):
+    # torch.cuda.graph itself, on stubs of what it uses
+    Stream.current = default = Stream()
+    stubs = {"stream": InStream, "Stream": Stream, "current_stream": lambda: Stream.current}
+    stubs |= {"CUDAGraph": RefusedGraph, "graph_pool_handle": lambda: (0, 0)}
+    stubs |= {"synchronize": lambda: None, "empty_cache": lambda: None}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", Stream())
+    step = make_step(small, CPU)
+    try_graphs(step, SIZES, None, CudaCapture())
+    assert step.graphs.startswith("not used: not captured: operation failed due to a previous")
+    assert Stream.current is default
+
+
+@pytest.mark.gpu
+def test_cuda_refuses_a_capture_and_training_continues(small):
+    device = torch.device("cuda")
+    plain = states(make_step(small, device, compile=False), 3)[0]
+    step = make_step(small, device, compile=False)
+    forward = step.network.forward
+
+    def reads_back(images):
+        float(images.sum())  # waits for the device, which a capture refuses
+        return forward(images)
+
+    step.network.forward = reads_back
+    before = torch.cuda.current_stream()
+    try_graphs(step, SIZES, None)
+    assert step.graphs.startswith("not used: not captured")
+    assert torch.cuda.current_stream() == before
+    found = states(step, 3)[0]
+    for name, value in found.items():
+        torch.testing.assert_close(value, plain[name], msg=name)
+
+
 def test_weights_that_were_cast_before_the_capture_are_found_out(small, monkeypatch):
     # what autocast does of itself within one context: the graph then holds no cast of the weights
     capture = Step.capture
@@ -179,7 +248,7 @@ def trained(config, out, ranks, plant=""):
     port = free_port()
     arguments = ["train", config, "run.micro_batch=64", "run.precision=float64", "--out", out]
     processes = [start(arguments, rank, ranks, port, plant) for rank in range(ranks)]
-    said = [process.communicate(timeout=180)[0] for process in processes]
+    said = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, said
     return final_weights(out), read_log(out / "log.jsonl")[0]["graphs"]
 
