@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,17 @@ BUFFER_SYNC = (
 )
 # each kind of residual block (8 in ResNet-50) at each size of micro-batch is compiled by itself
 RECOMPILES = 64
+# float32's arithmetic: of everything, then of each operation that may have a setting of its own.
+# On torch 2.11 and 2.12 cuDNN's convolutions have one from the start, TF32
+FLOAT32_SETTINGS: tuple[Any, ...] = (
+    torch.backends,
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
+)
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,20 +74,24 @@ class Pixels:
 
 
 def set_precision(precision: str) -> None:
-    """Process-wide: float32 means float32; TF32 only where it is asked for by name."""
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.fp32_precision = wanted  # type: ignore[attr-defined]
+    """Set PyTorch's float32 arithmetic for this process: TF32 only if `precision` asks for it."""
+    arithmetic = "tf32" if precision == "tf32" else "ieee"
+    for setting in FLOAT32_SETTINGS:
+        setting.fp32_precision = arithmetic
 
 
 @contextmanager
 def precision_within(precision: str) -> Iterator[None]:
-    """`set_precision` for a while: a teacher's may be another one than its student's."""
-    before = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    """`set_precision` for a block, as a teacher's precision may differ from its student's."""
+    before = [setting.fp32_precision for setting in FLOAT32_SETTINGS]
     set_precision(precision)
     try:
         yield
     finally:
-        torch.backends.fp32_precision = before  # type: ignore[attr-defined]
+        for setting, arithmetic in zip(FLOAT32_SETTINGS, before, strict=True):
+            setting.fp32_precision = "none"  # inherit, if that gives what was there before
+            if setting.fp32_precision != arithmetic:
+                setting.fp32_precision = arithmetic
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:

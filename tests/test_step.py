@@ -1,6 +1,8 @@
 """Variants of the step: compiled blocks, and a GPU that is not waited for."""
 
 import itertools
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -10,7 +12,14 @@ from harness import load_config
 from harness.data.loader import Batch
 from harness.distributed import World
 from harness.models import build_model
-from harness.step import Step, compile_blocks, uncompiled
+from harness.step import (
+    FLOAT32_SETTINGS,
+    Step,
+    compile_blocks,
+    precision_within,
+    set_precision,
+    uncompiled,
+)
 
 N, PIXELS = 4, 8
 
@@ -67,6 +76,55 @@ def test_compiled_blocks_are_the_same_step(small, device, monkeypatch):
     with uncompiled(step.config):
         step.network.eval()(torch.zeros(3, 3, PIXELS, PIXELS, dtype=torch.float64, device=device))
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 6
+
+
+def float32_arithmetic():
+    """What PyTorch's kernels ask for: of matrix products, convolutions and recurrent layers."""
+    operations = [(b, op) for b in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")]
+    return {pair: torch._C._get_fp32_precision_getter(*pair) for pair in operations}
+
+
+@pytest.fixture
+def tf32_everywhere():
+    """As a user or an older PyTorch may have set it: each operation by itself."""
+    before = [setting.fp32_precision for setting in FLOAT32_SETTINGS]
+    for setting in FLOAT32_SETTINGS:
+        setting.fp32_precision = "tf32"
+    yield
+    for setting, arithmetic in zip(FLOAT32_SETTINGS, before, strict=True):
+        setting.fp32_precision = arithmetic
+
+
+@pytest.mark.usefixtures("tf32_everywhere")
+def test_only_tf32_computes_in_tf32():
+    assert set(float32_arithmetic().values()) == {"tf32"}
+    for precision in ("float32", "bfloat16", "float16", "float64"):
+        set_precision(precision)
+        assert set(float32_arithmetic().values()) == {"ieee"}, precision
+        with precision_within("tf32"):
+            assert set(float32_arithmetic().values()) == {"tf32"}
+        assert set(float32_arithmetic().values()) == {"ieee"}
+    set_precision("tf32")
+    with precision_within("float32"):
+        assert set(float32_arithmetic().values()) == {"ieee"}
+    assert set(float32_arithmetic().values()) == {"tf32"}
+
+
+def test_a_precision_for_a_while_leaves_no_trace():
+    # in a process of its own, with PyTorch's own defaults; then a setting for all is still for all
+    code = """
+import torch
+from harness.step import precision_within
+from tests.test_step import float32_arithmetic
+before = float32_arithmetic()
+with precision_within("float32"):
+    assert set(float32_arithmetic().values()) == {"ieee"}, float32_arithmetic()
+assert float32_arithmetic() == before, float32_arithmetic()
+torch.backends.fp32_precision = "tf32"
+assert set(float32_arithmetic().values()) == {"tf32"}, float32_arithmetic()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_no_step_reads_a_number_back(small, monkeypatch):
