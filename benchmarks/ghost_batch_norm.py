@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from benchmarks.conditions import benchmark_parser, spread, write_results
+from harness.compilation import compile_blocks, compiler_settings
 from harness.config import config_from_mapping
 from harness.models import build_model
 from harness.models.ghost_batch_norm import RunningStatistics, ghost_batch_norms, kernel_device
-from harness.step import compile_blocks, set_precision
+from harness.step import set_precision
 
 WORKER_BATCH = 32  # n
 # model, pixels, workers a micro-batch (m)
@@ -62,7 +63,7 @@ def network(name: str, pixels: int, ghost: bool, compiled: bool, device: torch.d
     return model
 
 
-def make_block(model: nn.Module, images: torch.Tensor) -> Callable[[int], float]:
+def make_block(model: nn.Module, images: torch.Tensor, compiled: bool) -> Callable[[int], float]:
     """Seconds of so many passes, the device's work included."""
     cuda = images.device.type == "cuda"
     workers = len(images) // WORKER_BATCH
@@ -71,7 +72,8 @@ def make_block(model: nn.Module, images: torch.Tensor) -> Callable[[int], float]
     def block(passes: int) -> float:
         start = time.perf_counter()
         for _ in range(passes):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=cuda):
+            autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=cuda)
+            with compiler_settings(compiled), autocast:
                 loss = model(images).float().logsumexp(1).mean()
             loss.backward()
             statistics.update(workers)
@@ -93,7 +95,8 @@ def compare(
     images = torch.randn(workers * WORKER_BATCH, 3, pixels, pixels, device=device)
     images = images.to(memory_format=layout)
     ghost, plain = (
-        make_block(network(name, pixels, kind, compiled, device), images) for kind in (True, False)
+        make_block(network(name, pixels, kind, compiled, device), images, compiled)
+        for kind in (True, False)
     )
     slowest_s = max([block(2) for block in (ghost, plain, ghost, plain)][2:])
     passes = max(round(block_s / slowest_s * 2), 1)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.compilation import uncompiled
 from harness.config import Config
 from harness.data.loader import Batch
 from harness.distributed import sum_over_ranks
-from harness.step import Pixels, autocast, uncompiled
+from harness.step import Pixels, autocast
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """run.micro_batch: auto: the images that a rank pushes at once, chosen by a short measurement.
 
 Before the first step all ranks push micro-batches of 1, 2, 4, … workers through the model and
-back, and take the smallest that no larger one beats. Nothing of it stays in the run; the choice
-changes rounding only.
+back, uncompiled, and take the smallest that no larger one beats: compiling every size would take
+minutes. Nothing of it stays in the run; the choice changes rounding only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from harness.compilation import uncompiled
 from harness.distributed import greatest_of_ranks
 from harness.errors import RunFailed
 from harness.recipe.minibatch import Minibatch
@@ -35,7 +36,7 @@ def fastest_micro_batch(
 ) -> int:
     """The images of a micro-batch, the same on all ranks; the slowest rank's times count.
 
-    `tries` is told of each size before its passes, of which the first may take long: it compiles.
+    `tries` is called with each size before its passes.
     A size that does not fit in a rank's memory is found out here and not taken. Raises RunFailed
     where one worker's images do not fit.
     """
@@ -43,7 +44,8 @@ def fastest_micro_batch(
     best_s, best = math.inf, 0
     for images in candidates(minibatch, world_size, step.device.type):
         tries(images)
-        own_s = seconds_an_image(step, images), time.monotonic() - begun_s
+        with uncompiled(step.config):
+            own_s = seconds_an_image(step, images), time.monotonic() - begun_s
         image_s, spent_s = greatest_of_ranks(own_s, control)
         if image_s >= best_s * (1 - GAIN):
             break  # no faster, or it does not fit
@@ -74,7 +76,7 @@ def seconds_an_image(step: Step, images: int) -> float:
     seconds = []
     try:
         pixels = random_pixels(images, step.config.data.crop, step.device)
-        step.rehearse(pixels)  # compiles, and chooses algorithms
+        step.rehearse(pixels)  # chooses algorithms
         for _ in range(REPEATS):
             start_s = time.perf_counter()
             step.rehearse(pixels)

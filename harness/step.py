@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.compilation import compile_blocks, compiler_settings
 from harness.config import Config
 from harness.data.loader import Batch
 from harness.distributed import Reductions, World, sum_gradients
@@ -20,7 +21,6 @@ from harness.graphs import Capture, GraphedModel
 from harness.metrics import Metrics
 from harness.models.ghost_batch_norm import RunningStatistics
 from harness.objective import Objective, build_objective
-from harness.recipe.initialization import residual_blocks
 from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
 
@@ -30,8 +30,6 @@ BUFFER_SYNC = (
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
-# each kind of residual block (8 in ResNet-50) at each size of micro-batch is compiled by itself
-RECOMPILES = 64
 # float32's arithmetic: of everything, then of each operation that may have a setting of its own.
 # On torch 2.11 and 2.12 cuDNN's convolutions have one from the start, TF32
 FLOAT32_SETTINGS: tuple[Any, ...] = (
@@ -98,27 +96,6 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Non
     """The context of a forward pass in `run.precision`."""
     dtype = AUTOCAST.get(config.run.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
-    """torch.compile, residual block by residual block, in place.
-
-    Blocks of one kind share their code, and gradients come block by block, so that DDP sends the
-    first while others are made: a model compiled as one hands all over at the end. State dict and
-    module names stay as they are. A block that cannot be compiled runs as it is, with a warning.
-    """
-    import torch._dynamo as dynamo  # takes a second
-
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILES)
-    dynamo.config.suppress_errors = True
-    for _, block in residual_blocks(model):
-        block.compile(dynamic=False, backend=backend)
-
-
-def uncompiled(config: Config) -> AbstractContextManager[object]:
-    """Within: blocks run as they are, as evaluation's batches are not worth compiling for."""
-    compiled = config.run.compile is True
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def no_part(name: str) -> AbstractContextManager[object]:
@@ -198,13 +175,17 @@ class Step:
         with self.part("forward"):
             labels = batch.labels.to(self.device, non_blocking=True)
             loss_of = self.objective(step, batch)
-            images = self.pixels(batch.images)
-            with autocast(self.config, self.device):
-                logits = self.model(images)
+            logits = self._logits(batch.images)
             loss = loss_of(logits, labels)
         with self.part("backward"):
             self.scaler.scale(loss.minimised).backward()
         self.metrics.add_micro_batch(loss.minimised, logits, labels, loss.kl)
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        images = self.pixels(pixels)
+        with compiler_settings(self.config.run.compile is True), autocast(self.config, self.device):
+            logits: Tensor = self.model(images)
+        return logits
 
     def rehearse(self, pixels: Tensor, local: bool = True) -> None:
         """Forward and backward pass of images (B, 3, H, W) uint8, which no other rank hears of.
@@ -213,8 +194,7 @@ class Step:
         After `forget_rehearsal` the run is as if it had not been.
         """
         with self._gradients_stay_local(local):
-            with autocast(self.config, self.device):
-                logits = self.model(self.pixels(pixels))
+            logits = self._logits(pixels)
             self.scaler.scale(logits.float().logsumexp(1).mean()).backward()
 
     def capture(self, pixels: Tensor, capture: Capture) -> None:
@@ -223,7 +203,8 @@ class Step:
         To be forgotten like a rehearsal. Raises RuntimeError where they cannot be captured.
         """
         precision = partial(autocast, self.config, self.device)
-        self.graphed.capture(self.pixels(pixels), capture, precision)
+        with compiler_settings(self.config.run.compile is True):
+            self.graphed.capture(self.pixels(pixels), capture, precision)
 
     def forget_rehearsal(self) -> None:
         """Drops the gradients and sums that rehearsals have left."""

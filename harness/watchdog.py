@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from harness.compilation import compiler_phases
 from harness.distributed import Reductions, World, generation
 from harness.errors import FAILED, FINISHED, STOPPED, UserError, record_for_torchrun
 from harness.interrupt import StopRequest
@@ -137,10 +138,12 @@ class Watchdog:
 
     def place(self) -> Place:
         """Where this rank stands, and for how long."""
-        now_s, here = time.monotonic(), (self._where, self.reductions.sent)
+        now_s = time.monotonic()
+        # compiling takes minutes, in phases of seconds: no rank hangs while they follow each other
+        here = self._where, self.reductions.sent, compiler_phases()
         if here != self._since[0]:
             self._since = here, now_s
-        (step, doing, batch), sent = here
+        (step, doing, batch), sent, _ = here
         age_s = now_s - self._since[1]
         host, pid = socket.gethostname(), os.getpid()
         return Place(self._world.rank, host, pid, self._tick, age_s, step, sent, int(doing), batch)

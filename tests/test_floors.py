@@ -17,7 +17,7 @@ FLOORS = [
     ["stages", "recipe"],
     ["models"],
     ["data", "prediction", "lr_picture"],
-    ["plan", "distributed", "interrupt", "checkpoint"],
+    ["plan", "distributed", "interrupt", "checkpoint", "compilation"],
     ["run_ownership"],
     ["metrics", "run_folder", "watchdog", "graphs"],
     ["objective"],

@@ -1,6 +1,7 @@
 """run.micro_batch: auto."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 from harness import load_config
+from harness.compilation import compile_blocks
 from harness.distributed import World
 from harness.errors import RunFailed
 from harness.journal import read_log
@@ -36,7 +38,7 @@ class Timed:
     """In the place of a step whose passes take as long as they are told, or do not fit."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(data=SimpleNamespace(crop=2))
+    config = SimpleNamespace(data=SimpleNamespace(crop=2), run=SimpleNamespace(compile=False))
 
     def __init__(self, monkeypatch, ms_an_image):
         self.ms_an_image, self.clock_s, self.asked, self.forgotten = ms_an_image, 0.0, [], 0
@@ -74,6 +76,23 @@ def test_one_worker_that_does_not_fit_says_what_to_do(monkeypatch):
     step = Timed(monkeypatch, {})
     with pytest.raises(RunFailed, match="one worker's 32 images do not fit"):
         fastest_micro_batch(step, Minibatch(256, 32), 1, None, lambda images: None)
+
+
+def test_only_the_size_that_was_found_is_compiled(small, monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("harness.step.compile_blocks", partial(compile_blocks, backend=count))
+    config = load_config(small(), ["run.compile=true"])
+    step = Step(config, build_model(config), ALONE, [range(8)])
+    images = fastest_micro_batch(step, Minibatch(8, 32), 1, None, lambda images: None)
+    assert not graphs
+    step.rehearse(random_pixels(images, 8, step.device))
+    assert len(graphs) == 3  # ResNet-8's blocks
 
 
 def test_a_rehearsal_leaves_no_trace(small):

@@ -7,18 +7,19 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo as dynamo
+import torch.distributed as dist
 
 from harness import load_config
+from harness.compilation import compile_blocks, uncompiled
 from harness.data.loader import Batch
 from harness.distributed import World
 from harness.models import build_model
 from harness.step import (
     FLOAT32_SETTINGS,
     Step,
-    compile_blocks,
     precision_within,
     set_precision,
-    uncompiled,
 )
 
 N, PIXELS = 4, 8
@@ -35,7 +36,7 @@ def batches(device, sizes):
         yield Batch(images.to(device), labels.to(device), torch.arange(count), [])
 
 
-def make_step(small, device, **run):
+def make_step(small, device, ranks=1, **run):
     """A step of 5 workers in micro-batches of m = 2, 2 and m' = 1."""
     path = small(recipe__minibatch=5 * N, recipe__worker_batch=N)
     config = load_config(path, ["run.micro_batch=8", *(f"run.{k}={v}" for k, v in run.items())])
@@ -43,7 +44,7 @@ def make_step(small, device, **run):
     dtype = torch.float64 if config.run.precision == "float64" else torch.float32
     model = build_model(config, channels_last=cuda).to(device, dtype)
     model = model.to(memory_format=torch.channels_last) if cuda else model
-    world = World(0, 1, 0, 1, "alone", device)
+    world = World(0, ranks, 0, ranks, "alone", device)
     return Step(config, model, world, [range(2), range(2, 4), range(4, 5)])
 
 
@@ -56,8 +57,6 @@ def run_steps(step, steps=2):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_blocks_are_the_same_step(small, device, monkeypatch):
-    import torch._dynamo as dynamo
-
     dynamo.reset()
     dynamo.utils.counters.clear()
     if device == "cpu":  # all but the C++ compiler's minute
@@ -76,6 +75,27 @@ def test_compiled_blocks_are_the_same_step(small, device, monkeypatch):
     with uncompiled(step.config):
         step.network.eval()(torch.zeros(3, 3, PIXELS, PIXELS, dtype=torch.float64, device=device))
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 6
+
+
+def test_ddp_does_not_cut_blocks(small, monkeypatch, tmp_path):
+    dynamo.reset()
+    graphs, before = [], dynamo.config.optimize_ddp
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("harness.step.compile_blocks", partial(compile_blocks, backend=count))
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        step = make_step(small, torch.device("cpu"), ranks=2, compile=True)
+        step.model.bucket_bytes_cap = 1  # a small network's gradients fill many buckets, too
+        run_steps(step)
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == 6  # three blocks, at m = 2 and m' = 1
+    assert dynamo.config.optimize_ddp == before
 
 
 def float32_arithmetic():

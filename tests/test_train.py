@@ -300,7 +300,7 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint(small, tmp_path):
 
     wait_for(first_epoch_is_saved, "a checkpoint")
     os.close(terminal)
-    assert process.wait(timeout=60) == 75
+    assert process.wait() == 75
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "stopped"
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[0]

@@ -1,0 +1,55 @@
+"""torch.compile of residual blocks: what is compiled, under which settings, and how far it is."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from harness.config import Config
+from harness.recipe.initialization import residual_blocks
+
+# each kind of residual block (8 in ResNet-50) at each size of micro-batch is compiled by itself
+RECOMPILES = 64
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Have torch.compile compile each residual block at its first pass; the model stays in place.
+
+    Blocks of one kind share their code, and gradients come block by block, so that DDP sends the
+    first while others are made: a model compiled as one hands all over at the end. State dict and
+    module names stay as they are. Passes belong within `compiler_settings`.
+    """
+    for _, block in residual_blocks(model):
+        block.compile(dynamic=False, backend=backend)
+
+
+def compiler_settings(compiled: bool) -> AbstractContextManager[object]:
+    """The compiler's settings for a forward pass; they are process-wide, and restored after it.
+
+    Every size of micro-batch is compiled. A block that cannot be compiled runs uncompiled, with a
+    warning. Under DDP the compiler would cut the blocks at the bounds of gradient buckets, which
+    is meant for models that are compiled as one.
+    """
+    if not compiled:
+        return nullcontext()
+    from torch._dynamo import config as dynamo  # takes a second
+
+    return dynamo.patch(recompile_limit=RECOMPILES, suppress_errors=True, optimize_ddp=False)
+
+
+def uncompiled(config: Config) -> AbstractContextManager[object]:
+    """Within: blocks run as they are, as evaluation's batches are not worth compiling for."""
+    compiled = config.run.compile is True
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def compiler_phases() -> int:
+    """Return how many phases of compilation this process has begun, forward and backward.
+
+    The number grows every few seconds while graphs are compiled, which may take many minutes.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")  # nothing is compiled before its import
+    return sum(map(len, list(utils.compilation_time_metrics.values()))) if utils else 0
