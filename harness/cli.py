@@ -26,6 +26,7 @@ from harness.errors import (
     UserError,
     record_for_torchrun,
 )
+from harness.startup import import_quickly
 from harness.unfailing_output import unfailing_output
 
 TORCHRUN_ENDS_OTHERS_S = 2.0
@@ -215,6 +216,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    import_quickly("harness.plan")
     from harness.plan import make_plan, render_plan
     from harness.prediction import Hardware
     from harness.stages import load_stages
@@ -236,6 +238,8 @@ def _train(options: argparse.Namespace) -> int:
 
     stages = load_stages(options.config, options.overrides)  # a mistake is told before torch loads
     from harness.config import NO_EXPECTATION
+
+    import_quickly("harness.train")
     from harness.distributed import lost_rank
     from harness.interrupt import Stopped
     from harness.train import train_stages
@@ -284,6 +288,7 @@ def _cache(options: argparse.Namespace) -> int:
         raise UserError(f"--epochs {options.epochs}: at least 1 is needed")
     if options.top is not None and not 1 <= options.top < config.data.classes:
         raise UserError(f"--top {options.top}: give 1 to {config.data.classes - 1}, or leave it")
+    import_quickly("harness.train")
     from harness.distributed import lost_rank
     from harness.train import cache_soft_targets
 
@@ -337,6 +342,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    import_quickly("harness.trained")
     from harness.trained import evaluate_trained, load_trained
 
     evaluation = evaluate_trained(load_trained(options.run, options.overrides), options.predictions)
@@ -363,6 +369,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    import_quickly("harness.trained")
     from harness.trained import export_trained, load_trained
 
     print(export_trained(load_trained(options.run), options.to))

@@ -15,6 +15,8 @@ from tests.limits import Limit
 # what a test plants comes before it: `train` is the command that the rank then runs
 PROGRAM = """
 import os, sys, time
+from harness.startup import import_quickly
+import_quickly("harness.train")
 rank = int(os.environ.get("RANK", 0))
 {plant}
 from harness.cli import main

@@ -9,7 +9,7 @@ import pytest
 HARNESS = Path(__file__).parents[1] / "harness"
 # from the ground to the roof; names on one line do not import each other unless listed later
 FLOORS = [
-    ["errors", "atomic_file", "communication", "host_memory", "provenance"],
+    ["errors", "atomic_file", "startup", "communication", "host_memory", "provenance"],
     ["process_identity", "unfailing_output"],
     ["config_errors", "output_file"],
     ["strict_yaml"],

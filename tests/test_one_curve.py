@@ -137,7 +137,9 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_as_rank(folder, [0] * len(RUNS[1]))
     for world_size in (2, 3, 4):
         ports = [str(free_port()) for _ in range(len(RUNS[world_size]) + 1)]
-        program = "import sys; from tests.test_one_curve import *; torch.set_num_threads(1); "
+        program = "import sys; from harness.startup import import_quickly; "
+        program += "import_quickly('tests.test_one_curve'); "
+        program += "from tests.test_one_curve import *; torch.set_num_threads(1); "
         program += "run_as_rank(Path(sys.argv[1]), sys.argv[2:])"
         ranks = start_ranks(world_size, ["-c", program, str(folder), *ports])
         outputs = [rank.communicate() for rank in ranks]

@@ -51,6 +51,8 @@ def setting_with(config_file: Path, folder: Path, fault: str = "") -> Setting:
 
 PLANT = """
 import os, sys
+from harness.startup import import_quickly
+import_quickly("harness.verify.rank")
 import harness.data.loader as loader, harness.objective as objective, harness.step as step
 import harness.verify.rank as rank
 import harness.models.ghost_batch_norm as ghost

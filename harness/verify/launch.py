@@ -24,7 +24,15 @@ from harness.distributed import lost_rank
 from harness.errors import USER_ERROR, UserError
 from harness.verify.setting import SHARED_GPU, Request, Setting
 
-RANK_PROGRAM = (sys.executable, "-m", "harness.verify.rank")
+# python -m harness.verify.rank, started quickly
+RANK = """
+import sys
+from harness.startup import import_quickly
+import_quickly("harness.verify.rank")
+from harness.verify.rank import main
+sys.exit(main(sys.argv[1:]))
+"""
+RANK_PROGRAM = (sys.executable, "-c", RANK)
 POLL_S = 0.1
 LAST_WORDS_S = 10.0  # of the other ranks, once one has failed
 
