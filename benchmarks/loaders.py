@@ -126,11 +126,11 @@ def measure_gpu(
     images: Sequence[Path], repetitions: int, batches: int, batch: int
 ) -> list[dict[str, Any]]:
     """The DALI loader on the current CUDA device, by threads and by who decodes."""
-    from harness.data import dali
+    from harness.data import dali_tasks
 
     rows: list[dict[str, Any]] = []
     for load in (0.0, 1.0):
-        dali.HARDWARE_LOAD = load
+        dali_tasks.HARDWARE_LOAD = load
         for threads in GPU_THREADS:
             job = make_job(images, batches, threads, batch)
             rates = [gpu_images_per_s(job, batches) for _ in range(repetitions)]
