@@ -37,6 +37,7 @@ from harness.metrics import Metrics
 from harness.models import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.schedule import lr_at
+from harness.rendezvous import rendezvous
 from harness.run_folder import RunFolder
 from harness.step import Step, set_precision
 from harness.watchdog import Doing, Watchdog
@@ -183,7 +184,7 @@ def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Pat
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the progress lines are written, not shown)
     world = world_from_environment("cpu")
     rows = []
-    with process_group(world, 300) as group:
+    with process_group(world, rendezvous(world, 300), 300) as group:
         for case in CASES:
             place = folder / case.model
             if rank == 0:

@@ -38,13 +38,13 @@ from harness.distributed import (
     Reductions,
     World,
     sum_gradients,
-    use_slurm_rendezvous,
     world_from_environment,
 )
 from harness.graph_trial import try_graphs
 from harness.host_memory import keep_freed_memory
 from harness.models import build_model
 from harness.recipe.minibatch import Minibatch
+from harness.slurm_step import use_slurm_rendezvous
 from harness.step import BUFFER_SYNC, Step, set_precision
 
 Block = Callable[[int], None]  # so many steps

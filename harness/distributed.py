@@ -3,7 +3,6 @@
 # no postponed annotations here: DDP checks those of a communication hook
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.models.ghost_batch_norm import ghost_batch_norms
+from harness.slurm_step import local_tasks
 
 T = TypeVar("T")
 
@@ -71,26 +71,10 @@ def _ranks(environment: Mapping[str, str]) -> tuple[str, tuple[int, int, int, in
         )
     # SLURM_STEP_NUM_TASKS is set by srun, not in a batch script, where one process stands alone
     if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as "4(x2),3"
-        node = int(environment.get("SLURM_NODEID", "0"))
         ranks = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
-        return "slurm", (*ranks, int(environment["SLURM_LOCALID"]), _tasks_per_node(tasks)[node])
+        local = int(environment["SLURM_LOCALID"]), local_tasks(environment)
+        return "slurm", (*ranks, *local)
     return "alone", (0, 1, 0, 1)
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    counts: list[int] = []
-    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(count)] * int(repeated or 1)
-    return counts
-
-
-def _first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: n[01-04,7],m3 -> n01."""
-    head = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodelist)
-    if head is None:
-        raise UserError(f"SLURM_STEP_NODELIST: {nodelist!r} names no host; set MASTER_ADDR")
-    return head[1] + (head[2] or "") + (head[3] or "")
 
 
 def gpu_advice(local_world_size: int, gpus: int) -> str:
@@ -114,92 +98,29 @@ def idle_gpus(world: World) -> str:
     return gpu_advice(world.local_world_size, torch.cuda.device_count())
 
 
-def use_slurm_rendezvous(environment: dict[str, str] | os._Environ[str] = os.environ) -> None:
-    """Sets MASTER_ADDR and MASTER_PORT from the job, where the launcher has not set them."""
-    environment.setdefault(
-        "MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-    )
-    environment.setdefault(
-        "MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000)
-    )
-
-
-def generation(world: World) -> str:
-    """Names these ranks in a store that outlives them.
-
-    torchrun's agent may keep its store when it starts the ranks again: without a name of their
-    own they would find the addresses of the dead. A restart raises the count, a node that joins
-    or leaves changes the world size, and a process may form one group after the other.
-
-    Where the store is rank 0's, and new, the count must not be in it: an agent counts failures of
-    its own ranks only, so that after one the nodes have different counts and would never meet.
-    """
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if by_agent else "0"
-    return f"generation-{restarts}-{world.world_size}-{_groups_formed}"
-
-
-_groups_formed = 0
-
-
-def rendezvous(world: World, timeout: timedelta) -> dist.Store:
-    """The store at which the ranks meet, which lives as long as one group, in rank 0.
-
-    A rank that is quick to form the next group may still meet the last group's store, on its way
-    out: it tries again until it finds the one that rank 0 has opened for this group.
-    """
-    opened, deadline_s = f"{generation(world)}-opened", time.monotonic() + timeout.total_seconds()
-    while True:
-        try:
-            meeting = dist.rendezvous("env://", world.rank, world.world_size, timeout=timeout)
-            store = next(meeting)[0]
-            if world.rank == 0:
-                store.set(opened, "")
-            else:
-                store.wait([opened])
-            return store
-        except dist.DistNetworkError:
-            if world.rank == 0 or time.monotonic() > deadline_s:
-                raise
-
-
 @contextmanager
-def process_group(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
+def process_group(
+    world: World, store: dist.Store | None, hang_timeout_s: float
+) -> Iterator[dist.ProcessGroup | None]:
     """Joins the ranks (NCCL on GPUs, Gloo on CPUs) and yields a second, Gloo group for control.
 
-    The control group carries small CPU messages beside the gradients, so that agreement between
-    ranks never waits for the device. Yields None for a single rank, which needs no group.
-    Raises UserError where the rendezvous port is in use.
+    `store` is where they met, by `rendezvous`. The control group carries small CPU messages beside
+    the gradients, so that agreement between ranks never waits for the device. Yields None for a
+    single rank, which needs no group.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if world.world_size == 1:
+    if store is None:
         yield None
         return
-    if world.launcher == "slurm":
-        use_slurm_rendezvous()
-    global _groups_formed
-    _groups_formed += 1
-    # the watchdog is to be first: it tells a rank that hangs from one that is slow, and names it
-    timeout = timedelta(seconds=2 * hang_timeout_s + 60)
-    try:
-        store = rendezvous(world, timeout)
-        dist.init_process_group(
-            "nccl" if world.device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(generation(world), store),
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=timeout,
-        )
-    except ValueError as error:  # "environment variable MASTER_ADDR expected, but not set"
-        raise UserError(f"rendezvous: {error}; launch with torchrun or srun") from error
-    except dist.DistNetworkError as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UserError(f"rendezvous: port {place} is in use; choose another") from error
-        raise UserError(
-            f"rendezvous: cannot reach {place}: {str(error).splitlines()[0]}"
-        ) from error
+    timeout = group_timeout(hang_timeout_s)
+    dist.init_process_group(
+        "nccl" if world.device.type == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timeout,
+    )
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)  # this rank is in it
@@ -208,6 +129,11 @@ def process_group(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessG
             dist.barrier(control)  # the store may be in rank 0: nobody is to need it any more
     finally:
         dist.destroy_process_group()
+
+
+def group_timeout(hang_timeout_s: float) -> timedelta:
+    """Longer than the watchdog's, which can tell a rank that hangs from one that is slow."""
+    return timedelta(seconds=2 * hang_timeout_s + 60)
 
 
 def lost_rank(error: Exception) -> str:

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ from harness.data.sampling import Crops, crops
 from harness.distributed import World, barrier, process_group
 from harness.errors import RunFailed, UserError
 from harness.evaluate import Evaluation
+from harness.interrupt import StopRequest
+from harness.roll_call import roll_call
 from harness.teacher import AnyTeacher, Teacher, load_teacher
 
 FORMAT_VERSION = 1
@@ -163,23 +165,26 @@ def write_cache(
     """
     assert config.distill is not None and config.distill.cache is not None
     folder, rows = Path(config.distill.cache), Rows(config.data.classes, dtype, top)
-    teacher = load_teacher(config, feed.train.classes)
-    plan = identify(config, feed, teacher, top) | asdict(rows) | {"epochs": epochs}
-    plan |= {"loader": config.run.loader, "class_digests": feed.train.class_digests()}
     shards = all_shards(epochs, len(feed.train))
     size_mb = epochs * len(feed.train) * rows.type.itemsize / 1e6
-    if world.rank == 0:
-        print(f"{folder}: {epochs} epochs of {len(feed.train):,} images, {size_mb:,.1f} MB")
-        _begin(folder, plan, size_mb, feed.train)
-    cuda = world.device.type == "cuda"
-    ranks = world.rank, world.world_size
-    sweep = _Sweep(config, feed.train, feed.val, *ranks, feed.micro_batch, cuda)
-    sweep.shards = [s for s in shards if not _sum_file(folder, s).exists()][world.rank :: ranks[1]]
-    threads = int(config.run.loader_threads)
-    with (
-        closing(open_loader(config, sweep, config.run.loader, threads, cuda)) as loader,
-        process_group(world, config.run.hang_timeout_s) as control,
-    ):
+    cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
+    ranks, timeout_s = (world.rank, world.world_size), config.run.hang_timeout_s
+    with ExitStack() as opened:
+        with roll_call(timeout_s, StopRequest()) as call:
+            teacher = load_teacher(config, feed.train.classes)
+            plan = identify(config, feed, teacher, top) | asdict(rows) | {"epochs": epochs}
+            plan["loader"] = config.run.loader
+            plan["class_digests"] = feed.train.class_digests()
+            if world.rank == 0:
+                print(f"{folder}: {epochs} epochs of {len(feed.train):,} images, {size_mb:,.1f} MB")
+                _begin(folder, plan, size_mb, feed.train)
+            sweep = _Sweep(config, feed.train, feed.val, *ranks, feed.micro_batch, cuda)
+            missing = [shard for shard in shards if not _sum_file(folder, shard).exists()]
+            sweep.shards = missing[world.rank :: world.world_size]
+            loader = open_loader(config, sweep, config.run.loader, threads, cuda)
+            opened.enter_context(closing(loader))
+            call.present(config, world, feed, folder, teacher.identity)
+        control = opened.enter_context(process_group(world, call.store, timeout_s))
         teacher.to(world.device)
         evaluation = teacher.evaluate(loader.evaluate)
         batches = loader.train(0)

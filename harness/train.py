@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +43,7 @@ from harness.models import build_without_weights, check_model, load_start_weight
 from harness.objective import build_objective
 from harness.provenance import describe_environment
 from harness.recipe.minibatch import Minibatch
+from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint
 from harness.run_folder import Fenced, RunFolder
 from harness.soft_targets import crop_epochs, open_teacher, write_cache
@@ -98,30 +106,32 @@ def train(
     shared with the stages before.
     Raises UserError before anything is written; Stopped, Diverged and Fenced later.
     """
-    world = world_from_environment(config.run.device)
     folder = RunFolder(Path(out or f"runs/{config.model.name}_{config.recipe.minibatch}"))
     if resume and (result := finished_result(folder, config)):
         return result
-    set_precision(config.run.precision)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     measured = config.run.micro_batch == "auto"
-    feed, config = prepare(config, world)
-    stop = stop or StopRequest()
-    resuming, checkpoint = False, None
-    if world.rank == 0:
-        resuming, checkpoint = find_start(folder, config, resume, typed, stop)
-    cuda = world.device.type == "cuda"
-    model = build_without_weights(config, channels_last=cuda)
-    teacher = open_teacher(config, feed, world)
-    loader = open_loader(config, feed, config.run.loader, int(config.run.loader_threads), cuda)
-    timeout_s = config.run.hang_timeout_s
-    with (
-        stop.listen(),
-        closing(loader),
-        Watchdog(world, timeout_s, stop) as watchdog,
-        process_group(world, timeout_s) as control,
-    ):
+    stop, timeout_s = stop or StopRequest(), config.run.hang_timeout_s
+    with ExitStack() as opened:
+        opened.enter_context(stop.listen())
+        with roll_call(timeout_s, stop) as call:  # what one rank finds wrong here ends all
+            world = world_from_environment(config.run.device)
+            set_precision(config.run.precision)
+            if world.device.type == "cpu":
+                keep_freed_memory()
+            as_given = config
+            feed, config = prepare(config, world)
+            resuming, checkpoint = False, None
+            if world.rank == 0:
+                resuming, checkpoint = find_start(folder, config, resume, typed, stop)
+            cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
+            model = build_without_weights(config, channels_last=cuda)
+            teacher = open_teacher(config, feed, world)
+            loader = open_loader(config, feed, config.run.loader, threads, cuda)
+            opened.enter_context(closing(loader))
+            identity = teacher.identity if teacher else None
+            call.present(as_given, world, feed, folder.path, identity)
+        watchdog = opened.enter_context(Watchdog(world, timeout_s, stop))
+        control = opened.enter_context(process_group(world, call.store, timeout_s))
         watchdog.join_ranks()
         checkpoint = first_ranks(checkpoint, control)
         if checkpoint is None:
@@ -177,10 +187,12 @@ def train_stages(
     how: Any = {"resume_command": resume_command, "stop": stop}
     with stop.listen():  # also between two stages
         if teachers and not (resume and finished_result(RunFolder(Path(out)), student.config)):
-            world = world_from_environment(student.config.run.device)
-            _, config = prepare(student.config, world)
-            if world.rank == 0:
-                RunFolder(Path(out)).check(config, resume, set(student.typed))
+            with roll_call(student.config.run.hang_timeout_s, stop) as call:
+                world = world_from_environment(student.config.run.device)
+                feed, config = prepare(student.config, world)
+                if world.rank == 0:
+                    RunFolder(Path(out)).check(config, resume, set(student.typed))
+                call.present(student.config, world, feed, Path(out))
             for stage in teachers:
                 if world.rank == 0:
                     print(f"teacher  {stage.path}, run folder {stage.folder}", flush=True)
@@ -192,19 +204,21 @@ def cache_soft_targets(
     config: Config, teachers: Sequence[Stage], epochs: int, dtype: str, top: int | None
 ) -> Path:
     """Fills the folder `config.distill.cache` by its finished teacher, on all ranks."""
-    world = world_from_environment(config.run.device)
-    set_precision(config.run.precision)
-    assert config.distill is not None
-    # no cache to read from yet
-    distill = config.distill.model_copy(update={"cache": None})
-    feed, prepared = prepare(config.model_copy(update={"distill": distill}), world)
+    with roll_call(config.run.hang_timeout_s, StopRequest()) as call:
+        world = world_from_environment(config.run.device)
+        set_precision(config.run.precision)
+        assert config.distill is not None
+        # no cache to read from yet
+        distill = config.distill.model_copy(update={"cache": None})
+        feed, prepared = prepare(config.model_copy(update={"distill": distill}), world)
+        for stage in teachers[-1:]:
+            if finished_result(RunFolder(stage.folder), stage.config) is None:
+                raise UserError(
+                    f"distill.teacher: {stage.path}: {stage.folder} is no finished run of it; "
+                    f"harness train {stage.path} --resume"
+                )
+        call.present(config, world, feed)
     config = config.model_copy(update={"run": prepared.run})
-    for stage in teachers[-1:]:
-        if finished_result(RunFolder(stage.folder), stage.config) is None:
-            raise UserError(
-                f"distill.teacher: {stage.path}: {stage.folder} is no finished run of it; "
-                f"harness train {stage.path} --resume"
-            )
     return write_cache(config, feed, world, epochs, dtype, top)
 
 

@@ -19,9 +19,10 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from harness.compilation import compiler_phases
-from harness.distributed import Reductions, World, generation
+from harness.distributed import Reductions, World
 from harness.errors import FAILED, FINISHED, STOPPED, UserError, record_for_torchrun
 from harness.interrupt import StopRequest
+from harness.rendezvous import generation
 
 GRACE_S = 20.0  # torchrun kills 30 s after it has handed a signal on; last words take some
 TABLES = 4  # a rank whose tick stands still over so many looks is frozen or gone

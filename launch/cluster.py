@@ -33,8 +33,12 @@ LAUNCHERS_OWN = (
     *("array", "dependency", "kill-on-invalid-dep"),
     *("output", "error", "open-mode", "job-name"),
 )
-# the harness would take these for torchrun's and ignore SLURM's
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+# the harness would take these for torchrun's and ignore SLURM's; and with one address and port
+# for all of them, the ranks of several jobs would meet
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 def _as_text(value: Any) -> Any:

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Any
 
 from harness.errors import FAILED, FINISHED, STOPPED, USER_ERROR
+from harness.slurm_step import rendezvous_port
 from launch.job import Job, Silent, find_job, requeue
 
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, scancel --signal
@@ -250,7 +251,7 @@ class Place:
         self.nodes, self.rank = job.num_nodes, job.global_rank
         self.host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self.port = 20000 + int(self.raw_job_id) % 20000
+        self.port = rendezvous_port(os.environ)
         # torchrun sorts its agents by name: rank 0 is on the first one in that order
         self.first_host = min(job.hostnames)
         by_torchrun = launcher == "torchrun"

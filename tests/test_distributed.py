@@ -1,22 +1,9 @@
-import socket
-import subprocess
-import sys
-import threading
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from harness.distributed import (
-    generation,
-    gpu_advice,
-    rendezvous,
-    use_slurm_rendezvous,
-    world_from_environment,
-)
+from harness.distributed import gpu_advice, world_from_environment
 from harness.errors import UserError
-from tests.conftest import free_port, rank_environment, start_ranks
+from tests.conftest import start_ranks
 
 
 def test_alone_is_one_rank():
@@ -55,23 +42,6 @@ def test_a_batch_script_without_srun_is_alone():
     assert world.launcher == "alone"
 
 
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [("n1", "n1"), ("n[01-04,7],m3", "n01"), ("gpu-a,gpu-b", "gpu-a"), ("r[3]-ib", "r3-ib")],
-)
-def test_slurm_rendezvous_is_on_the_first_node(nodelist, host):
-    environment = {"SLURM_STEP_NODELIST": nodelist, "SLURM_JOB_ID": "123456"}
-    use_slurm_rendezvous(environment)
-    assert environment["MASTER_ADDR"] == host
-    assert environment["MASTER_PORT"] == "23456"  # 20000 + 123456 mod 20000
-
-
-def test_slurm_rendezvous_never_overwrites():
-    environment = {"SLURM_STEP_NODELIST": "n1", "MASTER_ADDR": "head", "MASTER_PORT": "1"}
-    use_slurm_rendezvous(environment)
-    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("head", "1")
-
-
 def test_a_malformed_variable_is_one_line():
     with pytest.raises(UserError, match="torchrun"):
         world_from_environment("cpu", {"RANK": "0"})
@@ -98,6 +68,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from functools import partial
 from harness.distributed import *
+from harness.rendezvous import rendezvous
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
 
 def reduce(world):
@@ -115,7 +86,7 @@ def reduce(world):
 
 def main():  # as in a run, DDP is freed before the interpreter ends: Gloo's thread calls its hook
     world = world_from_environment("cpu")
-    with process_group(world, 60):
+    with process_group(world, rendezvous(world, 60), 60):
         reduce(world)
 
 main()
@@ -132,42 +103,11 @@ def test_reductions_over_two_real_processes():
     assert [out.strip() for out, _ in outputs] == [f"{expected} 0.0", f"{expected} 1.0"]
 
 
-def test_a_rank_that_meets_the_last_groups_store_tries_again(monkeypatch):
-    """Rank 1 is quick: the store that it meets goes half a second later, and another one comes."""
-    port = free_port()
-    for name, value in rank_environment(1, 2, port).items():
-        monkeypatch.setenv(name, value)
-    world = world_from_environment("cpu")
-    stores = [dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
-
-    def replace() -> None:
-        stores.pop()
-        stores.append(dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
-        stores[0].set(f"{generation(world)}-opened", "")
-        stores[0].set("mark", "the second")
-
-    later = threading.Timer(0.5, replace)
-    later.start()
-    store = rendezvous(world, timedelta(seconds=30))
-    later.join()
-    assert store.get("mark") == b"the second"
-
-
-@pytest.mark.parametrize("by_agent", [False, True])
-def test_nodes_whose_agents_count_restarts_differently_meet_in_a_new_store(monkeypatch, by_agent):
-    """A failed rank raises its own agent's count; a store that outlives the ranks needs it."""
-    world = world_from_environment("cpu", {})
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(by_agent))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    other_nodes = generation(world)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert (generation(world) == other_nodes) == (not by_agent)
-
-
 ROUNDED = """
 import torch
 from torch import nn
 from harness.distributed import *
+from harness.rendezvous import rendezvous
 
 def gradients(world, dtype):
     torch.manual_seed(world.rank)
@@ -181,7 +121,7 @@ def gradients(world, dtype):
 
 def main():
     world = world_from_environment("cpu")
-    with process_group(world, 60):
+    with process_group(world, rendezvous(world, 60), 60):
         exact = gradients(world, None)
         rounded = gradients(world, torch.bfloat16)
         everywhere = sum_over_ranks(rounded.double().clone())
@@ -201,19 +141,3 @@ def test_a_bfloat16_sum_is_the_float32_one_within_its_rounding():
     assert (dtype, is_bfloat16) == ("torch.float32", "True")
     # each addend and the sum are rounded to 8 bits, by up to 2**-9, half of that on average
     assert 2**-12 < float(difference) < 2**-8
-
-
-def test_a_port_in_use_is_one_line_with_code_2(small):
-    with socket.socket() as occupied:
-        occupied.bind(("127.0.0.1", 0))
-        occupied.listen()
-        port = occupied.getsockname()[1]
-        finished = subprocess.run(
-            [sys.executable, "-m", "harness", "train", str(small())],
-            env=rank_environment(0, 2, port),
-            capture_output=True,
-            text=True,
-        )
-    assert finished.returncode == 2
-    assert f"port 127.0.0.1:{port} is in use" in finished.stderr
-    assert "Traceback" not in finished.stderr

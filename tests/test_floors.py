@@ -11,7 +11,7 @@ HARNESS = Path(__file__).parents[1] / "harness"
 FLOORS = [
     ["errors", "atomic_file", "startup", "communication", "host_memory", "provenance"],
     ["process_identity", "unfailing_output"],
-    ["config_errors", "output_file"],
+    ["config_errors", "output_file", "slurm_step"],
     ["strict_yaml"],
     ["config"],
     ["stages", "recipe"],
@@ -19,7 +19,8 @@ FLOORS = [
     ["data", "prediction", "lr_picture"],
     ["plan", "distributed", "interrupt", "checkpoint", "compilation"],
     ["run_ownership"],
-    ["metrics", "run_folder", "watchdog", "graphs"],
+    ["metrics", "run_folder", "rendezvous", "graphs"],
+    ["roll_call", "watchdog"],
     ["objective"],
     ["step"],
     ["evaluate", "micro_batch"],

@@ -39,9 +39,10 @@ AGREE = """
 import sys
 from harness.distributed import process_group, world_from_environment
 from harness.interrupt import Agreement
+from harness.rendezvous import rendezvous
 world = world_from_environment("cpu")
 step_s = [float(word) for word in sys.argv[1:]][world.rank]
-with process_group(world, 60) as control:
+with process_group(world, rendezvous(world, 60), 60) as control:
     step = 0
     agreement = Agreement(control, clock=lambda: step * step_s)
     wishes, answers = [False, False], {}

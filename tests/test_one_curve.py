@@ -24,6 +24,7 @@ from harness.data.loader import Loader, open_loader
 from harness.distributed import process_group, world_from_environment
 from harness.journal import read_log
 from harness.models import build_model
+from harness.rendezvous import rendezvous
 from harness.step import Step, set_precision
 from harness.train import on_device, prepare, train
 from tests.conftest import SMALL, free_port, start_ranks
@@ -95,7 +96,11 @@ def open_step(folder: Path, precision: str, micro_batch: int) -> Iterator[tuple[
     world = world_from_environment("cpu")
     set_precision(precision)
     feed, config = prepare(config, world)
-    with closing(open_loader(config, feed, "memory", 0, False)) as loader, process_group(world, 60):
+    store = rendezvous(world, 60)
+    with (
+        closing(open_loader(config, feed, "memory", 0, False)) as loader,
+        process_group(world, store, 60),
+    ):
         model = on_device(build_model(config), config, world.device)
         yield Step(config, model, world, feed.micro_batches), loader
 

@@ -13,9 +13,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from harness.distributed import (
     barrier,
     first_ranks,
     global_running_statistics,
+    group_timeout,
     process_group,
     world_from_environment,
 )
@@ -41,6 +41,7 @@ from harness.evaluate import evaluate
 from harness.interrupt import Stopped, StopRequest
 from harness.models import build_model
 from harness.provenance import describe_environment
+from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint
 from harness.run_folder import RunFolder
 from harness.step import Step, set_precision
@@ -299,14 +300,19 @@ def first_images(index: Index, images: int) -> Index:
 
 
 @contextmanager
-def join(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessGroup | None]:
+def join(
+    world: World, store: dist.Store | None, hang_timeout_s: float
+) -> Iterator[dist.ProcessGroup | None]:
     """The process group of a run; by Gloo alone where ranks share a GPU, which NCCL refuses."""
-    if SHARED_GPU not in os.environ or world.world_size == 1:
-        with process_group(world, hang_timeout_s) as usual:
+    if SHARED_GPU not in os.environ or store is None:
+        with process_group(world, store, hang_timeout_s) as usual:
             yield usual
         return
     torch.cuda.set_device(world.device)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=2 * hang_timeout_s + 60))
+    timeout, ranks = group_timeout(hang_timeout_s), (world.rank, world.world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=ranks[0], world_size=ranks[1], timeout=timeout
+    )
     try:
         control = dist.new_group(backend="gloo")
         assert isinstance(control, dist.ProcessGroup)  # this rank is in it
@@ -318,20 +324,22 @@ def join(world: World, hang_timeout_s: float) -> Iterator[dist.ProcessGroup | No
 
 def carry_out(folder: Path, request: Request, config: Config) -> None:
     """Opens what a run has on this rank, and does the tasks."""
-    world = world_from_environment(config.run.device)
-    feed, config = prepare(config, world)
-    feed.val = first_images(feed.val, request.val_images)
-    data = config.data.model_copy(update={"val_images": request.val_images})
-    config = feed.config = config.model_copy(update={"data": data})
-    cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
-    loader, stopping = open_loader(config, feed, config.run.loader, threads, cuda), StopRequest()
-    timeout_s = config.run.hang_timeout_s
-    with (
-        stopping.listen(),
-        closing(loader),
-        Watchdog(world, timeout_s, stopping) as watchdog,
-        join(world, timeout_s) as control,
-    ):
+    stopping, timeout_s = StopRequest(), config.run.hang_timeout_s
+    with ExitStack() as opened:
+        opened.enter_context(stopping.listen())
+        with roll_call(timeout_s, stopping) as call:
+            world = world_from_environment(config.run.device)
+            as_given = config
+            feed, config = prepare(config, world)
+            call.present(as_given, world, feed)
+            feed.val = first_images(feed.val, request.val_images)
+            data = config.data.model_copy(update={"val_images": request.val_images})
+            config = feed.config = config.model_copy(update={"data": data})
+            cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
+            loader = open_loader(config, feed, config.run.loader, threads, cuda)
+            opened.enter_context(closing(loader))
+        watchdog = opened.enter_context(Watchdog(world, timeout_s, stopping))
+        control = opened.enter_context(join(world, call.store, timeout_s))
         watchdog.join_ranks()
         rank = Rank(folder, request, config, world, feed, loader, control, stopping, watchdog)
         for task in request.tasks:
