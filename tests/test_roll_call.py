@@ -106,7 +106,7 @@ def add_a_file(folder: Path) -> None:
     shutil.copy(next((folder / "4").iterdir()), folder / "3" / "a.png")
 
 
-DIFFERS = "class 3 differs between rank 1 on node7 and rank 0 on node3: "
+DIFFERS = "the images of class 3 differ between rank 1 on node7 and rank 0 on node3: "
 
 
 @pytest.mark.parametrize(
