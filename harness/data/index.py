@@ -24,7 +24,7 @@ from harness.data.digest import (
 )
 from harness.data.index_places import cache_places, lock_first
 from harness.data.listing import SUFFIXES, class_folders, equal_but_for_form, image_names
-from harness.data.scan import read_sizes, size_of
+from harness.data.scan import header_fault, read_sizes, size_of
 from harness.errors import UserError
 from harness.recipe.losses import UNLABELLED
 
@@ -213,9 +213,9 @@ def check_headers(index: Index, skip: bool, remedy: str = MEND_OR_SKIP) -> None:
     bad = np.flatnonzero(index.widths == 0)
     if len(bad) and not skip:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise UserError(
-            f"{index.path(bad[0])}{more}: cannot be decoded: no JPEG or PNG header; {remedy}"
-        )
+        path = index.path(bad[0])
+        why = header_fault(path) or "no JPEG or PNG header"
+        raise UserError(f"{path}{more}: cannot be decoded: {why}; {remedy}")
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -295,8 +295,9 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Index 
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
     bad = np.flatnonzero(index.widths == 0)
-    if any(size_of(index.path(image_id)) != (0, 0) for image_id in bad.tolist()):
-        return None  # mended since
+    paths = [index.path(image_id) for image_id in bad.tolist()]
+    if any(not path.exists() or size_of(path) != (0, 0) for path in paths):
+        return None  # removed or mended since
     counts = np.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):
         racy = changed_ns[name] > scanned_ns - RACY_NS

@@ -21,7 +21,7 @@ from harness.data.child_process import STOP_SIGNALS, settle_child, starting_chil
 from harness.data.index import Index
 from harness.data.loader import BadImageError, Batch, Feed
 from harness.data.sampling import Crops, Resizes, crops, replacement
-from harness.data.scan import FORMATS
+from harness.data.scan import FORMATS, image_fault
 from harness.errors import UserError
 
 REPLACEMENTS = 100  # bad images in a row after which the data set is given up
@@ -40,17 +40,11 @@ def decode(path: Path) -> Image.Image:
     except OSError as error:
         if error.errno is not None:  # no fault of the image
             raise UserError(f"{path}: cannot be read: {error.strerror}; check it") from None
-        raise BadImageError(f"{path}: cannot be decoded: {_reason(error)}") from None
+        raise BadImageError(f"{path}: cannot be decoded: {image_fault(error)}") from None
     except MemoryError:
         raise
     except Exception as error:  # PIL raises many kinds for what a broken file contains
-        raise BadImageError(f"{path}: cannot be decoded: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "neither JPEG nor PNG"
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise BadImageError(f"{path}: cannot be decoded: {image_fault(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -91,12 +85,23 @@ def render_resize(
 def read_image(index: Index, image_id: int) -> Image.Image:
     """Decodes an image of an index. Raises as `decode`, and UserError where the index is stale."""
     path = index.path(image_id)
-    image = decode(path)
+    stale = f"the index is stale: {f'delete {index.cache}' if index.cache else 'start again'}"
+    try:
+        image = decode(path)
+    except BadImageError:
+        raise
+    except UserError:
+        if path.exists():
+            raise
+        raise UserError(
+            f"{path}: cannot be read: it was there when its folder was indexed; restore it, or if "
+            f"it was removed on purpose, {stale}"
+        ) from None
     expected = (index.widths[image_id], index.heights[image_id])
     if image.size != expected:
         raise UserError(
             f"{path}: {image.width} x {image.height} pixels, {expected[0]} x {expected[1]} when it "
-            f"was indexed; the index is stale: delete {index.cache or 'nothing, start again'}"
+            f"was indexed; {stale}"
         )
     return image
 

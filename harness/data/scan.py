@@ -94,6 +94,25 @@ def size_of(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
+def header_fault(path: Path) -> str:
+    """Why an image's header cannot be read; empty where it can."""
+    try:
+        with Image.open(path, formats=FORMATS):
+            return ""
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return image_fault(error)
+
+
+def image_fault(error: Exception) -> str:
+    """What PIL's error says of an image, in one line."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "neither JPEG nor PNG"
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"it has more than {limit:,} pixels, the most that PIL decodes; make it smaller"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _keep(partial: Path | None, key: str, sizes: Sizes) -> None:
     """Appends a line. One that a kill has torn spoils no other: each begins with a line's end."""
     if partial is None or not sizes.all():  # a bad image may be mended until the scan goes on

@@ -17,7 +17,10 @@ from PIL import Image
 
 from harness.config import Config
 from harness.data import scan
+from harness.data.check import check_folder
 from harness.data.index import check_indices, load_index
+from harness.data.loader import BadImageError
+from harness.data.reference import decode
 from harness.errors import UserError
 
 
@@ -339,6 +342,30 @@ def test_classes_of_train_and_val_are_the_same(
     (root / "val" / "dog").rename(root / "val" / "eel")
     with pytest.raises(UserError, match=r"differ: dog only in .*/train; eel only in .*/val"):
         check(root, make_config())
+
+
+def test_an_image_of_too_many_pixels_is_refused_for_that(
+    root: Path, make_config: Callable[..., Config]
+) -> None:
+    path = root / "train" / "ant" / "0.JPEG"
+    Image.new("L", (14_000, 13_000)).save(path)  # 182 million; PIL's limit is 2 * 89,478,485
+    why = r"it has more than 178,956,970 pixels, the most that PIL decodes; make it smaller"
+    with pytest.raises(UserError, match=rf"ant/0\.JPEG: cannot be decoded: {why}; mend it or set"):
+        check(root, make_config())
+    with pytest.raises(BadImageError, match=rf"ant/0\.JPEG: cannot be decoded: {why}$"):
+        decode(path)
+    (found,) = check_folder(root).findings["cannot be decoded"]
+    assert found.path == "train/ant/0.JPEG" and found.detail.startswith("it has more than 178,")
+
+
+def test_a_bad_image_that_was_removed_is_no_obstacle(root: Path) -> None:
+    path = root / "train" / "ant" / "0.JPEG"
+    path.write_text("no image")
+    load_index(root, "train")
+    stamp = path.parent.stat()
+    path.unlink()
+    os.utime(path.parent, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # unseen by its folder
+    assert len(load_index(root, "train")) == 39
 
 
 def test_unreadable_headers_are_refused(root: Path, make_config: Callable[..., Config]) -> None:
