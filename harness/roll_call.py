@@ -130,12 +130,12 @@ class RollCall:
 
         return pause
 
-    def _look_up(self, topic: str, name: str) -> Mapping[str, Any]:
+    def _look_up(self, topic: str, of_class: str) -> Mapping[str, Any]:
         if topic == "code":
-            files = [(f, path) for f, path in package_files("harness") if path.suffix == ".py"]
-            return {file: hashlib.sha256(path.read_bytes()).hexdigest() for file, path in files}
+            sources = [pair for pair in package_files("harness") if pair[0].endswith(".py")]
+            return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sources}
         index = self._indices[topic]
-        return index.sizes_of(name) if name else index.class_digests()
+        return index.sizes_of(of_class) if of_class else index.class_digests()
 
 
 @contextmanager

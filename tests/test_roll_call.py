@@ -274,7 +274,9 @@ def test_a_mistake_that_only_rank_0_finds_ends_all_ranks_under_torchrun_within_1
     agent.wait(60)
     assert time.monotonic() - found_s < 10, seen
     assert agent.returncode == 1 and "exitcode  : 2" in seen
-    assert [line for line in seen.splitlines() if line.startswith("error: ")] == [
-        f"error: {tmp_path}/run: exists and is no run folder; choose another --out"
-    ]
+    first, *more = [line for line in seen.splitlines() if line.startswith("error: ")]
+    mistake = f"{tmp_path}/run: exists and is no run folder; choose another --out"
+    assert first == f"error: {mistake}"
+    # torchrun mostly ends the others before they speak; on a busy machine they say the same
+    assert len(more) <= 2 and all(line.endswith(mistake) for line in more)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]

@@ -86,5 +86,7 @@ def test_what_jobs_would_inherit_must_not_fight_the_file(write):
     check_environment(cluster, path, {"NCCL_SOCKET_IFNAME": "ib0", "HOME": "/root"})
     with pytest.raises(UserError, match=r"NCCL_SOCKET_IFNAME: ib0, but here it is eth0.*unset"):
         check_environment(cluster, path, {"NCCL_SOCKET_IFNAME": "eth0"})
-    with pytest.raises(UserError, match=r"WORLD_SIZE is set here.*unset WORLD_SIZE"):
-        check_environment(cluster, path, {"WORLD_SIZE": "8"})
+    # with one MASTER_PORT for all jobs their ranks would meet
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        with pytest.raises(UserError, match=rf"{name} is set here.*unset {name}"):
+            check_environment(cluster, path, {name: "8"})
