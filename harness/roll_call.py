@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from harness.data.loader import Feed
 from harness.distributed import World, world_from_environment
 from harness.errors import RunFailed, UserError
 from harness.interrupt import Stopped, StopRequest
+from harness.process_identity import ProcessIdentity
 from harness.provenance import code_digest, package_files, versions
 from harness.rendezvous import PROCESS, patience, rendezvous
 
@@ -86,7 +88,7 @@ class RollCall:
         """Fills in the card. `config` as the user gave it; `teacher` the digest of its weights."""
         if world.world_size == 1:
             return
-        loader = feed.config.run.loader
+        loader, boot_id = feed.config.run.loader, ProcessIdentity.of(os.getpid()).boot_id or ""
         settings = self._card.settings | _settings(config)
         settings |= {"run.device": world.device.type, "run.loader": loader}
         if teacher is not None:
@@ -98,7 +100,7 @@ class RollCall:
             settings=settings,
             code=code_digest(),
             versions={name: versions()[name] for name in used},
-            out=None if out is None else (str(out), _boot_id(), str(out.absolute())),
+            out=None if out is None else (str(out), boot_id, str(out.absolute())),
             data={split: index.digest for split, index in self._indices.items()},
         )
 
@@ -326,12 +328,6 @@ def _settings(config: Config) -> dict[str, Any]:
 def _card(text: str | bytes) -> Card:
     mapping = json.loads(text)
     return Card(**mapping | {"out": mapping["out"] and tuple(mapping["out"])})
-
-
-def _boot_id() -> str:
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -329,9 +329,9 @@ def carry_out(folder: Path, request: Request, config: Config) -> None:
         opened.enter_context(stopping.listen())
         with roll_call(timeout_s, stopping) as call:
             world = world_from_environment(config.run.device)
-            as_given = config
+            # errors of one rank end all; no card is presented, as whether the ranks hold the same
+            # config is what verify is to find out and to show in its own lines
             feed, config = prepare(config, world)
-            call.present(as_given, world, feed)
             feed.val = first_images(feed.val, request.val_images)
             data = config.data.model_copy(update={"val_images": request.val_images})
             config = feed.config = config.model_copy(update={"data": data})
