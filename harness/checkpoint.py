@@ -138,18 +138,21 @@ def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> tuple[Path
     Returns None where the folder holds no checkpoint at all. Raises UserError where it holds some
     but no valid one: a run that started over would bury, and in time remove, what may be repaired.
     """
-    passed_over = []
+    damaged: list[str] = []
     for path in list_checkpoints(folder):
         try:
-            return path, load_checkpoint(path, report)
+            payload = load_checkpoint(path, report)
         except DamagedCheckpoint as error:
-            report(f"damaged checkpoint passed over: {error}")
-            passed_over.append(path.name)
+            damaged.append(str(error))
+            continue
+        for why in damaged:
+            report(f"damaged checkpoint passed over: {why}")
+        return path, payload
     others = [name for name in _visible_files(folder) if not name.endswith(".sha256")]
-    if passed_over:
+    if damaged:
         raise UserError(
-            f"{folder}: none of its {len(passed_over)} checkpoints is valid (newest: "
-            f"{passed_over[0]}); restore one; to start over, choose another --out"
+            f"{folder}: none of its {len(damaged)} checkpoints is valid (newest: {damaged[0]}); "
+            "restore one; to start over, choose another --out"
         )
     if others:
         raise UserError(

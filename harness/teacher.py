@@ -141,7 +141,7 @@ def _load_run(folder: Path, named: Path) -> Trained:
             f"distill.teacher: {named}: its run {folder} is {how}, not finished; a student starts "
             "from a finished teacher only: train it first"
         )
-    trained = load_trained(folder)
+    trained = load_trained(folder, report=lambda text: print(f"warning: {text}", flush=True))
     step = checkpoint_key(trained.checkpoint)[1]
     if step != trained.config.total_steps:
         raise UserError(

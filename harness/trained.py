@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,17 @@ class Trained:
     class_names: Sequence[str] = ()
 
 
-def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)  # standard output may be JSON
+
+
+def load_trained(
+    path: Path, overrides: Sequence[str] = (), report: Callable[[str], None] = _warn
+) -> Trained:
     """Reads the newest valid checkpoint of a run folder, or the checkpoint itself.
 
-    `overrides` may change `run.*` only. Raises UserError where there is none or it is damaged.
+    `overrides` may change `run.*` only; `report` receives what is odd about checkpoints.
+    Raises UserError where there is none or it is damaged.
     """
     for override in overrides:
         if not override.startswith("run."):
@@ -53,13 +60,13 @@ def load_trained(path: Path, overrides: Sequence[str] = ()) -> Trained:
                 f"{override}: only run.* may be changed; the rest fixed what was trained"
             )
     if path.is_dir():
-        found = newest_checkpoint(path / "checkpoints", _warn)
+        found = newest_checkpoint(path / "checkpoints", report)
         if found is None:
             raise UserError(f"{path}: holds no valid checkpoint; give a run folder or a checkpoint")
         checkpoint, payload = found
     elif path.exists():
         try:
-            checkpoint, payload = path, load_checkpoint(path, _warn)
+            checkpoint, payload = path, load_checkpoint(path, report)
         except DamagedCheckpoint as error:
             raise UserError(f"damaged checkpoint: {error}") from error
     else:
@@ -107,10 +114,6 @@ def load_validation(trained: Trained) -> Index:
     if absent := [name for name in classes if name not in val.classes]:
         _warn(f"{val.folder}: has no images of {some_of(absent)} of {known}")
     return val.relabelled(classes)
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)  # standard output may be JSON
 
 
 def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evaluation:

@@ -162,3 +162,24 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert main(words) == 2, words
         (line,) = capsys.readouterr().err.splitlines()
         assert text in line
+
+
+def test_what_is_odd_about_checkpoints_leaves_json_and_one_line_alone(run, tmp_path, capsys):
+    copied, exported = tmp_path / "best.pt", tmp_path / "exported.pt"
+    newest = list_checkpoints(run / "checkpoints")[0]
+    copied.write_bytes(newest.read_bytes())  # alone: its checksum has another name
+    assert main(["eval", str(copied), "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["total"] == 360
+    assert "verified by the archive's CRC only" in output.err
+    assert main(["export", str(run), "--to", str(exported)]) == 0
+    for path in list_checkpoints(run / "checkpoints"):
+        path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    for what, text in [
+        (exported, "no checkpoint of a run"),
+        (run, f"none of its 3 checkpoints is valid (newest: {newest}: "),
+    ]:
+        assert main(["eval", str(what)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert text in line
