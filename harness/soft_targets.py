@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from harness.checkpoint import write_atomically
 from harness.config import Config
 from harness.data.digest import first_difference
-from harness.data.index import Index
+from harness.data.index import Index, index_checksum
 from harness.data.loader import Batch, Feed, open_loader
 from harness.data.sampling import Crops, crops
 from harness.distributed import World, barrier, process_group
@@ -133,14 +133,6 @@ def identify(config: Config, feed: Feed, teacher: Teacher, top: int | None) -> d
     }
 
 
-def index_checksum(index: Index) -> str:
-    """SHA-256 of what an image id stands for: names, labels and sizes."""
-    total = hashlib.sha256("\n".join(index.classes).encode())
-    for array in (index.names, index.labels, index.widths, index.heights):
-        total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()
-
-
 class _Sweep(Feed):
     """Asks for every image of `shards`, by id."""
 
@@ -205,10 +197,11 @@ def _begin(folder: Path, plan: dict[str, Any], size_mb: float, train: Index) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (begun := folder / "plan.json").exists():
-            held = json.loads(begun.read_text())
+            held = {"class_digests": plan["class_digests"]}  # older ones have none
+            with suppress(ValueError):  # damaged: another one
+                held |= json.loads(begun.read_text())
             _check_data(str(folder), held, train)
-            recorded_later = {"class_digests": plan["class_digests"]}
-            if recorded_later | held != json.loads(json.dumps(plan)):
+            if held != json.loads(json.dumps(plan)):
                 raise UserError(f"{folder}: holds another cache; remove it or name another folder")
             return
         if any(folder.iterdir()):
@@ -223,10 +216,9 @@ def _begin(folder: Path, plan: dict[str, Any], size_mb: float, train: Index) -> 
 
 def _check_data(place: str, held: dict[str, Any], train: Index) -> None:
     """Raises UserError where the plan or manifest `held` records other images than `train`."""
-    if (digests := held.get("class_digests")) is None:  # of an older harness: a checksum alone
-        return
-    difference = first_difference(digests, train.class_digests(), "the cache", str(train.folder))
-    if difference:
+    here = train.class_digests()
+    there = held.get("class_digests", here)  # an older harness kept a checksum alone
+    if difference := first_difference(there, here, "the cache", str(train.folder)):
         raise UserError(f"{place}: was made from other data: {difference}; {MAKE_AGAIN}")
 
 

@@ -232,6 +232,8 @@ def test_a_cache_of_other_data_is_refused_with_the_first_difference(
     options = ["--epochs", 2, "--dtype", "float32"]
     for words in (["train", path, root], ["cache", path, root, *options]):
         assert f"was made from other data: {difference}; make it" in one_line(capsys, *words)
+    (own_cache / "plan.json").write_text("{torn")
+    assert "holds another cache" in one_line(capsys, "cache", path, root, *options)
 
 
 def test_a_cache_without_digests_is_still_filled_and_read(student, own_cache, capsys):
