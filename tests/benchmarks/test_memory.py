@@ -42,6 +42,7 @@ def test_every_loop_is_compiled_where_runs_are(monkeypatch, tmp_path, cuda, word
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**6)
+    monkeypatch.setattr(memory, "resident_mb", {"VmRSS": 1.0, "VmHWM": 3.0}.get)
     monkeypatch.setattr(memory, "get_context", Here)
     monkeypatch.setattr(memory, "LOOPS", dict.fromkeys((OURS, BARE), loop))
     monkeypatch.setattr(memory, "build", lambda name, config, device: None)
