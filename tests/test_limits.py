@@ -1,4 +1,4 @@
-"""Limits follow the machine's business, and a hang is found nevertheless."""
+"""Limits follow the machine's load, and a hang is found nevertheless."""
 
 import os
 import subprocess

@@ -210,7 +210,7 @@ def start_rank(arguments: list[object], environment: dict[str, str], folder: Pat
 
 
 def ended(process: subprocess.Popen) -> tuple[int, list[str]]:
-    out, _ = process.communicate(timeout=180)
+    out, _ = process.communicate()
     return process.returncode, out.splitlines()
 
 
