@@ -175,6 +175,15 @@ def first_ranks(value: T, group: dist.ProcessGroup | None) -> T:
     return values[0]
 
 
+def first_reason(reason: str, group: dist.ProcessGroup | None) -> str:
+    """Return the reason of the first rank that has one, on all ranks; "" where none has."""
+    reasons = [reason]
+    if group is not None:
+        reasons = [""] * dist.get_world_size(group)
+        dist.all_gather_object(reasons, reason, group=group)
+    return next(filter(None, reasons), "")
+
+
 def barrier(group: dist.ProcessGroup | None) -> None:
     """Waits until all ranks of the group have come here; nothing for a single rank."""
     if group is not None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.distributed import greatest_of_ranks
+from harness.distributed import first_reason, greatest_of_ranks
 from harness.graphs import Capture, CudaCapture
 from harness.micro_batch import random_pixels, too_little_memory
 from harness.step import Step
@@ -40,7 +40,7 @@ def try_graphs(
     and come to the same end. `capture`: CUDA's where None.
     """
     faster = False
-    if why := _first_of(_captured(step, sizes, capture), control):
+    if why := first_reason(_captured(step, sizes, capture), control):
         step.graphs = f"not used: {why}"
     else:
         plain_ms, replayed_ms = greatest_of_ranks(_step_ms(step, sizes), control)
@@ -144,12 +144,3 @@ def _return_memory(device: torch.device) -> None:
 
 def _pixels(step: Step, images: int, seed: int) -> Tensor:
     return random_pixels(images, step.config.data.crop, step.device, seed)
-
-
-def _first_of(why: str, control: dist.ProcessGroup | None) -> str:
-    """The first rank's reason, of those that have one."""
-    reasons = [why]
-    if control is not None:
-        reasons = [""] * dist.get_world_size(control)
-        dist.all_gather_object(reasons, why, group=control)
-    return next(filter(None, reasons), "")

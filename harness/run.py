@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 from harness.checkpoint import (
     CheckpointWriter,
+    DamagedCheckpoint,
     checkpoint_path,
     copy_to_host,
     load_checkpoint,
@@ -22,7 +25,12 @@ from harness.checkpoint import (
 from harness.config import Config
 from harness.data.digest import first_difference
 from harness.data.loader import Batch, Feed, Loader
-from harness.distributed import World, global_running_statistics
+from harness.distributed import (
+    World,
+    first_ranks,
+    first_reason,
+    global_running_statistics,
+)
 from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import ASK_EVERY_S, StopRequest
@@ -273,9 +281,10 @@ class Run:
     def restore(self, path: Path) -> None:
         """Takes over a checkpoint written on any number of ranks.
 
-        Raises UserError where the data or the teacher are not those that the run began with.
+        Raises UserError where the data or the teacher are not those that the run began with,
+        and as `load_alike`.
         """
-        payload: dict[str, Any] = load_checkpoint(path)
+        payload = load_alike(path, self.control)
         self._check_data(payload)
         if self.teacher and self.teacher.identity != payload["teacher"]:
             raise UserError(
@@ -306,6 +315,27 @@ class Run:
                     f"{self.folder.path}: was trained on other data: {difference}; restore the "
                     "data, or start a new run with another --out"
                 )
+
+
+def load_alike(path: Path, control: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Load a checkpoint that every rank reads by itself, from a file that must be the same.
+
+    No weights are sent once they are restored, so ranks whose nodes do not share the run folder
+    would train apart. Raises UserError, on all ranks, where one cannot read the file or finds
+    another one under its name.
+    """
+    payload: dict[str, Any] = {}
+    digest = reason = ""
+    try:
+        payload = load_checkpoint(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (DamagedCheckpoint, OSError) as error:
+        reason = f"{error} (on {socket.gethostname()})"
+    if digest != first_ranks(digest, control) and not reason:
+        reason = f"{path}: is another file on {socket.gethostname()} than for rank 0"
+    if reason := first_reason(reason, control):
+        raise UserError(f"{reason}; keep the run folder where all ranks share it")
+    return payload
 
 
 def choose_checkpoint(folder: RunFolder) -> Path | None:

@@ -15,6 +15,7 @@ from harness.checkpoint import (
     save_checkpoint,
 )
 from harness.errors import UserError
+from tests.conftest import start_ranks
 
 
 def save(folder: Path, incarnation: int, step: int) -> Path:
@@ -208,3 +209,36 @@ def test_a_write_that_fails_leaves_the_older_checkpoint_and_no_torn_file(tmp_pat
     found = newest_checkpoint(tmp_path, lambda text: None)
     assert found is not None and found[0] == older
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from harness.distributed import process_group, world_from_environment
+from harness.errors import UserError
+from tests.conftest import start_ranks
+from harness.rendezvous import rendezvous
+from harness.run import load_alike
+
+world = world_from_environment("cpu")
+with process_group(world, rendezvous(world, 60), 60) as control:
+    for paths in sys.argv[1:]:  # of rank 0 and of rank 1, as two nodes with disks of their own
+        try:
+            print(load_alike(Path(paths.split(":")[world.rank]), control)["step"], flush=True)
+        except UserError as error:
+            print(error, flush=True)
+"""
+
+
+def test_ranks_that_would_restore_different_files_are_refused_alike(tmp_path):
+    a, b, same, lost = (tmp_path / name for name in ("a.pt", "b.pt", "same.pt", "lost.pt"))
+    save_checkpoint(a, {"step": 3})
+    save_checkpoint(b, {"step": 4})
+    save_checkpoint(same, {"step": 3})
+    ranks = start_ranks(2, ["-c", LOAD, f"{a}:{same}", f"{a}:{b}", f"{a}:{lost}"])
+    outputs = [rank.communicate()[0].splitlines() for rank in ranks]
+    assert outputs[0] == outputs[1]
+    restored, other, missing = outputs[0]
+    assert restored == "3"
+    assert other.startswith(f"{b}: is another file on ") and "all ranks share it" in other
+    assert missing.startswith(f"{lost}: No such file")
