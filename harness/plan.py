@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from harness.config import NO_EXPECTATION, Config, Expect
 from harness.errors import UserError
 from harness.lr_picture import COLUMNS, draw_lr
-from harness.models import build_model, check_model
+from harness.models import build_model, build_without_weights, check_model
 from harness.prediction import Hardware, predict, render_prediction
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
@@ -32,13 +32,14 @@ def make_plan(
     lr_at_steps: Sequence[int] = (),
     teachers: Sequence[Stage] = (),
     hardware: Hardware = Hardware(),  # noqa: B008 (frozen)
+    resuming: bool = False,
 ) -> dict[str, Any]:
     """What `config` would run on `ranks` ranks, JSON-ready; builds the model on the CPU.
 
     `teachers` are the stages before, whose plans are their own; `hardware`: what the predicted
-    times assume. Raises UserError where a network cannot train on its crops, there are more ranks
-    than workers, one of `lr_at_steps` is not a step of the run, or a figure of the hardware is not
-    above 0.
+    times assume. A run that is `resuming` from a checkpoint does not need `model.weights`. Raises
+    UserError where a network cannot train on its crops, there are more ranks than workers, one of
+    `lr_at_steps` is not a step of the run, or a figure of the hardware is not above 0.
     """
     for stage_config in (*(stage.config for stage in teachers), config):
         check_model(stage_config)
@@ -57,7 +58,7 @@ def make_plan(
     }
     if lr_at_steps:
         plan["lr_at"] = {str(step): lr_at(config, step) for step in lr_at_steps}
-    model = build_model(config)
+    model = build_without_weights(config) if resuming else build_model(config)
     facts = inspect_model(model, build_optimizer(model, config.recipe), config)
     prediction = predict(config, model, ranks, hardware)
     return plan | facts | {"checks": check_facts(facts), "prediction": prediction}

@@ -197,7 +197,11 @@ def _show_whole_plans(runs: Sequence[Any], cluster: Any, to: TextIO) -> None:
     from harness.prediction import Hardware
 
     hardware = Hardware(cluster.gpus_per_node)
-    for plan in [make_plan(run.config, cluster.ranks, hardware=hardware) for run in runs]:
+    plans = [
+        make_plan(run.config, cluster.ranks, hardware=hardware, resuming=run.has_checkpoint())
+        for run in runs
+    ]
+    for plan in plans:
         print(render_plan(plan), end="\n\n", file=to)
 
 
@@ -209,7 +213,10 @@ def _show_plans(
 
     one_of_each = {run.name: run for run in teachers}
     one_of_each |= {run.run.parent.name: run for run in runs}  # seeds change no plan
-    plans = {name: make_plan(run.config, ranks) for name, run in one_of_each.items()}
+    plans = {
+        name: make_plan(run.config, ranks, resuming=run.has_checkpoint())
+        for name, run in one_of_each.items()
+    }
     for name, plan in plans.items():
         peak_lr = plan["peak_lr_arithmetic"]
         print(f"{name}: {plan['total_steps']:,} steps, peak lr {peak_lr}", file=to)

@@ -23,6 +23,10 @@ class Wanted:
     typed: tuple[str, ...] = ()
     teacher: Wanted | None = None
 
+    def has_checkpoint(self) -> bool:
+        """Return whether the run would resume from a checkpoint, without its start weights."""
+        return any((self.run / "checkpoints").glob("checkpoint-*.pt"))
+
     def is_finished(self) -> bool:
         """Raises UserError where the run folder holds another config's run."""
         if not (self.run / "config.yaml").exists():

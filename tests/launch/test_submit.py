@@ -107,3 +107,15 @@ def test_typed_keys_beat_the_cluster_file_and_it_beats_the_config(small, cluster
     assert config.run.loader_threads == 3  # the cores of a GPU
     typed = ("run.loader_threads=1",)
     assert with_cluster(load_cluster(path), str(small()), typed).run.loader_threads == 1
+
+
+def test_a_begun_run_is_submitted_without_the_weights_that_it_started_from(
+    small, cluster, tmp_path, capsys
+):
+    words = [small(), "model.weights=gone.pt", "--cluster", cluster()]
+    assert main(["submit", *map(str, words), "--dry-run"]) == 2
+    assert "gone.pt: no such file" in capsys.readouterr().err
+    checkpoints = tmp_path / "runs" / "small" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "checkpoint-001-00000005.pt").touch()
+    assert "#SBATCH" in script(capsys, *words)
