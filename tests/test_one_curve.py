@@ -76,7 +76,8 @@ def run_as_rank(folder: Path, ports: list[int]) -> None:
     """What each rank of W does: the runs of RUNS[W] in float64, then single steps in float32."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     for run, port in zip(RUNS[world_size], ports, strict=False):
-        os.environ["MASTER_PORT"] = str(port)
+        if world_size > 1:  # one rank runs in the process of the tests
+            os.environ["MASTER_PORT"] = str(port)
         micro_batch, loader, threads = run
         keys = [f"micro_batch={micro_batch}", f"loader={loader}", f"loader_threads={threads}"]
         keys = [f"run.{key}" for key in ["precision=float64", *keys]]
