@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -51,8 +52,8 @@ def study(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def harmed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed on one rank after step 8 (a checkpoint is of step 5), gone on with on two; one image
-    is damaged. 6 epochs of 5 steps."""
+    """Killed on one rank after step 8, once the checkpoint of step 5 is written, resumed on two;
+    one image is damaged. 6 epochs of 5 steps."""
     folder = tmp_path_factory.mktemp("harmed")
     data = Path(shutil.copytree(digits, folder / "digits"))
     next(iter(sorted((data / "train" / "3").iterdir()))).write_bytes(b"no image")
@@ -62,8 +63,10 @@ def harmed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         1, ["-m", "harness", "train", str(config), "--out", str(folder / "run")]
     )
     assert process.stdout is not None
+    checkpoint = folder / "run" / "checkpoints" / "checkpoint-001-00000005.pt"
     for line in process.stdout:
-        if "step 8/" in line:
+        step = re.search(r"step (\d+)/", line)
+        if step and int(step[1]) >= 8 and checkpoint.exists():
             break
     process.send_signal(signal.SIGKILL)
     process.communicate()
