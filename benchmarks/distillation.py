@@ -30,7 +30,8 @@ from torch import Tensor
 from benchmarks.conditions import benchmark_parser, spread, write_results
 from benchmarks.loops import make_batches
 from benchmarks.step import case_config
-from harness.config import Config, Distill, load_config
+from harness.config.loading import load_config
+from harness.config.schema import Config, DistillConfig
 from harness.data.loader import Batch, open_loader
 from harness.distributed import World, world_from_environment
 from harness.evaluate import Evaluation
@@ -50,7 +51,9 @@ def cost(repetitions: int) -> dict[str, Any]:
     """Ratios to a step without a teacher, and the break-even that follows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = case_config("resnet20", 32, 32, 4, 4)
-    distilled = config.model_copy(update={"distill": Distill(teacher="-", precision="float32")})
+    distilled = config.model_copy(
+        update={"distill": DistillConfig(teacher="-", precision="float32")}
+    )
     live = Teacher(distilled, build_model(case_config("resnet56", 32, 32, 4, 4)))
     rows = Rows(config.data.classes, "float16", None)
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +178,7 @@ def rounding(run: Path) -> dict[str, Any]:
 def _first_epoch(run: Path) -> Tensor:
     """The run's logits, float32 (N, K), of the crops that it saw in its first epoch."""
     config = load_config(run / "config.yaml", ["run.loader=memory", "run.device=cpu"])
-    distill = Distill(teacher=str(run), precision="float32")
+    distill = DistillConfig(teacher=str(run), precision="float32")
     config = config.model_copy(update={"distill": distill})
     feed, config = prepare(config, world_from_environment("cpu"))
     loader = open_loader(config, feed, "memory", 0, False)

@@ -24,7 +24,7 @@ from harness.communication import (
     keeping_up_bytes_per_s,
     step_time,
 )
-from harness.config import load_config
+from harness.config.loading import load_config
 from harness.models import build_model
 from harness.prediction import BACKWARD_SHARE, Hardware, gradient_layers, multiply_adds
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.index import Index
 from harness.data.loader import Batch, Feed
 from harness.distributed import World

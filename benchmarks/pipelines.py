@@ -27,7 +27,8 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from harness.config import Config, config_from_mapping
+from harness.config.loading import config_from_mapping
+from harness.config.schema import Config
 from harness.data.index import Index
 from harness.data.loader import Feed, open_loader
 from harness.data.scan import size_of

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import benchmark_parser, spread, write_results
-from harness.config import Config, config_from_mapping, dump_config
+from harness.config.loading import config_from_mapping, dump_config
+from harness.config.schema import Config
 from harness.recipe.schedule import lr_at
 
 RUNS, EPOCHS = 100, 90

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.conditions import RESULTS, conditions
 from harness.atomic_file import write_atomically
-from harness.config import Expect
+from harness.config.schema import ExpectConfig
 from harness.recipe.schedule import peak_lr
 from harness.report import read_runs
 from harness.report.figures import sections
@@ -115,7 +115,7 @@ def write_figures(groups: Sequence[Group], folder: Path) -> list[Path]:
     (baseline,) = (group for group in groups if group.label == BASELINE)
     assert baseline.mean is not None
     source, runs = f"measured at {BASELINE}", len(baseline.errors)
-    expect = Expect(error=baseline.mean, std=baseline.std, runs=runs, source=source)
+    expect = ExpectConfig(error=baseline.mean, std=baseline.std, runs=runs, source=source)
     written = []
     for file, name, labels in FIGURES:
         shown = [_expecting(group, expect) for group in groups if group.label in labels]
@@ -127,7 +127,7 @@ def write_figures(groups: Sequence[Group], folder: Path) -> list[Path]:
     return written
 
 
-def _expecting(group: Group, expect: Expect) -> Group:
+def _expecting(group: Group, expect: ExpectConfig) -> Group:
     def expecting(run: RecordedRun) -> RecordedRun:
         return replace(run, config=run.config.model_copy(update={"expect": expect}))
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.conditions import benchmark_parser, resident_mb, spread, write_results
-from harness.config import Config, config_from_mapping
+from harness.config.loading import config_from_mapping
+from harness.config.schema import Config
 from harness.data import index as kept
 from harness.data.index import Index, load_index
 from harness.data.index_places import cache_places

@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.conditions import at_least_two, conditions, spread
 from benchmarks.hosts import shape_this_host
 from harness.communication import MIB
-from harness.config import Config, load_config
+from harness.config.loading import load_config
+from harness.config.schema import Config
 from harness.data.loader import Batch
 from harness.distributed import (
     Reductions,

@@ -23,7 +23,8 @@ import torch
 
 from benchmarks.conditions import benchmark_parser, spread, versions, write_results
 from benchmarks.loops import LOG_EVERY_STEPS, LOOPS, OURS, Runner, Unavailable
-from harness.config import Config, config_from_mapping
+from harness.config.loading import config_from_mapping
+from harness.config.schema import Config
 
 
 class Case(NamedTuple):

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.conditions import write_results
-from harness.config import load_config
+from harness.config.loading import load_config
 from harness.journal import read_log
 from harness.train import cache_soft_targets, train
 

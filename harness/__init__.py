@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.config import Config, load_config
+    from harness.config.loading import load_config
+    from harness.config.schema import Config
     from harness.errors import UserError
     from harness.models import build_model
     from harness.recipe.schedule import lr_at
@@ -20,10 +21,10 @@ __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
 __all__ = ["Config", "UserError", "build_model", "load_config", "lr_at"]
 
 _HOMES = {
-    "Config": "harness.config",
+    "Config": "harness.config.schema",
     "UserError": "harness.errors",
     "build_model": "harness.models",
-    "load_config": "harness.config",
+    "load_config": "harness.config.loading",
     "lr_at": "harness.recipe.schedule",
 }
 

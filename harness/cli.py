@@ -217,9 +217,9 @@ def _check(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     import_quickly("harness.plan")
+    from harness.config.stages import load_stages
     from harness.plan import make_plan, render_plan
     from harness.prediction import Hardware
-    from harness.stages import load_stages
 
     try:
         steps = [int(step) for step in options.lr_at.split(",") if step.strip()]
@@ -234,10 +234,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 @unfailing_output()
 def _train(options: argparse.Namespace) -> int:
-    from harness.stages import load_stages
+    from harness.config.stages import load_stages
 
     stages = load_stages(options.config, options.overrides)  # a mistake is told before torch loads
-    from harness.config import NO_EXPECTATION
+    from harness.config.schema import NO_EXPECTATION
 
     import_quickly("harness.train")
     from harness.distributed import lost_rank
@@ -278,7 +278,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _cache(options: argparse.Namespace) -> int:
-    from harness.stages import load_stages
+    from harness.config.stages import load_stages
 
     *teachers, student = load_stages(options.config, options.overrides)
     config = student.config
@@ -322,7 +322,7 @@ def resume_command(options: argparse.Namespace) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from harness.config import load_config
+    from harness.config.loading import load_config
 
     try:
         ranks = [int(world_size) for world_size in options.ranks.split(",") if world_size.strip()]

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.recipe.initialization import residual_blocks
 
 # each kind of residual block (8 in ResNet-50) at each size of micro-batch is compiled by itself

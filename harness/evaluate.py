@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.compilation import uncompiled
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.loader import Batch
 from harness.distributed import sum_over_ranks
 from harness.step import Pixels, autocast

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import Config, load_config
+from harness.config.loading import load_config
+from harness.config.schema import Config
 from harness.journal import read_log
 from harness.recipe.schedule import FINAL_EPOCHS, error_rule, final_epochs
 

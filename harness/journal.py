@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from harness.config import Config
+from harness.config.schema import Config
 
 if TYPE_CHECKING:  # a log can be read without PyTorch
     from torch.utils.tensorboard import SummaryWriter

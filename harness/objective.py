@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.loader import Batch
 from harness.recipe.losses import kl_divergence, soft_loss, training_loss
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harness.config import NO_EXPECTATION, Config, Expect
+from harness.config.schema import NO_EXPECTATION, Config, ExpectConfig
+from harness.config.stages import Stage
 from harness.errors import UserError
 from harness.lr_picture import COLUMNS, draw_lr
 from harness.models import build_model, build_without_weights, check_model
@@ -20,7 +21,6 @@ from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
 from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr, warmup_steps
-from harness.stages import Stage
 
 FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
 SIGMAS = 6  # a measured std may be this many of its own standard errors off
@@ -250,7 +250,7 @@ def render_plan(plan: dict[str, Any]) -> str:
 
 
 def _summary(plan: dict[str, Any]) -> list[str]:
-    expect = f"error {Expect(**plan['expect'])}" if plan["expect"] else NO_EXPECTATION
+    expect = f"error {ExpectConfig(**plan['expect'])}" if plan["expect"] else NO_EXPECTATION
     return [
         f"model        {plan['model']}, {plan['epochs']} epochs of {plan['images']:,} images",
         f"expected     {expect}",

@@ -22,7 +22,7 @@ from harness.communication import (
     fill_buckets,
     step_time,
 )
-from harness.config import Config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.recipe.minibatch import Minibatch
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from harness.atomic_file import write_atomically
-from harness.config import PROFILE_TRACED, PROFILE_WARM_UP
+from harness.config.schema import PROFILE_TRACED, PROFILE_WARM_UP
 from harness.distributed import World
 from harness.journal import Journal
 from harness.step import Step, no_part

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from harness.config import Config
-from harness.config_errors import found
+from harness.config.errors import found
+from harness.config.schema import Config
 from harness.data.digest import first_difference, first_differing_file
 from harness.data.index import Index
 from harness.data.loader import Feed

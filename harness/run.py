@@ -22,7 +22,7 @@ from harness.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.digest import first_difference
 from harness.data.loader import Batch, Feed, Loader
 from harness.distributed import (

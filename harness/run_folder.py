@@ -18,7 +18,8 @@ from typing import Any
 
 from harness.atomic_file import write_atomically
 from harness.checkpoint import list_checkpoints
-from harness.config import Config, curve_differences, dump_config, load_config
+from harness.config.loading import curve_differences, dump_config, load_config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.run_ownership import Fenced, Launch, RunOwnership
 

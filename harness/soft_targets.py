@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.checkpoint import write_atomically
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.digest import first_difference
 from harness.data.index import Index, index_checksum
 from harness.data.loader import Batch, Feed, open_loader

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.compilation import compile_blocks, compiler_settings
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.loader import Batch
 from harness.distributed import Reductions, World, sum_gradients
 from harness.graphs import Capture, GraphedModel

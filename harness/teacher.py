@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoint import checkpoint_key
-from harness.config import Config, Distill, Model, default_run_folder
+from harness.config.loading import default_run_folder
+from harness.config.schema import Config, DistillConfig, ModelConfig
 from harness.data.loader import Batch
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
@@ -109,7 +110,7 @@ def load_teacher(config: Config, class_names: Sequence[str]) -> Teacher:
     return Teacher(config.model_copy(update={"data": data, "run": run}), trained.model)
 
 
-def _load(config: Config, distill: Distill) -> Trained:
+def _load(config: Config, distill: DistillConfig) -> Trained:
     path = Path(distill.teacher)
     if distill.teacher_config or path.is_dir():
         if distill.teacher_model is not None:
@@ -127,7 +128,7 @@ def _load(config: Config, distill: Distill) -> Trained:
             f"distill.teacher: {path} is a state dict; name its model in distill.teacher_model"
         )
     # it says nothing of its normalisation: that of the student is taken
-    config = config.model_copy(update={"model": Model(name=distill.teacher_model)})
+    config = config.model_copy(update={"model": ModelConfig(name=distill.teacher_model)})
     model = build_model(config)
     load_weights(model, path, "distill.teacher", "distill.teacher_model, or of other classes")
     return Trained(config, model, path)

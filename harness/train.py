@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from harness.config import Config, curve_differences, load_config
+from harness.config.loading import curve_differences, load_config
+from harness.config.schema import Config
+from harness.config.stages import Stage
 from harness.data.index import load_indices
 from harness.data.loader import Feed, open_loader, resolve_loader, resolve_threads
 from harness.distributed import (
@@ -47,7 +49,6 @@ from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint
 from harness.run_folder import Fenced, RunFolder
 from harness.soft_targets import crop_epochs, open_teacher, write_cache
-from harness.stages import Stage
 from harness.step import Step, set_precision
 from harness.watchdog import Doing, Watchdog
 

@@ -18,7 +18,8 @@ from harness.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from harness.config import Config, config_from_mapping
+from harness.config.loading import config_from_mapping
+from harness.config.schema import Config
 from harness.data.index import Index, check_count, check_headers, load_index, some_of
 from harness.data.loader import Batch, Feed, open_loader, resolve_loader, resolve_threads
 from harness.distributed import world_from_environment

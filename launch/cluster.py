@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, ValidationError, model_validator
 
-from harness.config import Config, Count, Positive, Run, Section, Text, load_config
-from harness.config_errors import config_error, explain, found
+from harness.config.errors import config_error, explain, found
+from harness.config.loading import load_config
+from harness.config.schema import Config, Count, Positive, RunConfig, Section, Text
+from harness.config.yaml import read_yaml
 from harness.errors import UserError
-from harness.strict_yaml import read_yaml
 
 SET_BY = {  # sbatch's options that the launcher sets, and the key that they come from
     "nodes": "nodes",
@@ -77,7 +78,7 @@ class Cluster(Whole):
     setup: Lines = ()  # lines of shell before the run, on each job's first node
     environment: dict[str, Words] = Field(default={})
     sbatch: dict[str, Any] = Field(default={})  # passed on as they are
-    run: Run = Run()
+    run: RunConfig = RunConfig()
 
     @property
     def min_nodes(self) -> int:
@@ -112,7 +113,7 @@ def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:
     mapping = read_mapping(path)
     if nodes is not None:
         mapping["nodes"] = nodes
-    run_keys = [f"run.{key}" for key in Run.model_fields]
+    run_keys = [f"run.{key}" for key in RunConfig.model_fields]
     source = str(path) if nodes is None else f"{path} + --nodes"
     return validate(Cluster, mapping, source, [*Cluster.model_fields, *run_keys])
 

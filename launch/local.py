@@ -19,7 +19,7 @@ from types import FrameType
 from typing import IO
 
 from harness.atomic_file import write_atomically
-from harness.config import dump_config
+from harness.config.loading import dump_config
 from harness.data.child_process import PR_SET_PDEATHSIG
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from launch.cluster import RANK_VARIABLES

@@ -18,7 +18,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from harness.atomic_file import write_atomically
-from harness.config import dump_config
+from harness.config.loading import dump_config
 from harness.errors import UserError
 from launch.cluster import Cluster
 from launch.code_copy import CodeCopy

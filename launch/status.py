@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import NO_EXPECTATION
+from harness.config.schema import NO_EXPECTATION
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from harness.headline import read_headline
 from harness.provenance import recorded_code_changes

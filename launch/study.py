@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from harness.config import Config, Expect, Section, Text, keep_expectation, load_config
-from harness.config_errors import config_error, found
-from harness.stages import TEACHERS, changes_teacher
+from harness.config.errors import config_error, found
+from harness.config.loading import keep_expectation, load_config
+from harness.config.schema import Config, ExpectConfig, Section, Text
+from harness.config.stages import TEACHERS, changes_teacher
 from launch.cluster import Cluster, Whole, read_mapping, validate, with_cluster
 from launch.wanted import Wanted, with_teachers
 
@@ -25,7 +26,7 @@ class Variant(Section):
     """Keys of the base config set to other values, and the error that is then expected."""
 
     set: dict[str, Any] = Field(default={})
-    expect: Expect | None = None
+    expect: ExpectConfig | None = None
 
     def overrides(self) -> list[str]:
         changed = [f"{key}={json.dumps(value)}" for key, value in self.set.items()]
@@ -59,7 +60,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
             raise config_error(source, [f"expected set and expect, found {found(mapping)}"])
         if "/" in name or name.startswith("."):
             raise config_error(source, ["a variant's name becomes a folder's; take another"])
-        known = [*Variant.model_fields, *(f"expect.{key}" for key in Expect.model_fields)]
+        known = [*Variant.model_fields, *(f"expect.{key}" for key in ExpectConfig.model_fields)]
         variants[name] = validate(Variant, mapping, source, known)
     return study, variants
 

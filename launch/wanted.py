@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import Config, curve_differences, load_config
+from harness.config.loading import curve_differences, load_config
+from harness.config.schema import Config
+from harness.config.stages import load_stages
 from harness.errors import UserError
-from harness.stages import load_stages
 from launch.task import read_status
 
 

@@ -23,7 +23,15 @@ from PIL import Image
 
 import launch.__main__
 from harness import build_model, cli
-from harness.config import Config, Data, Distill, Model, Recipe, Run, config_from_mapping
+from harness.config.loading import config_from_mapping
+from harness.config.schema import (
+    Config,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    RecipeConfig,
+    RunConfig,
+)
 from harness.errors import UserError
 from harness.journal import read_log
 from harness.plan import make_plan, render_plan
@@ -202,7 +210,13 @@ def wild(draw: st.DrawFn) -> dict:
     return sections
 
 
-SECTIONS = {"data": Data, "model": Model, "recipe": Recipe, "distill": Distill, "run": Run}
+SECTIONS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "recipe": RecipeConfig,
+    "distill": DistillConfig,
+    "run": RunConfig,
+}
 
 
 def said(main: Callable[[list[str]], int], *words: object) -> tuple[int, str]:

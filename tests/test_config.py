@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from harness.config import (
-    Config,
-    ConfigError,
-    Distill,
+from harness.config.errors import ConfigError
+from harness.config.loading import (
     config_from_mapping,
     curve_differences,
     default_run_folder,
     dump_config,
     load_config,
 )
+from harness.config.schema import Config, DistillConfig
+from harness.config.stages import load_stages
 from harness.errors import UserError
-from harness.stages import load_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # kn = 8192 is 32 times the reference of 256: the warm-up of 5 epochs is at work
@@ -118,7 +117,7 @@ def test_width_is_a_key_of_the_small_resnets_only(load, refused):
 
 
 def test_the_sections_of_distillation_have_their_keys():
-    assert Distill(teacher="t.yaml").model_dump() == {
+    assert DistillConfig(teacher="t.yaml").model_dump() == {
         "teacher": "t.yaml",
         "teacher_model": None,
         "temperature": 4.0,
@@ -383,7 +382,7 @@ def test_the_published_variants_differ_in_one_key_of_the_curve():
 
 
 def test_the_config_needs_no_torch():
-    code = "import sys, harness.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, harness.config.schema; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert Config.model_fields.keys() == {
         "seed", "expect", "data", "model", "recipe", "distill", "run",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from harness.cli import main
-from harness.config import load_config
+from harness.config.loading import load_config
 from harness.headline import Headline, headline, read_headline, recorded_headline
 from harness.train import train
 from launch.status import finished_error

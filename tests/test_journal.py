@@ -1,7 +1,7 @@
 import json
 import os
 
-from harness.config import load_config
+from harness.config.loading import load_config
 from harness.evaluate import Evaluation
 from harness.journal import Journal, read_log
 from harness.metrics import Reading

@@ -13,7 +13,7 @@ from PIL import Image
 
 from harness import load_config
 from harness.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from harness.config import Config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.train import train
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from harness.cli import main
-from harness.config import Config, config_from_mapping, load_config
+from harness.config.loading import config_from_mapping, load_config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.lr_picture import COLUMNS, ROWS, draw_lr
 from harness.models import build_model

@@ -7,7 +7,8 @@ import pytest
 from torch import nn
 
 from harness.cli import main
-from harness.config import Config, load_config
+from harness.config.loading import load_config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.models import build_model
 from harness.prediction import (

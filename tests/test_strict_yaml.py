@@ -2,8 +2,9 @@
 
 import pytest
 
-from harness.config import ConfigError, load_config
-from harness.strict_yaml import read_yaml, write_yaml
+from harness.config.errors import ConfigError
+from harness.config.loading import load_config
+from harness.config.yaml import read_yaml, write_yaml
 
 
 def refusal(text):

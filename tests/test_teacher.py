@@ -9,7 +9,7 @@ import torch
 from harness import load_config
 from harness.checkpoint import list_checkpoints
 from harness.cli import main
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.index import load_index
 from harness.data.loader import open_loader
 from harness.distributed import world_from_environment

@@ -23,7 +23,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.ahead import Ahead
 from harness.data.dali_tasks import Squares, SquaresOnCpu, Task, Windows, WindowsOnCpu
 from harness.data.loader import EVALUATION_BATCH, Batch, Feed

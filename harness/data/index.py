@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.digest import (
     UNLABELLED_KEY,
     combined_digest,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.index import Index
 from harness.data.sampling import Crops, Resizes, crops, permutation, resizes
 from harness.errors import UserError

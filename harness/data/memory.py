@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from PIL import Image
 from tqdm import tqdm
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.ahead import Ahead
 from harness.data.index import Index
 from harness.data.loader import BadImageError, Batch, Feed

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.ahead import Ahead
 from harness.data.child_process import STOP_SIGNALS, settle_child, starting_children
 from harness.data.index import Index

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from harness.config import Data
+from harness.config.schema import DataConfig
 from harness.errors import UserError
 
 Ints = NDArray[Any]
@@ -98,7 +98,7 @@ def permutation(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     return np.argsort(hash64(Purpose.PERMUTATION, seed, epoch, np.arange(images)), kind="stable")
 
 
-def crops(seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: Data) -> Crops:
+def crops(seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> Crops:
     """Windows and flips of the images `ids` in `epoch`; `heights`, `widths` are theirs, all (B,).
 
     torchvision's RandomResizedCrop.get_params: area uniform, ratio log-uniform, up to 10 tries
@@ -123,7 +123,7 @@ def crops(seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: D
 
 
 def _tried_windows(
-    draws: NDArray[np.float64], heights: Ints, widths: Ints, data: Data
+    draws: NDArray[np.float64], heights: Ints, widths: Ints, data: DataConfig
 ) -> tuple[Ints, NDArray[np.bool_]]:
     """A window of each image, (4, B): top, left, height, width; and whether it fits, (B,)."""
     area, ratio, down, across = draws
@@ -148,7 +148,7 @@ def _central_windows(
     return (heights - height) // 2, (widths - width) // 2, height, width
 
 
-def resizes(ids: Ints, heights: Ints, widths: Ints, data: Data) -> Resizes:
+def resizes(ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> Resizes:
     """Short side to `data.resize`, then the central square of `data.crop`; all (B,).
 
     torchvision's Resize truncates the long side, its CenterCrop rounds halves to even.

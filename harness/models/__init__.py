@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from harness.config_errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.errors import UserError
 from harness.models.cifar_resnet import DEPTHS, CifarResNet
 from harness.models.fused_blocks import fuse_blocks
@@ -20,7 +20,7 @@ from harness.models.ghost_batch_norm import convert_batch_norms
 from harness.recipe.initialization import initialize
 
 if TYPE_CHECKING:
-    from harness.config import Config, Model
+    from harness.config.schema import Config, ModelConfig
 
 SMALL = {f"resnet{depth}": depth for depth in DEPTHS}
 
@@ -86,7 +86,7 @@ def check_model(config: Config) -> None:
         ) from None
 
 
-def _bare_model(model: Model, classes: int) -> nn.Module:
+def _bare_model(model: ModelConfig, classes: int) -> nn.Module:
     names = model_names()
     if model.name not in names:
         nearest = difflib.get_close_matches(model.name, names, n=1, cutoff=0.0)[0]

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 if TYPE_CHECKING:
-    from harness.config import Recipe
+    from harness.config.schema import RecipeConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.SGD:
     """SGD over `parameter_groups`, for a model that is on its device; lr is 0 until `set_lr`."""
     optimizer = torch.optim.SGD(
         parameter_groups(model, recipe.weight_decay),

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.config import Config, Recipe
+    from harness.config.schema import Config, RecipeConfig
 
 FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
 
 
-def peak_lr(recipe: Recipe) -> float:
+def peak_lr(recipe: RecipeConfig) -> float:
     """The learning rate after warm-up.
 
     Section 2.1, "Linear Scaling Rule": minibatch times r, learning rate times r. The square root
@@ -23,7 +23,7 @@ def peak_lr(recipe: Recipe) -> float:
     return recipe.reference_lr * factor
 
 
-def warmup_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+def warmup_steps(recipe: RecipeConfig, steps_per_epoch: int) -> int:
     """Steps of warm-up: 0 where there is none, or nothing to warm up to.
 
     Section 5.1: the ramp from 0.1 is for kn > 256, that is a peak above the reference lr.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.recipe.schedule import lr_at, warmup_steps
 from harness.report.groups import Group, sweeps
 from harness.report.runs import RecordedRun

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.config import Config, Expect
+from harness.config.schema import Config, ExpectConfig
 from harness.recipe.schedule import error_rule, final_epochs
 from harness.report.runs import RecordedRun
 
@@ -30,7 +30,7 @@ class Group:
         return self.runs[0].config
 
     @property
-    def expect(self) -> Expect | None:
+    def expect(self) -> ExpectConfig | None:
         return self.config.expect
 
     @property

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.config import Config, load_config
+from harness.config.loading import load_config
+from harness.config.schema import Config
 from harness.errors import UserError
 from harness.headline import Headline, recorded_headline
 from harness.journal import read_lines, standing_lines

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # Student's t; scipy.stats takes a second longer to import
 
-from harness.config import NO_EXPECTATION
+from harness.config.schema import NO_EXPECTATION
 from harness.report.groups import Group
 
 LEVEL = 0.05  # the probability of a false alarm amongst all rows of a report

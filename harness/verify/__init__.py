@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.verify.compare import Line, compare, compare_alone, compare_curves, run_ended
 from harness.verify.launch import RANK_PROGRAM, Crashed, launch_ranks
 from harness.verify.setting import Setting, check_setting, plural

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.verify.setting import Setting, plural
 
 FLOAT64_BOUND = 1e-10  # the promise

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from harness.config import dump_config
+from harness.config.loading import dump_config
 from harness.distributed import lost_rank
 from harness.errors import USER_ERROR, UserError
 from harness.verify.setting import SHARED_GPU, Request, Setting

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.loader import Batch, Feed, Loader
 from harness.recipe.minibatch import Minibatch
 

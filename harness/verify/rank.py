@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.config import Config, dump_config, load_config
+from harness.config.loading import dump_config, load_config
+from harness.config.schema import Config
 from harness.data.child_process import settle_child
 from harness.data.index import Index
 from harness.data.loader import Batch, Feed, Loader, open_loader

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.index import Index, check_indices, load_index
 from harness.errors import UserError
 from harness.models import check_model

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.verify.compare import Line
 
 WIDTHS = 44, 18, 12, 10

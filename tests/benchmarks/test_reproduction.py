@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks.conditions import RESULTS
 from benchmarks.reproduction import recomputed, stored_groups, table, variants, write_figures
-from harness.config import dump_config, load_config
+from harness.config.loading import dump_config, load_config
 from harness.report import read_runs
 from harness.report.groups import group_runs
 from launch.study import study_runs

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from harness.config import Config, config_from_mapping
+from harness.config.loading import config_from_mapping
+from harness.config.schema import Config
 
 
 @pytest.fixture(scope="session")

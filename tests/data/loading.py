@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import functional
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.index import load_index
 from harness.data.loader import Batch, Feed, Loader, open_loader
 from harness.data.reference import decode

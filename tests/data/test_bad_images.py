@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.index import load_index
 from harness.data.loader import BadImageError, Batch
 from harness.data.reference import ReferenceLoader

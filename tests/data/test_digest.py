@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data import index as index_module
 from harness.data.digest import UNLABELLED_KEY, first_difference, first_differing_file
 from harness.data.index import Index, load_index, load_indices

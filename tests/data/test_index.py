@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data import scan
 from harness.data.check import check_folder
 from harness.data.index import check_indices, load_index

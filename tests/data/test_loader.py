@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.index import load_index
 from harness.data.loader import Feed, open_loader, resolve_loader
 from harness.data.sampling import Crops, crops, permutation

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.ahead import DEPTH, Ahead
 from harness.data.index import load_index
 from harness.data.loader import Batch, Feed, open_loader

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from harness.config import Config
+from harness.config.schema import Config
 from harness.data.reference import ReferenceLoader, decode, render_crop, render_resize
 from harness.data.sampling import resizes
 from tests.data.loading import assert_equal, expected_image, loader_of

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from harness.config import Data
+from harness.config.schema import DataConfig
 from harness.data.sampling import Crops, Purpose, crops, hash64, permutation, replacement, resizes
 from harness.errors import UserError
 
-DATA = Data(train_images=1, val_images=1, classes=1)  # ImageNet's window: area 8 to 100 %
+DATA = DataConfig(train_images=1, val_images=1, classes=1)  # ImageNet's window: area 8 to 100 %
 
 
-def crops_of(images: int, height: int, width: int, data: Data = DATA) -> Crops:
+def crops_of(images: int, height: int, width: int, data: DataConfig = DATA) -> Crops:
     ids = np.arange(images)
     return crops(1, 0, ids, np.full(images, height), np.full(images, width), data)
 

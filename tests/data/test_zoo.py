@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config import Config, config_from_mapping
+from harness.config.loading import config_from_mapping
+from harness.config.schema import Config
 from harness.data.index import load_index
 from harness.data.loader import Batch
 from tests.data.loading import loader_of

@@ -1,6 +1,6 @@
 import pytest
 
-from harness.config_errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.errors import UserError
 from launch.cluster import check_environment, load_cluster
 

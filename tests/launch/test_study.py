@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import load_config
-from harness.config_errors import ConfigError
+from harness.config.errors import ConfigError
+from harness.config.loading import load_config
 from harness.errors import UserError
 from harness.plan import make_plan
 from harness.recipe.schedule import peak_lr, warmup_steps

@@ -9,8 +9,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from harness.config import config_from_mapping
-from harness.config_errors import ConfigError
+from harness.config.errors import ConfigError
+from harness.config.loading import config_from_mapping
 from harness.errors import UserError
 from harness.models import build_model, check_model, model_names
 from harness.models.ghost_batch_norm import ghost_batch_norms

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from harness.config import config_from_mapping
+from harness.config.loading import config_from_mapping
 from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr, warmup_steps
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000, "classes": 1000}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.config import load_config
+from harness.config.loading import load_config
 from harness.run import Diverged
 from harness.train import train
 from tests.conftest import SMALL, harness, start_ranks

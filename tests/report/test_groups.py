@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import config_from_mapping
+from harness.config.loading import config_from_mapping
 from harness.recipe.schedule import final_epochs
 from harness.report.groups import group_runs, sweeps
 from harness.report.runs import RecordedRun

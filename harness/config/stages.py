@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import Config, default_run_folder, load_config
+from harness.config.loading import default_run_folder, load_config
+from harness.config.schema import Config
 from harness.errors import UserError
 
 TEACHERS = "teacher."  # begins the overrides that are a teacher's

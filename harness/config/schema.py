@@ -6,10 +6,7 @@ never corrects itself: every mistake is a ConfigError of one line that names fil
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,14 +15,9 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Strict,
-    ValidationError,
     model_serializer,
     model_validator,
 )
-
-from harness.config_errors import ConfigError as ConfigError
-from harness.config_errors import config_error, explain, found
-from harness.strict_yaml import read_yaml, write_yaml
 
 # Numbers beyond these mean nothing here, and would overflow the integers and floats of PyTorch
 LARGEST_COUNT, LARGEST_SIDE, LARGEST_FLOAT32 = 2**31 - 1, 2**15, 3.4e38
@@ -78,7 +70,7 @@ class Section(BaseModel):
         return {key: value for key, value in handler(self).items() if key not in self.meaningless()}
 
 
-class Expect(Section):
+class ExpectConfig(Section):
     """The error to be met, in %, with its spread and where the figure comes from."""
 
     error: Annotated[float, Field(ge=0, le=100)]
@@ -97,7 +89,7 @@ class Expect(Section):
         return f"{self.error:.2f}{spread} % ({runs}{self.source})"
 
 
-class Data(Section):
+class DataConfig(Section):
     """The images, and how a crop is made of one. Sizes in pixels."""
 
     train_images: Count  # checked against the index; lets the dry run work without data
@@ -126,7 +118,7 @@ class Data(Section):
             yield f"crop_ratio: expected low <= high, found {[*self.crop_ratio]}"
 
 
-class Model(Section):
+class ModelConfig(Section):
     """The network and its initialization."""
 
     name: Text
@@ -139,7 +131,7 @@ class Model(Section):
         return {} if small else {"width": f"name: {self.name} ({', '.join(SMALL_RESNETS)} have it)"}
 
 
-class Recipe(Section):
+class RecipeConfig(Section):
     """The paper's recipe: minibatch, learning rate, momentum, decay."""
 
     minibatch: Count  # kn
@@ -197,7 +189,7 @@ class Recipe(Section):
             yield f"milestones: {[*self.milestones]} must rise from one to the next; sort them"
 
 
-class Distill(Section):
+class DistillConfig(Section):
     """The teacher of a student's run."""
 
     teacher: Text  # a config, a run folder, or a state dict
@@ -225,7 +217,7 @@ class Distill(Section):
             yield "soft_weight: 0, as hard_weight is: no loss is left; raise one of them"
 
 
-class Run(Section):
+class RunConfig(Section):
     """The machine: may change on resume, and changes no curve but by rounding."""
 
     data_root: Text = "data/imagenet"
@@ -248,12 +240,12 @@ class Config(Section):
     """A whole config, checked; the sections and keys are those of the YAML file."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    expect: Expect | None = None
-    data: Data
-    model: Model
-    recipe: Recipe
-    distill: Distill | None = None
-    run: Run = Run()
+    expect: ExpectConfig | None = None
+    data: DataConfig
+    model: ModelConfig
+    recipe: RecipeConfig
+    distill: DistillConfig | None = None
+    run: RunConfig = RunConfig()
 
     @property
     def workers(self) -> int:
@@ -304,120 +296,3 @@ class Config(Section):
         if problems := list(self.problems()):
             raise ValueError("\n".join(problems))
         return self
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the YAML file at `path`, with `section.key=value` overrides.
-
-    The file's `expect` is for the file's recipe: where the overrides make another one and do not
-    say what is then expected, the config expects nothing.
-    Raises ConfigError for a file that cannot be read, broken YAML and every broken rule.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise config_error(path, [f"cannot be read: {error.strerror or error}"]) from None
-    except UnicodeDecodeError:
-        raise config_error(path, ["cannot be read: not a text file in UTF-8"]) from None
-    mapping = read_yaml(text, str(path))
-    if not isinstance(mapping, dict):
-        what = "an empty file" if mapping is None else found(mapping)
-        raise config_error(path, [f"expected sections of keys (expect, data, …), found {what}"])
-    if len(keys := [override.partition("=")[0] for override in overrides]) != len(set(keys)):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise config_error("command line", [f"{twice}: given twice; give it once"])
-    source = f"{path} + command line" if overrides else str(path)
-    config = config_from_mapping(mapping, source, overrides)
-    return keep_expectation(config, overrides, partial(config_from_mapping, mapping, source))
-
-
-def keep_expectation(
-    config: Config, overrides: Sequence[str], stated: Callable[[Sequence[str]], Config]
-) -> Config:
-    """`config`, without its `expect` where `overrides` make another recipe of the one it is for.
-
-    `stated` loads the config without `overrides`, but those of `run:` that it is given. Seed and
-    `run:` may differ. An override of `expect` itself speaks for the recipe as overridden.
-    """
-    changed = {override.partition("=")[0].partition(".")[0] for override in overrides}
-    if "expect" in changed or changed <= {"seed", "run"}:
-        return config
-    try:
-        before = stated([override for override in overrides if override.startswith("run.")])
-    except ConfigError:
-        before = None  # no config without the overrides, so they are part of the recipe
-    if before is None or curve_differences(before, config.model_copy(update={"seed": before.seed})):
-        return config.model_copy(update={"expect": None})
-    return config
-
-
-def config_from_mapping(
-    mapping: dict[str, Any], source: str, overrides: Sequence[str] = ()
-) -> Config:
-    """The config of a parsed file or a stored one; ConfigError names `source` and the key."""
-    for override in overrides:
-        mapping = _with_override(mapping, override)
-    try:
-        return Config.model_validate(mapping)
-    except ValidationError as error:
-        raise config_error(source, explain(error, _known_keys())) from None
-
-
-def dump_config(config: Config) -> str:
-    """YAML of all keys, resolved (but those that another value makes meaningless)."""
-    return write_yaml(config.model_dump(mode="json"))
-
-
-def curve_differences(a: Config, b: Config) -> list[str]:
-    """`key: value in a -> value in b` for every key outside `run:` and `expect:` that differs."""
-    old, new = _curve_values(a), _curve_values(b)
-    return [
-        f"{key}: {found(old.get(key))} -> {found(new.get(key))}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _curve_values(config: Config) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, section in config.model_dump(mode="json", exclude={"run", "expect"}).items():
-        nested = isinstance(section, dict)
-        values |= {f"{name}.{k}": v for k, v in section.items()} if nested else {name: section}
-    return values
-
-
-def default_run_folder(path: str | Path) -> Path:
-    """configs/imagenet/x.yaml -> runs/imagenet/x; runs/x for a file not below a configs folder."""
-    plain = Path(os.path.normpath(path)).with_suffix("")  # no ".." that would leave runs/
-    folders = plain.parts[:-1]
-    below = folders[len(folders) - folders[::-1].index("configs") :] if "configs" in folders else ()
-    return Path("runs", *below, plain.name)
-
-
-def _with_override(mapping: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    *sections, last = key.split(".")
-    if not (equals and last and all(sections)):
-        raise config_error("command line", [f"{override!r}: expected section.key=value"])
-    mapping = inner = dict(mapping)
-    for depth, name in enumerate(sections, 1):
-        below = {} if inner.get(name) is None else inner[name]
-        if not isinstance(below, dict):
-            name = ".".join(sections[:depth])
-            raise config_error("command line", [f"{key}: {name} is {found(below)} and has no keys"])
-        inner[name] = dict(below)
-        inner = inner[name]
-    value = read_yaml(text, f"command line: {key}")
-    if value is None and last in inner:
-        del inner[last]  # null takes a key out: its default, and no word of it
-    else:
-        inner[last] = value
-    return mapping
-
-
-def _known_keys() -> list[str]:
-    """All sections, and all keys as section.key."""
-    sections: dict[str, type[Section]] = {"expect": Expect, "data": Data, "model": Model}
-    sections |= {"recipe": Recipe, "distill": Distill, "run": Run}
-    keys = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
-    return [*Config.model_fields, *keys]

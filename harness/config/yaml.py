@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from harness.config_errors import config_error
+from harness.config.errors import config_error
 
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 REPLACED = (FLOAT, INT, "tag:yaml.org,2002:timestamp")

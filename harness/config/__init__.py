@@ -1,0 +1,1 @@
+"""The YAML contract: typed, frozen, strict."""

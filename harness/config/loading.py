@@ -1,0 +1,147 @@
+"""Read a config from YAML and the command line; write it; compare two of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    ValidationError,
+)
+
+from harness.config.errors import ConfigError, config_error, explain, found
+from harness.config.schema import (
+    Config,
+    DataConfig,
+    DistillConfig,
+    ExpectConfig,
+    ModelConfig,
+    RecipeConfig,
+    RunConfig,
+    Section,
+)
+from harness.config.yaml import read_yaml, write_yaml
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads the YAML file at `path`, with `section.key=value` overrides.
+
+    The file's `expect` is for the file's recipe: where the overrides make another one and do not
+    say what is then expected, the config expects nothing.
+    Raises ConfigError for a file that cannot be read, broken YAML and every broken rule.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise config_error(path, [f"cannot be read: {error.strerror or error}"]) from None
+    except UnicodeDecodeError:
+        raise config_error(path, ["cannot be read: not a text file in UTF-8"]) from None
+    mapping = read_yaml(text, str(path))
+    if not isinstance(mapping, dict):
+        what = "an empty file" if mapping is None else found(mapping)
+        raise config_error(path, [f"expected sections of keys (expect, data, …), found {what}"])
+    if len(keys := [override.partition("=")[0] for override in overrides]) != len(set(keys)):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise config_error("command line", [f"{twice}: given twice; give it once"])
+    source = f"{path} + command line" if overrides else str(path)
+    config = config_from_mapping(mapping, source, overrides)
+    return keep_expectation(config, overrides, partial(config_from_mapping, mapping, source))
+
+
+def keep_expectation(
+    config: Config, overrides: Sequence[str], stated: Callable[[Sequence[str]], Config]
+) -> Config:
+    """`config`, without its `expect` where `overrides` make another recipe of the one it is for.
+
+    `stated` loads the config without `overrides`, but those of `run:` that it is given. Seed and
+    `run:` may differ. An override of `expect` itself speaks for the recipe as overridden.
+    """
+    changed = {override.partition("=")[0].partition(".")[0] for override in overrides}
+    if "expect" in changed or changed <= {"seed", "run"}:
+        return config
+    try:
+        before = stated([override for override in overrides if override.startswith("run.")])
+    except ConfigError:
+        before = None  # no config without the overrides, so they are part of the recipe
+    if before is None or curve_differences(before, config.model_copy(update={"seed": before.seed})):
+        return config.model_copy(update={"expect": None})
+    return config
+
+
+def config_from_mapping(
+    mapping: dict[str, Any], source: str, overrides: Sequence[str] = ()
+) -> Config:
+    """The config of a parsed file or a stored one; ConfigError names `source` and the key."""
+    for override in overrides:
+        mapping = _with_override(mapping, override)
+    try:
+        return Config.model_validate(mapping)
+    except ValidationError as error:
+        raise config_error(source, explain(error, _known_keys())) from None
+
+
+def dump_config(config: Config) -> str:
+    """YAML of all keys, resolved (but those that another value makes meaningless)."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def curve_differences(a: Config, b: Config) -> list[str]:
+    """`key: value in a -> value in b` for every key outside `run:` and `expect:` that differs."""
+    old, new = _curve_values(a), _curve_values(b)
+    return [
+        f"{key}: {found(old.get(key))} -> {found(new.get(key))}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _curve_values(config: Config) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, section in config.model_dump(mode="json", exclude={"run", "expect"}).items():
+        nested = isinstance(section, dict)
+        values |= {f"{name}.{k}": v for k, v in section.items()} if nested else {name: section}
+    return values
+
+
+def default_run_folder(path: str | Path) -> Path:
+    """configs/imagenet/x.yaml -> runs/imagenet/x; runs/x for a file not below a configs folder."""
+    plain = Path(os.path.normpath(path)).with_suffix("")  # no ".." that would leave runs/
+    folders = plain.parts[:-1]
+    below = folders[len(folders) - folders[::-1].index("configs") :] if "configs" in folders else ()
+    return Path("runs", *below, plain.name)
+
+
+def _with_override(mapping: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    *sections, last = key.split(".")
+    if not (equals and last and all(sections)):
+        raise config_error("command line", [f"{override!r}: expected section.key=value"])
+    mapping = inner = dict(mapping)
+    for depth, name in enumerate(sections, 1):
+        below = {} if inner.get(name) is None else inner[name]
+        if not isinstance(below, dict):
+            name = ".".join(sections[:depth])
+            raise config_error("command line", [f"{key}: {name} is {found(below)} and has no keys"])
+        inner[name] = dict(below)
+        inner = inner[name]
+    value = read_yaml(text, f"command line: {key}")
+    if value is None and last in inner:
+        del inner[last]  # null takes a key out: its default, and no word of it
+    else:
+        inner[last] = value
+    return mapping
+
+
+def _known_keys() -> list[str]:
+    """All sections, and all keys as section.key."""
+    sections: dict[str, type[Section]] = {
+        "expect": ExpectConfig,
+        "data": DataConfig,
+        "model": ModelConfig,
+    }
+    sections |= {"recipe": RecipeConfig, "distill": DistillConfig, "run": RunConfig}
+    keys = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+    return [*Config.model_fields, *keys]
