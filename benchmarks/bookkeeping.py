@@ -34,7 +34,7 @@ from harness.distributed import World, barrier, process_group, world_from_enviro
 from harness.interrupt import Agreement, StopRequest
 from harness.journal import Journal
 from harness.metrics import Metrics
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.schedule import lr_at
 from harness.rendezvous import rendezvous

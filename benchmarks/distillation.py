@@ -35,7 +35,7 @@ from harness.config.schema import Config, DistillConfig
 from harness.data.loader import Batch, open_loader
 from harness.distributed import World, world_from_environment
 from harness.evaluate import Evaluation
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.objective import build_objective
 from harness.soft_targets import CachedTeacher, Rows, all_shards
 from harness.step import Step, set_precision

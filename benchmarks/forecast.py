@@ -25,7 +25,7 @@ from harness.communication import (
     step_time,
 )
 from harness.config.loading import load_config
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.prediction import BACKWARD_SHARE, Hardware, gradient_layers, multiply_adds
 
 CONFIG = Path(__file__).parents[1] / "configs/imagenet/resnet50_8192.yaml"

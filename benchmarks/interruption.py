@@ -33,7 +33,7 @@ from harness.checkpoint import (
     save_checkpoint,
 )
 from harness.distributed import World
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.step import Step
 
 INTERVALS_S = (0.5, 2.0, 8.0)

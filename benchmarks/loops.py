@@ -36,8 +36,8 @@ from harness.data.loader import Batch, Feed
 from harness.distributed import World
 from harness.host_memory import keep_freed_memory
 from harness.interrupt import StopRequest
-from harness.models import build_model
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
+from harness.models.registry import build_model
 from harness.run import Run
 from harness.run_folder import RunFolder
 from harness.step import Step, autocast, set_precision

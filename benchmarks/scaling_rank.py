@@ -43,7 +43,7 @@ from harness.distributed import (
 )
 from harness.graph_trial import try_graphs
 from harness.host_memory import keep_freed_memory
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.slurm_step import use_slurm_rendezvous
 from harness.step import BUFFER_SYNC, Step, set_precision

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from harness.config.loading import load_config
     from harness.config.schema import Config
     from harness.errors import UserError
-    from harness.models import build_model
+    from harness.models.registry import build_model
     from harness.recipe.schedule import lr_at
 
 __version__ = (Path(__file__).parent / "VERSION").read_text().strip()
@@ -23,7 +23,7 @@ __all__ = ["Config", "UserError", "build_model", "load_config", "lr_at"]
 _HOMES = {
     "Config": "harness.config.schema",
     "UserError": "harness.errors",
-    "build_model": "harness.models",
+    "build_model": "harness.models.registry",
     "load_config": "harness.config.loading",
     "lr_at": "harness.recipe.schedule",
 }

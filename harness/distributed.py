@@ -11,10 +11,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.errors import UserError
-from harness.models.ghost_batch_norm import ghost_batch_norms
 from harness.slurm_step import local_tasks
 
 T = TypeVar("T")
@@ -220,30 +219,3 @@ def sum_gradients(reductions: Reductions, bucket: dist.GradBucket) -> torch.futu
         return summed if own_type else gradients.copy_(summed)
 
     return work.get_future().then(received)
-
-
-@contextmanager
-def global_running_statistics(model: nn.Module, share: float) -> Iterator[None]:
-    """Within: the running statistics are the means over all k workers; after: the rank's own again.
-
-    `share` is (workers of this rank) / k. The moving average is linear, so this weighted sum of the
-    ranks' averages is the average of the workers' statistics (design of GhostBatchNorm2d), and as
-    it is only lent, evaluating or saving never changes the run.
-    """
-    layers = ghost_batch_norms(model)
-    if not dist.is_initialized() or not layers:
-        yield
-        return
-    buffers = [
-        b for layer in layers for b in (layer.running_mean, layer.running_var) if b is not None
-    ]
-    own = [buffer.clone() for buffer in buffers]
-    flat = torch.cat([buffer.double() for buffer in buffers]) * share
-    sum_over_ranks(flat)
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean)
-    try:
-        yield
-    finally:
-        for buffer, kept in zip(buffers, own, strict=True):
-            buffer.copy_(kept)

@@ -25,16 +25,12 @@ from harness.checkpoint import (
 from harness.config.schema import Config
 from harness.data.digest import first_difference
 from harness.data.loader import Batch, Feed, Loader
-from harness.distributed import (
-    World,
-    first_ranks,
-    first_reason,
-    global_running_statistics,
-)
+from harness.distributed import World, first_ranks, first_reason
 from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import ASK_EVERY_S, StopRequest
 from harness.journal import Journal, read_lines
+from harness.models.running_statistics import global_running_statistics
 from harness.profiling import Profile
 from harness.provenance import code_changes, code_record
 from harness.recipe.schedule import final_epochs, lr_at

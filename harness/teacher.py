@@ -16,7 +16,8 @@ from harness.config.schema import Config, DistillConfig, ModelConfig
 from harness.data.loader import Batch
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
-from harness.models import build_model, load_weights
+from harness.models.registry import build_model
+from harness.models.weights import load_weights
 from harness.run_folder import RunFolder
 from harness.step import Pixels, autocast, precision_within
 from harness.trained import Trained, load_trained

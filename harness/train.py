@@ -41,7 +41,7 @@ from harness.headline import Headline, headline, read_headline
 from harness.host_memory import keep_freed_memory
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
-from harness.models import build_without_weights, check_model, load_start_weights
+from harness.models.registry import build_without_weights, check_model, load_start_weights
 from harness.objective import build_objective
 from harness.provenance import describe_environment
 from harness.recipe.minibatch import Minibatch

@@ -25,7 +25,7 @@ from harness.data.loader import Batch, Feed, open_loader, resolve_loader, resolv
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
-from harness.models import build_without_weights
+from harness.models.registry import build_without_weights
 from harness.output_file import check_output, write_output
 from harness.step import Pixels, set_precision
 

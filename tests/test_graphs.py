@@ -10,7 +10,7 @@ from harness import load_config
 from harness.graph_trial import try_graphs
 from harness.graphs import CudaCapture, GraphedModel
 from harness.journal import read_log
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.step import Step
 from tests.conftest import free_port
 from tests.faults import start

@@ -14,7 +14,7 @@ from harness.distributed import World
 from harness.errors import RunFailed
 from harness.journal import read_log
 from harness.micro_batch import candidates, fastest_micro_batch, random_pixels
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.run_folder import RunFolder
 from harness.step import Step

@@ -23,7 +23,7 @@ from harness.checkpoint import list_checkpoints, load_checkpoint
 from harness.data.loader import Loader, open_loader
 from harness.distributed import process_group, world_from_environment
 from harness.journal import read_log
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.rendezvous import rendezvous
 from harness.step import Step, set_precision
 from harness.train import on_device, prepare, train

@@ -13,7 +13,7 @@ from harness.config.loading import config_from_mapping, load_config
 from harness.config.schema import Config
 from harness.errors import UserError
 from harness.lr_picture import COLUMNS, ROWS, draw_lr
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.plan import (
     check_facts,
     inspect_model,

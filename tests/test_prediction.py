@@ -10,7 +10,7 @@ from harness.cli import main
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.errors import UserError
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.prediction import (
     Hardware,
     gradient_layers,

@@ -14,7 +14,7 @@ from harness import load_config
 from harness.compilation import compile_blocks, uncompiled
 from harness.data.loader import Batch
 from harness.distributed import World
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.step import (
     FLOAT32_SETTINGS,
     Step,

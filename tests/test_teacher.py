@@ -15,7 +15,7 @@ from harness.data.loader import open_loader
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.journal import read_log
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.objective import build_objective
 from harness.step import Pixels, Step
 from harness.teacher import load_teacher

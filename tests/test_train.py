@@ -23,7 +23,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.interrupt import Stopped
 from harness.journal import read_log
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.run import Diverged
 from harness.train import train
 from harness.trained import load_trained

@@ -14,7 +14,7 @@ from harness import load_config
 from harness.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from harness.cli import main
 from harness.journal import read_log
-from harness.models import build_model
+from harness.models.registry import build_model
 from harness.train import train
 from harness.trained import load_trained
 

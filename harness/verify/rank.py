@@ -32,7 +32,6 @@ from harness.distributed import (
     World,
     barrier,
     first_ranks,
-    global_running_statistics,
     group_timeout,
     process_group,
     world_from_environment,
@@ -40,7 +39,8 @@ from harness.distributed import (
 from harness.errors import FINISHED, USER_ERROR, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import Stopped, StopRequest
-from harness.models import build_model
+from harness.models.registry import build_model
+from harness.models.running_statistics import global_running_statistics
 from harness.provenance import describe_environment
 from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint

@@ -12,7 +12,7 @@ import torch
 from harness.config.schema import Config
 from harness.data.index import Index, check_indices, load_index
 from harness.errors import UserError
-from harness.models import check_model
+from harness.models.registry import check_model
 from harness.recipe.minibatch import Minibatch
 
 SHARED_GPU = "HARNESS_VERIFY_SHARED_GPU"  # set where several ranks take one GPU, and so Gloo

@@ -12,8 +12,8 @@ from torch import nn
 from harness.config.errors import ConfigError
 from harness.config.loading import config_from_mapping
 from harness.errors import UserError
-from harness.models import build_model, check_model, model_names
 from harness.models.ghost_batch_norm import ghost_batch_norms
+from harness.models.registry import build_model, check_model, model_names
 
 
 def config(model, seed=1, classes=10, worker_batch=4, crop=224):
@@ -55,7 +55,9 @@ def test_one_image_a_worker_needs_more_than_one_place_in_the_last_stage(name, st
 def test_a_crop_that_a_network_makes_nothing_of_is_refused(monkeypatch):
     """No ResNet does: one that a feature map of 4 pixels is too small for."""
     network = nn.Sequential(nn.Conv2d(3, 8, 7), nn.BatchNorm2d(8))
-    monkeypatch.setattr("harness.models._bare_model", lambda model, classes: network.to("meta"))
+    monkeypatch.setattr(
+        "harness.models.registry._bare_model", lambda model, classes: network.to("meta")
+    )
     check_model(config({"name": "resnet8"}, crop=7))
     with pytest.raises(ConfigError, match=r"cannot be trained on 4 × 4 pixels .*; raise one of"):
         check_model(config({"name": "resnet8"}, crop=4))

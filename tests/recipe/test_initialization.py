@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
-from harness.models import model_names
 from harness.models.cifar_resnet import CifarResNet
 from harness.models.ghost_batch_norm import convert_batch_norms
+from harness.models.registry import model_names
 from harness.recipe.initialization import initialize, last_batch_norm, residual_blocks
 
 BLOCKS = {  # He et al. 2015, table 1 and section 4.2; ResNeXt and wide ones are as deep

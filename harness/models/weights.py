@@ -1,0 +1,64 @@
+"""Load a state dict strictly, without running its code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_weights(
+    model: nn.Module, path: Path, key: str = "model.weights", owner: str = "model.name"
+) -> None:
+    """Loads a state dict, .safetensors or torch.save's, strictly and without running its code.
+
+    `key` of the config names the file, `owner` the model. Raises UserError that names the file,
+    and the first entry that does not fit.
+    """
+    misfit = partial(_misfit, f"{key}: {path}", owner)
+    weights = _read_state_dict(path, key)
+    expected = model.state_dict()
+    for entry in expected:
+        # a file from before PyTorch 0.4.1 has no num_batches_tracked
+        if entry not in weights and not entry.endswith(".num_batches_tracked"):
+            raise misfit(entry, "is missing")
+    for entry, weight in weights.items():
+        if entry not in expected:
+            raise misfit(entry, "is not in the model")
+        if weight.shape != expected[entry].shape:
+            shapes = f"{tuple(weight.shape)} instead of {tuple(expected[entry].shape)}"
+            raise misfit(entry, f"has the shape {shapes}")
+    # a dict without the version that torch.save adds, so that PyTorch fills in num_batches_tracked
+    model.load_state_dict(dict(weights), strict=True)
+
+
+def _misfit(file: str, owner: str, entry: str, what: str) -> UserError:
+    return UserError(f"{file}: key {entry!r} {what}; it is for another {owner}")
+
+
+def _read_state_dict(path: Path, key: str) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{key}: {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is damaged or hostile may raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{key}: {path}: no state dict ({reason[0]})") from error
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(key, str) and isinstance(weight, Tensor) for key, weight in weights.items()
+    ):
+        raise UserError(f"{key}: {path}: not a plain state dict of names and tensors")
+    return weights
