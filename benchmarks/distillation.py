@@ -32,7 +32,8 @@ from benchmarks.loops import make_batches
 from benchmarks.step import case_config
 from harness.config.loading import load_config
 from harness.config.schema import Config, DistillConfig
-from harness.data.loader import Batch, open_loader
+from harness.data.batch import Batch
+from harness.data.loaders.choice import open_loader
 from harness.distributed import World, world_from_environment
 from harness.evaluate import Evaluation
 from harness.models.registry import build_model

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.conditions import benchmark_parser, spread, versions, write_results
 from benchmarks.pipelines import CONTENDERS, SIZE, Job, Unavailable, ours
-from harness.data.listing import SUFFIXES
+from harness.data.sources.listing import SUFFIXES
 
 WARM_UP = 6  # batches: more than any queue holds
 BASES = ("torchvision, PIL", "DALI's own reader")
@@ -126,7 +126,7 @@ def measure_gpu(
     images: Sequence[Path], repetitions: int, batches: int, batch: int
 ) -> list[dict[str, Any]]:
     """The DALI loader on the current CUDA device, by threads and by who decodes."""
-    from harness.data import dali_tasks
+    from harness.data.loaders import dali_tasks
 
     rows: list[dict[str, Any]] = []
     for load in (0.0, 1.0):

@@ -31,8 +31,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from harness.config.schema import Config
-from harness.data.index import Index
-from harness.data.loader import Batch, Feed
+from harness.data.batch import Batch
+from harness.data.batch_plan import BatchPlan
+from harness.data.sources.folder import Index
 from harness.distributed import World
 from harness.host_memory import keep_freed_memory
 from harness.interrupt import StopRequest
@@ -98,7 +99,7 @@ def harness_loop(
     names, labels, sizes = (np.zeros(images, dtype) for dtype in ("S1", np.int64, np.int32))
     index = Index(Path("none"), ("none",), names, labels, sizes, sizes)
     cuda = device.type == "cuda"
-    feed = Feed(config, index, index, 0, 1, int(config.run.micro_batch), channels_last=cuda)
+    feed = BatchPlan(config, index, index, 0, 1, int(config.run.micro_batch), channels_last=cuda)
     with tempfile.TemporaryDirectory() as name, Watchdog(world, 300.0, stop) as watchdog:
         folder = RunFolder(Path(name) / "run")
         folder.open(config, {})

@@ -29,9 +29,10 @@ from torchvision.transforms import v2
 
 from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
-from harness.data.index import Index
-from harness.data.loader import Feed, open_loader
-from harness.data.scan import size_of
+from harness.data.batch_plan import BatchPlan
+from harness.data.loaders.choice import open_loader
+from harness.data.sources.folder import Index
+from harness.data.sources.scan import size_of
 
 SIZE = 224
 AREA, RATIO = (0.08, 1.0), (0.75, 4 / 3)
@@ -84,7 +85,7 @@ def job_config(images: int, batch: int) -> Config:
 def ours(job: Job, name: str, cuda: bool = False) -> Iterator[Iterator[Tensor]]:
     """Through the feed, as training does."""
     config, index = job_config(len(job.paths), job.batch), job_index(job.paths)
-    feed = Feed(config, index, index, 0, 1, job.batch, channels_last=True)
+    feed = BatchPlan(config, index, index, 0, 1, job.batch, channels_last=True)
     try:
         loader = open_loader(config, feed, name, job.cores, device_is_cuda=cuda)
     except ImportError as error:

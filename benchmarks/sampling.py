@@ -24,11 +24,11 @@ import numpy as np
 from benchmarks.conditions import benchmark_parser, resident_mb, spread, write_results
 from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
-from harness.data import index as kept
-from harness.data.index import Index, load_index
-from harness.data.index_places import cache_places
-from harness.data.loader import Feed
+from harness.data.batch_plan import BatchPlan
 from harness.data.sampling import permutation
+from harness.data.sources import folder as kept
+from harness.data.sources.folder import Index, load_index
+from harness.data.sources.index_places import cache_places
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
 NEED = 4_200  # images/s of a rank
@@ -73,7 +73,7 @@ def rank_memory(root: Path) -> dict[str, float]:
     train, val = load_index(root, "train"), load_index(root, "val")
     load_s = time.perf_counter() - start_s
     index_mb = resident_mb("VmRSS") - before_mb
-    feed = Feed(config, train, val, 0, *CASES[0], channels_last=True)
+    feed = BatchPlan(config, train, val, 0, *CASES[0], channels_last=True)
     for _ in feed.training(config.steps_per_epoch - 2):
         pass
     return {
@@ -115,7 +115,7 @@ def longest_stall_ms(beside: Callable[[], object]) -> float:
 def waits_ms(train: Index, val: Index, ranks: int, micro_batch: int) -> list[float]:
     """Of a feed's requests around an epoch's end, asked for as fast as a rank trains."""
     config = paper_config()
-    feed = Feed(config, train, val, 0, ranks, micro_batch, channels_last=True)
+    feed = BatchPlan(config, train, val, 0, ranks, micro_batch, channels_last=True)
     before = REQUESTS // 2 // len(feed.micro_batches)  # steps
     requests, waits = feed.training(config.steps_per_epoch - before), []
     next(requests)  # the first permutation of a run is waited for

@@ -34,7 +34,7 @@ from benchmarks.hosts import shape_this_host
 from harness.communication import MIB
 from harness.config.loading import load_config
 from harness.config.schema import Config
-from harness.data.loader import Batch
+from harness.data.batch import Batch
 from harness.distributed import (
     Reductions,
     World,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from harness.compilation import uncompiled
 from harness.config.schema import Config
-from harness.data.loader import Batch
+from harness.data.batch import Batch
 from harness.distributed import sum_over_ranks
 from harness.step import Pixels, autocast
 

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from harness.config.schema import Config
-from harness.data.loader import Batch
+from harness.data.batch import Batch
 from harness.recipe.losses import kl_divergence, soft_loss, training_loss
 
 

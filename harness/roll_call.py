@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from harness.config.errors import found
 from harness.config.schema import Config
-from harness.data.digest import first_difference, first_differing_file
-from harness.data.index import Index
-from harness.data.loader import Feed
+from harness.data.batch_plan import BatchPlan
+from harness.data.sources.digest import first_difference, first_differing_file
+from harness.data.sources.folder import Index
 from harness.distributed import World, world_from_environment
 from harness.errors import RunFailed, UserError
 from harness.interrupt import Stopped, StopRequest
@@ -81,7 +81,7 @@ class RollCall:
         self,
         config: Config,
         world: World,
-        feed: Feed,
+        feed: BatchPlan,
         out: Path | None = None,
         teacher: str | None = None,
     ) -> None:

@@ -23,8 +23,9 @@ from harness.checkpoint import (
     newest_checkpoint,
 )
 from harness.config.schema import Config
-from harness.data.digest import first_difference
-from harness.data.loader import Batch, Feed, Loader
+from harness.data.batch import Batch, Loader
+from harness.data.batch_plan import BatchPlan
+from harness.data.sources.digest import first_difference
 from harness.distributed import World, first_ranks, first_reason
 from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
@@ -54,7 +55,7 @@ class Run:
     world: World
     folder: RunFolder
     step: Step
-    feed: Feed
+    feed: BatchPlan
     loader: Loader
     control: dist.ProcessGroup | None
     stop: StopRequest

@@ -27,10 +27,12 @@ from torch import Tensor
 
 from harness.checkpoint import write_atomically
 from harness.config.schema import Config
-from harness.data.digest import first_difference
-from harness.data.index import Index, index_checksum
-from harness.data.loader import Batch, Feed, open_loader
-from harness.data.sampling import Crops, crops
+from harness.data.batch import Batch
+from harness.data.batch_plan import BatchPlan
+from harness.data.loaders.choice import open_loader
+from harness.data.sampling import TrainBatchSpec, crops
+from harness.data.sources.digest import first_difference
+from harness.data.sources.folder import Index, index_checksum
 from harness.distributed import World, barrier, process_group
 from harness.errors import RunFailed, UserError
 from harness.evaluate import Evaluation
@@ -110,7 +112,7 @@ def all_shards(epochs: int, images: int) -> list[Shard]:
     return [Shard(e, s, min(s + SHARD_IMAGES, images)) for e in range(epochs) for s in starts]
 
 
-def identify(config: Config, feed: Feed, teacher: Teacher, top: int | None) -> dict[str, Any]:
+def identify(config: Config, feed: BatchPlan, teacher: Teacher, top: int | None) -> dict[str, Any]:
     """Everything the rows of a cache depend on: they are right where all of it is the same.
 
     All logits serve any temperature; the `top` largest are exact at one (see `Rows.encode`).
@@ -133,12 +135,12 @@ def identify(config: Config, feed: Feed, teacher: Teacher, top: int | None) -> d
     }
 
 
-class _Sweep(Feed):
+class _Sweep(BatchPlan):
     """Asks for every image of `shards`, by id."""
 
     shards: list[Shard]
 
-    def training(self, first_step: int) -> Iterator[Crops]:
+    def training(self, first_step: int) -> Iterator[TrainBatchSpec]:
         train, data = self.train, self.config.data
         for shard in self.shards:
             for start in range(shard.first, shard.end, self.micro_batch):
@@ -148,7 +150,7 @@ class _Sweep(Feed):
 
 
 def write_cache(
-    config: Config, feed: Feed, world: World, epochs: int, dtype: str, top: int | None
+    config: Config, feed: BatchPlan, world: World, epochs: int, dtype: str, top: int | None
 ) -> Path:
     """Computes the logits of E = `epochs` crop epochs on all ranks; returns the cache's folder.
 
@@ -288,7 +290,7 @@ class CachedTeacher:
         return self._evaluation
 
 
-def open_teacher(config: Config, feed: Feed, world: World) -> AnyTeacher | None:
+def open_teacher(config: Config, feed: BatchPlan, world: World) -> AnyTeacher | None:
     """The teacher of `config`, live or, with distill.cache, cached; None without one.
 
     Raises UserError, also for a cache that is damaged, or of other crops or another teacher.

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.compilation import compile_blocks, compiler_settings
 from harness.config.schema import Config
-from harness.data.loader import Batch
+from harness.data.batch import Batch
 from harness.distributed import Reductions, World, sum_gradients
 from harness.graphs import Capture, GraphedModel
 from harness.metrics import Metrics

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.checkpoint import checkpoint_key
 from harness.config.loading import default_run_folder
 from harness.config.schema import Config, DistillConfig, ModelConfig
-from harness.data.loader import Batch
+from harness.data.batch import Batch
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
 from harness.models.registry import build_model

@@ -24,8 +24,9 @@ from torch import nn
 from harness.config.loading import curve_differences, load_config
 from harness.config.schema import Config
 from harness.config.stages import Stage
-from harness.data.index import load_indices
-from harness.data.loader import Feed, open_loader, resolve_loader, resolve_threads
+from harness.data.batch_plan import BatchPlan
+from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
+from harness.data.sources.folder import load_indices
 from harness.distributed import (
     World,
     barrier,
@@ -233,7 +234,7 @@ def finished_result(folder: RunFolder, config: Config) -> Result | None:
     return Result(read_headline(folder.path, status), folder.path, config)
 
 
-def prepare(config: Config, world: World) -> tuple[Feed, Config]:
+def prepare(config: Config, world: World) -> tuple[BatchPlan, Config]:
     """What can be found wrong before any process group: network, data, ranks, micro-batch.
 
     Returns the rank's feed, and the config with "auto" resolved where the machine decides.
@@ -253,14 +254,14 @@ def prepare(config: Config, world: World) -> tuple[Feed, Config]:
     }
     config = config.model_copy(update={"run": run.model_copy(update=resolved)})
     ranks, crops = (world.rank, world.world_size), crop_epochs(config)
-    return Feed(config, train_index, val_index, *ranks, micro_batch, cuda, crops), config
+    return BatchPlan(config, train_index, val_index, *ranks, micro_batch, cuda, crops), config
 
 
 def settle_micro_batch(
     config: Config,
     kept: int | None,
     step: Step,
-    feed: Feed,
+    feed: BatchPlan,
     world: World,
     control: dist.ProcessGroup | None,
     watchdog: Watchdog,
@@ -292,7 +293,7 @@ def settle_micro_batch(
 
 
 def settle_graphs(
-    step: Step, feed: Feed, control: dist.ProcessGroup | None, watchdog: Watchdog
+    step: Step, feed: BatchPlan, control: dist.ProcessGroup | None, watchdog: Watchdog
 ) -> None:
     """On GPUs, where `run.compile` is on: passes are replayed if that is faster."""
     if step.device.type == "cuda" and step.config.run.compile is True:

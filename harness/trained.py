@@ -20,8 +20,10 @@ from harness.checkpoint import (
 )
 from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
-from harness.data.index import Index, check_count, check_headers, load_index, some_of
-from harness.data.loader import Batch, Feed, open_loader, resolve_loader, resolve_threads
+from harness.data.batch import Batch
+from harness.data.batch_plan import BatchPlan
+from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
+from harness.data.sources.folder import Index, check_count, check_headers, load_index, some_of
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
@@ -132,7 +134,9 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
     set_precision(config.run.precision)
     val = load_validation(trained)
     channels_last = world.device.type == "cuda"
-    feed = Feed(config, val.without_images(), val, 0, 1, config.recipe.worker_batch, channels_last)
+    feed = BatchPlan(
+        config, val.without_images(), val, 0, 1, config.recipe.worker_batch, channels_last
+    )
     threads = resolve_threads(config.run.loader_threads, local_ranks=1)
     name = resolve_loader(config.run.loader, world.rank)
     loader = open_loader(config, feed, name, threads, channels_last)

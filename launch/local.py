@@ -20,7 +20,7 @@ from typing import IO
 
 from harness.atomic_file import write_atomically
 from harness.config.loading import dump_config
-from harness.data.child_process import PR_SET_PDEATHSIG
+from harness.data.loaders.child_process import PR_SET_PDEATHSIG
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from launch.cluster import RANK_VARIABLES
 from launch.records import Record, read_records, records_folder, write_records

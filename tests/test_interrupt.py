@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from harness.data.child_process import worker_processes
+from harness.data.loaders.child_process import worker_processes
 from harness.interrupt import Agreement, StopRequest
 from harness.unfailing_output import unfailing_output
 from tests.conftest import start_ranks

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from harness import load_config
 from harness.checkpoint import list_checkpoints, load_checkpoint
-from harness.data.loader import Loader, open_loader
+from harness.data.batch import Loader
+from harness.data.loaders.choice import open_loader
 from harness.distributed import process_group, world_from_environment
 from harness.journal import read_log
 from harness.models.registry import build_model

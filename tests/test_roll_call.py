@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import harness.roll_call
 from harness import load_config
-from harness.data.index import load_index
+from harness.data.sources.folder import load_index
 from harness.errors import RunFailed, UserError
 from harness.interrupt import Stopped
 from harness.rendezvous import patience

@@ -10,7 +10,7 @@ import torch
 
 from harness import load_config
 from harness.cli import main
-from harness.data.loader import open_loader
+from harness.data.loaders.choice import open_loader
 from harness.data.sampling import crops, permutation
 from harness.distributed import world_from_environment
 from harness.errors import UserError

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from harness import load_config
 from harness.compilation import compile_blocks, uncompiled
-from harness.data.loader import Batch
+from harness.data.batch import Batch
 from harness.distributed import World
 from harness.models.registry import build_model
 from harness.step import (

@@ -10,8 +10,8 @@ from harness import load_config
 from harness.checkpoint import list_checkpoints
 from harness.cli import main
 from harness.config.schema import Config
-from harness.data.index import load_index
-from harness.data.loader import open_loader
+from harness.data.loaders.choice import open_loader
+from harness.data.sources.folder import load_index
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.journal import read_log

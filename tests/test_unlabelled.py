@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.data.index import load_index, load_indices, load_unlabelled
-from harness.data.loader import open_loader
+from harness.data.loaders.choice import open_loader
 from harness.data.sampling import permutation
+from harness.data.sources.folder import load_index, load_indices, load_unlabelled
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.journal import read_log

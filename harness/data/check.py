@@ -14,7 +14,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.data.child_process import worker_processes
 from harness.data.duplicates import find_duplicates
 from harness.data.examine import examine
 from harness.data.findings import (
@@ -29,6 +28,7 @@ from harness.data.findings import (
     Finding,
 )
 from harness.data.layouts import SPLIT_BY_CLASS, Layout, recognise
+from harness.data.loaders.child_process import worker_processes
 from harness.data.survey import survey
 
 CHUNK = 8  # files that a process reads at a time

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.io import decode_jpeg
 
+from harness.data.decode import decode
 from harness.data.findings import (
     ALPHA,
     CMYK,
@@ -29,9 +30,8 @@ from harness.data.findings import (
     ROTATED,
     UNDECODABLE,
 )
-from harness.data.image_format import TRAINED_ON, format_of
-from harness.data.reference import decode
-from harness.data.scan import FORMATS
+from harness.data.sources.image_format import TRAINED_ON, format_of
+from harness.data.sources.scan import FORMATS
 from harness.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright

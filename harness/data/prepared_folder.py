@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
-from harness.data.listing import image_names, is_class_name
+from harness.data.sources.listing import image_names, is_class_name
 from harness.errors import UserError
 
 MARKER = ".harness-data.json"  # written last: what a finished folder holds

@@ -36,7 +36,7 @@ class Purpose(IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class Crops:
+class TrainBatchSpec:
     """A micro-batch of training windows, each array (B,), in pixels of the stored image.
 
     int64 `ids`; int32 `top`, `left`, `height`, `width`; bool `flip`. All are of one `epoch`.
@@ -50,17 +50,19 @@ class Crops:
     flip: NDArray[np.bool_]
     epoch: int
 
-    def part(self, start: int, end: int) -> Crops:
+    def part(self, start: int, end: int) -> TrainBatchSpec:
         """The windows from place `start` to before `end`."""
         place = slice(start, end)
         top, left, height, width = (
             x[place] for x in (self.top, self.left, self.height, self.width)
         )
-        return Crops(self.ids[place], top, left, height, width, self.flip[place], self.epoch)
+        return TrainBatchSpec(
+            self.ids[place], top, left, height, width, self.flip[place], self.epoch
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Resizes:
+class EvalBatchSpec:
     """A batch for evaluation, each array (B,): the whole image is resized to `resized_height` x
     `resized_width`, and the square of the config's `crop` at (`top`, `left`) of that is taken."""
 
@@ -98,7 +100,9 @@ def permutation(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
     return np.argsort(hash64(Purpose.PERMUTATION, seed, epoch, np.arange(images)), kind="stable")
 
 
-def crops(seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> Crops:
+def crops(
+    seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: DataConfig
+) -> TrainBatchSpec:
     """Windows and flips of the images `ids` in `epoch`; `heights`, `widths` are theirs, all (B,).
 
     torchvision's RandomResizedCrop.get_params: area uniform, ratio log-uniform, up to 10 tries
@@ -119,7 +123,7 @@ def crops(seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: D
             break
     flip = hash64(Purpose.FLIP, seed, epoch, ids) >> np.uint64(63) == 1
     top, left, height, width = windows.astype(np.int32)
-    return Crops(ids, top, left, height, width, flip & data.flip, epoch)
+    return TrainBatchSpec(ids, top, left, height, width, flip & data.flip, epoch)
 
 
 def _tried_windows(
@@ -148,7 +152,7 @@ def _central_windows(
     return (heights - height) // 2, (widths - width) // 2, height, width
 
 
-def resizes(ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> Resizes:
+def resizes(ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> EvalBatchSpec:
     """Short side to `data.resize`, then the central square of `data.crop`; all (B,).
 
     torchvision's Resize truncates the long side, its CenterCrop rounds halves to even.
@@ -162,7 +166,7 @@ def resizes(ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> Resizes
     resized_width = (data.resize * widths / short).astype(np.int32)
     top = np.rint((resized_height - data.crop) / 2).astype(np.int32)
     left = np.rint((resized_width - data.crop) / 2).astype(np.int32)
-    return Resizes(ids, resized_height, resized_width, top, left)
+    return EvalBatchSpec(ids, resized_height, resized_width, top, left)
 
 
 def replacement(seed: int, epoch: int, image_id: int, attempt: int, images: int) -> int:

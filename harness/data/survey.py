@@ -28,9 +28,9 @@ from harness.data.findings import (
     UNUSED_FOLDER,
     Finding,
 )
-from harness.data.image_format import TRAINED_ON, image_format
 from harness.data.layouts import recognise
-from harness.data.listing import SUFFIXES, equal_but_for_form, image_names, is_class_name
+from harness.data.sources.image_format import TRAINED_ON, image_format
+from harness.data.sources.listing import SUFFIXES, equal_but_for_form, image_names, is_class_name
 from harness.errors import UserError
 
 # by name, where the content says nothing (an empty file, a format without a signature)

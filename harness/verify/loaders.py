@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.config.schema import Config
-from harness.data.loader import Batch, Feed, Loader
+from harness.data.batch import Batch, Loader
+from harness.data.batch_plan import BatchPlan
 from harness.recipe.minibatch import Minibatch
 
 
@@ -39,7 +40,7 @@ class Interrupting:
 class Fed:
     """What a rank's loader gave, each image at its place: in the end (steps, kn) over all ranks."""
 
-    def __init__(self, feed: Feed, config: Config, steps: int, channels_last: bool) -> None:
+    def __init__(self, feed: BatchPlan, config: Config, steps: int, channels_last: bool) -> None:
         minibatch = Minibatch(config.workers, config.recipe.worker_batch)
         self._asked = feed.training(0)
         self._places = [minibatch.places(w, channels_last) for w in feed.micro_batches]

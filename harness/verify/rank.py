@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from harness.config.loading import dump_config, load_config
 from harness.config.schema import Config
-from harness.data.child_process import settle_child
-from harness.data.index import Index
-from harness.data.loader import Batch, Feed, Loader, open_loader
+from harness.data.batch import Batch, Loader
+from harness.data.batch_plan import BatchPlan
+from harness.data.loaders.child_process import settle_child
+from harness.data.loaders.choice import open_loader
+from harness.data.sources.folder import Index
 from harness.distributed import (
     World,
     barrier,
@@ -60,7 +62,7 @@ class Rank:
     request: Request
     config: Config
     world: World
-    feed: Feed
+    feed: BatchPlan
     loader: Loader
     control: dist.ProcessGroup | None
     stopping: StopRequest

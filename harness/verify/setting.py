@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from harness.config.schema import Config
-from harness.data.index import Index, check_indices, load_index
+from harness.data.sources.folder import Index, check_indices, load_index
 from harness.errors import UserError
 from harness.models.registry import check_model
 from harness.recipe.minibatch import Minibatch

@@ -104,7 +104,7 @@ def test_the_gpu_is_measured_in_batches_that_were_asked_for(
         return 1.0
 
     monkeypatch.setattr(loaders, "gpu_images_per_s", rate)
-    monkeypatch.setattr("harness.data.dali_tasks.HARDWARE_LOAD", 0.0)
+    monkeypatch.setattr("harness.data.loaders.dali_tasks.HARDWARE_LOAD", 0.0)
     words = ["--gpu", "--repetitions", "2", "--batches", "3", "--batch", "5", "--write"]
     monkeypatch.setattr(sys, "argv", ["loaders", str(tmp_path / "images"), *words, str(tmp_path)])
     loaders.main()

@@ -10,10 +10,12 @@ import torch
 from torchvision.transforms import functional
 
 from harness.config.schema import Config
-from harness.data.index import load_index
-from harness.data.loader import Batch, Feed, Loader, open_loader
-from harness.data.reference import decode
-from harness.data.sampling import Crops
+from harness.data.batch import Batch, Loader
+from harness.data.batch_plan import BatchPlan
+from harness.data.decode import decode
+from harness.data.loaders.choice import open_loader
+from harness.data.sampling import TrainBatchSpec
+from harness.data.sources.folder import load_index
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def loader_of(
     world_size: int = 1,
 ) -> Iterator[Loader]:
     train, val = load_index(root, "train"), load_index(root, "val")
-    feed = Feed(config, train, val, rank, world_size, micro_batch=4, channels_last=True)
+    feed = BatchPlan(config, train, val, rank, world_size, micro_batch=4, channels_last=True)
     loader = open_loader(config, feed, name, threads, device_is_cuda=False)
     try:
         yield loader
@@ -40,7 +42,7 @@ def assert_equal(a: Batch, b: Batch) -> None:
     assert a.replaced == b.replaced
 
 
-def expected_image(feed: Feed, request: Crops, place: int) -> torch.Tensor:
+def expected_image(feed: BatchPlan, request: TrainBatchSpec, place: int) -> torch.Tensor:
     window = [int(x[place]) for x in (request.top, request.left, request.height, request.width)]
     image = decode(feed.train.path(request.ids[place]))
     image = functional.resized_crop(image, *window, [20, 20])

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from harness.config.schema import Config
-from harness.data.index import load_index
-from harness.data.loader import BadImageError, Batch
-from harness.data.reference import ReferenceLoader
+from harness.data.batch import BadImageError, Batch
+from harness.data.loaders.reference import ReferenceLoader
 from harness.data.sampling import crops, replacement
+from harness.data.sources.folder import load_index
 from harness.errors import UserError
 from tests.data.loading import assert_equal, expected_image, loader_of
 

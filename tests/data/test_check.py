@@ -21,9 +21,9 @@ from PIL import Image
 
 from harness.cli import main
 from harness.data.check import Report, check_folder
+from harness.data.decode import decode
 from harness.data.findings import KINDS
-from harness.data.index import check_indices, load_index
-from harness.data.reference import decode
+from harness.data.sources.folder import check_indices, load_index
 from tests.faults import children_of, wait_for
 
 CUT = "cannot be decoded"

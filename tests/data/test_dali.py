@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from harness.config.schema import Config
-from harness.data.index import load_index
-from harness.data.loader import BadImageError, Batch
+from harness.data.batch import BadImageError, Batch
+from harness.data.sources.folder import load_index
 from harness.errors import UserError
 from tests.conftest import harness
 from tests.data.loading import assert_equal, loader_of
@@ -362,11 +362,12 @@ def test_the_loader_is_recorded_and_another_must_be_asked_for(
 
 @pytest.mark.gpu
 def test_batches_are_made_on_the_gpu(jpegs: Path, make_config: Make) -> None:
-    from harness.data.loader import Feed, open_loader
+    from harness.data.batch_plan import BatchPlan
+    from harness.data.loaders.choice import open_loader
 
     config = of_full_size(make_config, 24, 10, epochs=2)
     train, val = load_index(jpegs, "train"), load_index(jpegs, "val")
-    feed = Feed(config, train, val, 0, 1, micro_batch=4, channels_last=True)
+    feed = BatchPlan(config, train, val, 0, 1, micro_batch=4, channels_last=True)
     loader = open_loader(config, feed, "dali", 2, device_is_cuda=True)
     batches = list(loader.train(0))
     assert all(batch.images.is_cuda and batch.labels.is_pinned() for batch in batches)

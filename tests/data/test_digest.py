@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from harness.config.schema import Config
-from harness.data import index as index_module
-from harness.data.digest import UNLABELLED_KEY, first_difference, first_differing_file
-from harness.data.index import Index, load_index, load_indices
+from harness.data.sources import folder as index_module
+from harness.data.sources.digest import UNLABELLED_KEY, first_difference, first_differing_file
+from harness.data.sources.folder import Index, load_index, load_indices
 
 
 def an_index(**changes: Any) -> Index:

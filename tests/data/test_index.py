@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from harness.config.schema import Config
-from harness.data import scan
+from harness.data.batch import BadImageError
 from harness.data.check import check_folder
-from harness.data.index import check_indices, load_index
-from harness.data.loader import BadImageError
-from harness.data.reference import decode
+from harness.data.decode import decode
+from harness.data.sources import scan
+from harness.data.sources.folder import check_indices, load_index
 from harness.errors import UserError
 
 
@@ -207,7 +207,7 @@ def test_several_processes_read_the_same_sizes(root: Path, monkeypatch: pytest.M
 SCAN = """
 import sys
 from harness.data import scan
-from harness.data.index import load_index
+from harness.data.sources.folder import load_index
 scan.PARALLEL_FROM, scan.CHUNK = 1, 50
 load_index(sys.argv[1], "train")
 """

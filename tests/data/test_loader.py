@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from harness.config.schema import Config
-from harness.data.index import load_index
-from harness.data.loader import Feed, open_loader, resolve_loader
-from harness.data.sampling import Crops, crops, permutation
+from harness.data.batch_plan import BatchPlan
+from harness.data.loaders.choice import open_loader, resolve_loader
+from harness.data.sampling import TrainBatchSpec, crops, permutation
+from harness.data.sources.folder import load_index
 from harness.errors import UserError
 from harness.recipe.minibatch import Minibatch
 
@@ -30,9 +31,9 @@ def feed_of(
     world_size: int = 1,
     micro_batch: int = 4,
     channels_last: bool = False,
-) -> Feed:
+) -> BatchPlan:
     train, val = load_index(root, "train"), load_index(root, "val")
-    return Feed(config, train, val, rank, world_size, micro_batch, channels_last)
+    return BatchPlan(config, train, val, rank, world_size, micro_batch, channels_last)
 
 
 def steps_by_place(
@@ -126,7 +127,7 @@ def test_evaluation_with_fewer_images_than_ranks(root: Path, make_config: Make) 
     )
     shares = []
     for rank in range(5):
-        feed = Feed(make_config(), train, three, rank, 5, 2, False)
+        feed = BatchPlan(make_config(), train, three, rank, 5, 2, False)
         shares.append([request.ids.tolist() for request in feed.evaluation()])
     assert sorted(ids for share in shares for batch in share for ids in batch) == [0, 1, 2]
     assert shares.count([]) == 2
@@ -141,7 +142,7 @@ def test_evaluation_goes_in_batches(root: Path, make_config: Make) -> None:
         widths=np.resize(val.widths, 600),
         heights=np.resize(val.heights, 600),
     )
-    feed = Feed(make_config(), load_index(root, "train"), many, 0, 1, 2, False)
+    feed = BatchPlan(make_config(), load_index(root, "train"), many, 0, 1, 2, False)
     assert [len(request.ids) for request in feed.evaluation()] == [256, 256, 88]
 
 
@@ -164,7 +165,9 @@ def without_dali(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> str:
     """DALI is not there, or its libraries do not load; what is said of it."""
-    for name in [name for name in sys.modules if name.startswith(("nvidia", "harness.data.dali"))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("nvidia", "harness.data.loaders.dali"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     package = tmp_path / "site" / "nvidia"
     (package / "dali").mkdir(parents=True)
@@ -199,7 +202,7 @@ def test_loaders_by_name(root: Path, make_config: Make, name: str) -> None:
     loader = open_loader(config, feed, name, threads=0, device_is_cuda=False)
     assert loader.name == name
     batch, request = next(loader.train(4)), next(feed.training(4))
-    assert isinstance(request, Crops)
+    assert isinstance(request, TrainBatchSpec)
     assert batch.ids.tolist() == request.ids.tolist()
     assert batch.labels.tolist() == feed.train.labels[request.ids].tolist()
     loader.close()

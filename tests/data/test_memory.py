@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from harness.config.schema import Config
-from harness.data.ahead import DEPTH, Ahead
-from harness.data.index import load_index
-from harness.data.loader import Batch, Feed, open_loader
+from harness.data.batch import Batch
+from harness.data.batch_plan import BatchPlan
+from harness.data.loaders.choice import open_loader
+from harness.data.loaders.prefetch import DEPTH, Prefetcher
+from harness.data.sources.folder import load_index
 
 Make = Callable[..., Config]
 
 
-def feed_of(root: Path, config: Config) -> Feed:
+def feed_of(root: Path, config: Config) -> BatchPlan:
     train, val = load_index(root, "train"), load_index(root, "val")
-    return Feed(config, train, val, 0, 1, micro_batch=8, channels_last=False)
+    return BatchPlan(config, train, val, 0, 1, micro_batch=8, channels_last=False)
 
 
 def test_bit_equal_to_the_reference_loader(
@@ -92,7 +94,7 @@ def test_errors_come_in_their_place_in_the_order() -> None:
         yield from (a_batch(number) for number in range(3))
         raise OSError("disk on fire")
 
-    ahead = Ahead(batches(), pin=False)
+    ahead = Prefetcher(batches(), pin=False)
     assert [int(next(ahead).ids) for _ in range(3)] == [0, 1, 2]
     for _ in range(2):
         with pytest.raises(OSError, match="disk on fire"):
@@ -108,7 +110,7 @@ def test_only_a_few_batches_are_made_ahead() -> None:
             made.append(number)
             yield a_batch(number)
 
-    ahead = Ahead(batches(), pin=False)
+    ahead = Prefetcher(batches(), pin=False)
     next(ahead)
     ahead._thread.join(0.3)  # time enough to make all 100
     # one taken, DEPTH that wait, and one that waits for a place

@@ -20,7 +20,8 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from harness.config.schema import Config
-from harness.data.reference import ReferenceLoader, decode, render_crop, render_resize
+from harness.data.decode import decode, render_crop, render_resize
+from harness.data.loaders.reference import ReferenceLoader
 from harness.data.sampling import resizes
 from tests.data.loading import assert_equal, expected_image, loader_of
 

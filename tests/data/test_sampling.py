@@ -9,13 +9,21 @@ from PIL import Image
 from torchvision import transforms
 
 from harness.config.schema import DataConfig
-from harness.data.sampling import Crops, Purpose, crops, hash64, permutation, replacement, resizes
+from harness.data.sampling import (
+    Purpose,
+    TrainBatchSpec,
+    crops,
+    hash64,
+    permutation,
+    replacement,
+    resizes,
+)
 from harness.errors import UserError
 
 DATA = DataConfig(train_images=1, val_images=1, classes=1)  # ImageNet's window: area 8 to 100 %
 
 
-def crops_of(images: int, height: int, width: int, data: DataConfig = DATA) -> Crops:
+def crops_of(images: int, height: int, width: int, data: DataConfig = DATA) -> TrainBatchSpec:
     ids = np.arange(images)
     return crops(1, 0, ids, np.full(images, height), np.full(images, width), data)
 

@@ -10,8 +10,8 @@ import torch
 
 from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
-from harness.data.index import load_index
-from harness.data.loader import Batch
+from harness.data.batch import Batch
+from harness.data.sources.folder import load_index
 from tests.data.loading import loader_of
 from tests.data.zoo import SIDE, refused, zoo
 

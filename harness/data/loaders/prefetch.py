@@ -6,13 +6,13 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from harness.data.loader import Batch
+from harness.data.batch import Batch
 
 DEPTH = 4  # batches that wait at most
 POLL_S = 0.1  # how soon the thread notices that it is to end
 
 
-class Ahead(Iterator[Batch]):
+class Prefetcher(Iterator[Batch]):
     """Iterates `batches` in a thread, up to DEPTH ahead; `pin` puts them into pinned memory.
 
     An error of `batches` is raised here, in its place in the order. `close` ends the thread.

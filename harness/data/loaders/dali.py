@@ -24,10 +24,11 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from harness.config.schema import Config
-from harness.data.ahead import Ahead
-from harness.data.dali_tasks import Squares, SquaresOnCpu, Task, Windows, WindowsOnCpu
-from harness.data.loader import EVALUATION_BATCH, Batch, Feed
-from harness.data.reference import Renderer, file_renderer
+from harness.data.batch import Batch
+from harness.data.batch_plan import EVALUATION_BATCH, BatchPlan
+from harness.data.loaders.dali_tasks import Squares, SquaresOnCpu, Task, Windows, WindowsOnCpu
+from harness.data.loaders.prefetch import Prefetcher
+from harness.data.loaders.reference import Renderer, file_renderer
 
 DEPTH = 2  # batches in the making
 
@@ -148,7 +149,7 @@ class DaliLoader:
 
     name = "dali"
 
-    def __init__(self, config: Config, feed: Feed, threads: int, device_is_cuda: bool) -> None:
+    def __init__(self, config: Config, feed: BatchPlan, threads: int, device_is_cuda: bool) -> None:
         how = config.data.crop, max(threads, 1), device_is_cuda
         self._feed, self._renderer = feed, file_renderer(config, feed)
         windows, squares = (Windows, Squares) if device_is_cuda else (WindowsOnCpu, SquaresOnCpu)
@@ -161,7 +162,7 @@ class DaliLoader:
         batches: Any = _Batches(self._windows, self._renderer, requests, images)
         self._training.enter_context(closing(batches))
         if isinstance(self._windows, WindowsOnCpu):  # resized while others are trained on
-            batches = self._training.enter_context(closing(Ahead(batches, pin=False)))
+            batches = self._training.enter_context(closing(Prefetcher(batches, pin=False)))
         return batches
 
     def evaluate(self) -> Iterator[Batch]:

@@ -8,11 +8,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness.config.schema import Config
-from harness.data.ahead import Ahead
-from harness.data.index import Index
-from harness.data.loader import BadImageError, Batch, Feed
-from harness.data.reference import Renderer, read_image
-from harness.data.sampling import Crops, Resizes
+from harness.data.batch import BadImageError, Batch
+from harness.data.batch_plan import BatchPlan
+from harness.data.decode import read_image
+from harness.data.loaders.prefetch import Prefetcher
+from harness.data.loaders.reference import Renderer
+from harness.data.sampling import EvalBatchSpec, TrainBatchSpec
+from harness.data.sources.folder import Index
 
 
 class MemoryLoader:
@@ -24,13 +26,13 @@ class MemoryLoader:
 
     name = "memory"
 
-    def __init__(self, config: Config, feed: Feed, device_is_cuda: bool) -> None:
+    def __init__(self, config: Config, feed: BatchPlan, device_is_cuda: bool) -> None:
         self._feed, self._pin = feed, device_is_cuda
         train_image = _decode_all(feed.train, skip=config.data.on_bad_image == "skip")
         val_image = _decode_all(feed.val, skip=False)
         self._renderer = Renderer(config, feed.train, feed.val, train_image, val_image)
-        self._training: Ahead | None = None
-        self._evaluation: Ahead | None = None
+        self._training: Prefetcher | None = None
+        self._evaluation: Prefetcher | None = None
 
     def train(self, first_step: int) -> Iterator[Batch]:
         _close(self._training)
@@ -46,11 +48,11 @@ class MemoryLoader:
         _close(self._training)
         _close(self._evaluation)
 
-    def _ahead(self, requests: Iterator[Crops] | Iterator[Resizes]) -> Ahead:
-        return Ahead(map(self._renderer, requests), self._pin)
+    def _ahead(self, requests: Iterator[TrainBatchSpec] | Iterator[EvalBatchSpec]) -> Prefetcher:
+        return Prefetcher(map(self._renderer, requests), self._pin)
 
 
-def _close(ahead: Ahead | None) -> None:
+def _close(ahead: Prefetcher | None) -> None:
     if ahead is not None:
         ahead.close()
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,94 +15,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.config.schema import Config
-from harness.data.ahead import Ahead
-from harness.data.child_process import STOP_SIGNALS, settle_child, starting_children
-from harness.data.index import Index
-from harness.data.loader import BadImageError, Batch, Feed
-from harness.data.sampling import Crops, Resizes, crops, replacement
-from harness.data.scan import FORMATS, image_fault
+from harness.data.batch import BadImageError, Batch
+from harness.data.batch_plan import BatchPlan
+from harness.data.decode import read_image, render_crop, render_resize
+from harness.data.loaders.child_process import STOP_SIGNALS, settle_child, starting_children
+from harness.data.loaders.prefetch import Prefetcher
+from harness.data.sampling import EvalBatchSpec, TrainBatchSpec, crops, replacement
+from harness.data.sources.folder import Index
 from harness.errors import UserError
 
 REPLACEMENTS = 100  # bad images in a row after which the data set is given up
-
-
-def decode(path: Path) -> Image.Image:
-    """The image as RGB, EXIF orientation not applied.
-
-    Raises BadImageError for a file that is no intact JPEG or PNG, UserError where it cannot be
-    read (missing, forbidden, a disk error).
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            return to_rgb(image)
-    except OSError as error:
-        if error.errno is not None:  # no fault of the image
-            raise UserError(f"{path}: cannot be read: {error.strerror}; check it") from None
-        raise BadImageError(f"{path}: cannot be decoded: {image_fault(error)}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL raises many kinds for what a broken file contains
-        raise BadImageError(f"{path}: cannot be decoded: {image_fault(error)}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Gray is repeated, CMYK and palettes are converted, alpha is dropped."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # 16-bit gray: the upper byte, as PIL does with 16-bit RGB; its own conversion would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours, without PIL's warning
-    return image.convert("RGB")
-
-
-def render_crop(
-    image: Image.Image, top: int, left: int, height: int, width: int, flip: bool, size: int
-) -> NDArray[np.uint8]:
-    """A training window as uint8 (size, size, 3).
-
-    What torchvision's resized_crop (bilinear, with PIL's antialiasing) and hflip do, without
-    their checks, which cost more than the work where images are small.
-    """
-    window = image.crop((left, top, left + width, top + height))
-    window = window.resize((size, size), Image.Resampling.BILINEAR)
-    if flip:
-        window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(window)
-
-
-def render_resize(
-    image: Image.Image, resized_height: int, resized_width: int, top: int, left: int, size: int
-) -> NDArray[np.uint8]:
-    """An image for evaluation as uint8 (size, size, 3): torchvision's Resize and CenterCrop."""
-    image = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def read_image(index: Index, image_id: int) -> Image.Image:
-    """Decodes an image of an index. Raises as `decode`, and UserError where the index is stale."""
-    path = index.path(image_id)
-    stale = f"the index is stale: {f'delete {index.cache}' if index.cache else 'start again'}"
-    try:
-        image = decode(path)
-    except BadImageError:
-        raise
-    except UserError:
-        if path.exists():
-            raise
-        raise UserError(
-            f"{path}: cannot be read: it was there when its folder was indexed; restore it, or if "
-            f"it was removed on purpose, {stale}"
-        ) from None
-    expected = (index.widths[image_id], index.heights[image_id])
-    if image.size != expected:
-        raise UserError(
-            f"{path}: {image.width} x {image.height} pixels, {expected[0]} x {expected[1]} when it "
-            f"was indexed; {stale}"
-        )
-    return image
 
 
 class Renderer:
@@ -120,12 +41,12 @@ class Renderer:
         self.config, self.train, self.val = config, train, val
         self.train_image, self.val_image = train_image, val_image
 
-    def __call__(self, request: Crops | Resizes) -> Batch:
-        if isinstance(request, Crops):
+    def __call__(self, request: TrainBatchSpec | EvalBatchSpec) -> Batch:
+        if isinstance(request, TrainBatchSpec):
             return self._training(request)
         return self._evaluation(request)
 
-    def _training(self, request: Crops) -> Batch:
+    def _training(self, request: TrainBatchSpec) -> Batch:
         size, skip = self.config.data.crop, self.config.data.on_bad_image == "skip"
         pixels = np.empty((len(request.ids), size, size, 3), dtype=np.uint8)
         ids, replaced = request.ids.copy(), []
@@ -159,7 +80,7 @@ class Renderer:
             f"place; check the images of {train.folder}"
         )
 
-    def _evaluation(self, request: Resizes) -> Batch:
+    def _evaluation(self, request: EvalBatchSpec) -> Batch:
         size = self.config.data.crop
         pixels = np.empty((len(request.ids), size, size, 3), dtype=np.uint8)
         for place, (image_id, window) in enumerate(_rows(request, size)):
@@ -167,16 +88,16 @@ class Renderer:
         return _batch(pixels, self.val, request.ids, [])
 
 
-def file_renderer(config: Config, feed: Feed) -> Renderer:
+def file_renderer(config: Config, feed: BatchPlan) -> Renderer:
     """A renderer that reads the files of a feed, one by one as they are asked for."""
     train, val = feed.train, feed.val
     return Renderer(config, train, val, partial(read_image, train), partial(read_image, val))
 
 
-def _rows(request: Crops | Resizes, size: int) -> Iterator[tuple[int, Any]]:
+def _rows(request: TrainBatchSpec | EvalBatchSpec, size: int) -> Iterator[tuple[int, Any]]:
     """Image by image: the id, and what its renderer is told besides the image."""
     window: tuple[np.ndarray, ...]
-    if isinstance(request, Crops):
+    if isinstance(request, TrainBatchSpec):
         window = (request.top, request.left, request.height, request.width, request.flip)
     else:
         window = (request.resized_height, request.resized_width, request.top, request.left)
@@ -196,9 +117,9 @@ class _Requests(Sampler):
     """What the worker processes are asked for next: the feed itself."""
 
     def __init__(self) -> None:
-        self.pending: Iterator[Crops | Resizes] = iter(())
+        self.pending: Iterator[TrainBatchSpec | EvalBatchSpec] = iter(())
 
-    def __iter__(self) -> Iterator[Crops | Resizes]:
+    def __iter__(self) -> Iterator[TrainBatchSpec | EvalBatchSpec]:
         return self.pending
 
 
@@ -208,7 +129,7 @@ class _Rendered(Dataset):
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
 
-    def __getitem__(self, request: Crops | Resizes) -> Batch | UserError:
+    def __getitem__(self, request: TrainBatchSpec | EvalBatchSpec) -> Batch | UserError:
         try:
             return self._renderer(request)
         except UserError as error:  # returned, as DataLoader adds a stack to what is raised
@@ -228,7 +149,7 @@ class _Workers:
 
     def __init__(self, renderer: Renderer, threads: int, pin: bool) -> None:
         self._requests, self._pin = _Requests(), pin
-        self._ahead: Ahead | None = None
+        self._ahead: Prefetcher | None = None
         self._loader: DataLoader = DataLoader(
             _Rendered(renderer),
             batch_size=None,  # a request is a whole batch
@@ -243,14 +164,14 @@ class _Workers:
         with starting_children():
             next(iter(self._loader), None)  # nothing is asked for yet, but the processes start
 
-    def __call__(self, requests: Iterator[Crops | Resizes]) -> Iterator[Batch]:
+    def __call__(self, requests: Iterator[TrainBatchSpec | EvalBatchSpec]) -> Iterator[Batch]:
         """The batches of `requests`, in their order; a former iterator must not be used again."""
         self._end_ahead()
         self._requests.pending = requests
         batches = self._received(iter(self._loader))
         if not self._pin:
             return batches
-        self._ahead = Ahead(batches, pin=True)
+        self._ahead = Prefetcher(batches, pin=True)
         return self._ahead
 
     def close(self) -> None:
@@ -283,7 +204,7 @@ class ReferenceLoader:
 
     name = "reference"
 
-    def __init__(self, config: Config, feed: Feed, threads: int, device_is_cuda: bool) -> None:
+    def __init__(self, config: Config, feed: BatchPlan, threads: int, device_is_cuda: bool) -> None:
         renderer = file_renderer(config, feed)
         self._feed = feed
         self._training = _Workers(renderer, threads, device_is_cuda)

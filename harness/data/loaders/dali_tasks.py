@@ -15,8 +15,8 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 from torch.nn import functional
 
-from harness.data.index import Index
-from harness.data.sampling import Crops, Resizes
+from harness.data.sampling import EvalBatchSpec, TrainBatchSpec
+from harness.data.sources.folder import Index
 
 # What the JPEG engine of a GPU, where there is one, takes of the images that it can decode: all.
 # With less an image's decoder, and so its pixels, would depend on the batch that it comes in.
@@ -112,7 +112,7 @@ class Windows(Task):
 
     dtype, ndim = [types.INT32, types.INT32, types.INT32], [1, 1, 0]
 
-    def inputs(self, request: Crops) -> tuple[NDArray, ...]:
+    def inputs(self, request: TrainBatchSpec) -> tuple[NDArray, ...]:
         corners = np.stack([request.top, request.left], 1)
         return corners, np.stack([request.height, request.width], 1), request.flip.astype(np.int32)
 
@@ -129,7 +129,7 @@ class Squares(Task):
 
     dtype, ndim = [types.INT32, types.INT32, types.FLOAT, types.FLOAT], [1, 1, 1, 1]
 
-    def inputs(self, request: Resizes) -> tuple[NDArray, ...]:
+    def inputs(self, request: EvalBatchSpec) -> tuple[NDArray, ...]:
         """The window to decode, and where within it the square begins and ends."""
         sizes = np.stack([self.index.heights[request.ids], self.index.widths[request.ids]], 1)
         scale = sizes / np.stack([request.resized_height, request.resized_width], 1)
@@ -180,7 +180,7 @@ class WindowsOnCpu(OnCpu, Windows):
 
     dtype, ndim = [types.INT32, types.INT32], [1, 1]
 
-    def inputs(self, request: Crops) -> tuple[NDArray, ...]:
+    def inputs(self, request: TrainBatchSpec) -> tuple[NDArray, ...]:
         return super().inputs(request)[:2]
 
     def images(
@@ -189,7 +189,7 @@ class WindowsOnCpu(OnCpu, Windows):
         corner, shape = inputs
         return _window(files, size, corner, shape, decoder)
 
-    def pixels(self, request: Crops, place: int, image: Tensor) -> NDArray[np.uint8]:
+    def pixels(self, request: TrainBatchSpec, place: int, image: Tensor) -> NDArray[np.uint8]:
         resized = _resized(image, self.size, self.size)
         # by numpy: PyTorch would copy with threads of its own
         return resized[:, ::-1] if request.flip[place] else resized
@@ -200,7 +200,7 @@ class SquaresOnCpu(OnCpu):
 
     dtype, ndim = [], []
 
-    def inputs(self, request: Resizes) -> tuple[NDArray, ...]:
+    def inputs(self, request: EvalBatchSpec) -> tuple[NDArray, ...]:
         return ()
 
     def images(
@@ -208,7 +208,7 @@ class SquaresOnCpu(OnCpu):
     ) -> DataNode:
         return _window(files, size, 0 * size, size, decoder)
 
-    def pixels(self, request: Resizes, place: int, image: Tensor) -> NDArray[np.uint8]:
+    def pixels(self, request: EvalBatchSpec, place: int, image: Tensor) -> NDArray[np.uint8]:
         height, width = int(request.resized_height[place]), int(request.resized_width[place])
         top, left = int(request.top[place]), int(request.left[place])
         return _resized(image, height, width)[top : top + self.size, left : left + self.size]

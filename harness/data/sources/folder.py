@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.config.schema import Config
-from harness.data.digest import (
+from harness.data.sources.digest import (
     UNLABELLED_KEY,
     combined_digest,
     digests_by_class,
     positions_by_class,
 )
-from harness.data.index_places import cache_places, lock_first
-from harness.data.listing import SUFFIXES, class_folders, equal_but_for_form, image_names
-from harness.data.scan import header_fault, read_sizes, size_of
+from harness.data.sources.index_places import cache_places, lock_first
+from harness.data.sources.listing import SUFFIXES, class_folders, equal_but_for_form, image_names
+from harness.data.sources.scan import header_fault, read_sizes, size_of
 from harness.errors import UserError
 from harness.recipe.losses import UNLABELLED
 

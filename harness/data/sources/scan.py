@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from harness.data.child_process import worker_processes
+from harness.data.loaders.child_process import worker_processes
 from harness.errors import UserError
 
 FORMATS = ("JPEG", "PNG")  # sniffed from the content: ImageNet has a PNG named .JPEG

@@ -1,0 +1,1 @@
+"""Loaders that turn a batch plan into batches."""
