@@ -208,7 +208,7 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from harness.data.check import check_folder
+    from harness.data.check.folder import check_folder
 
     report = check_folder(options.folder)
     print(json.dumps(report.as_json(), indent=2) if options.json else report)

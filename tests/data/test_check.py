@@ -20,9 +20,9 @@ import yaml
 from PIL import Image
 
 from harness.cli import main
-from harness.data.check import Report, check_folder
+from harness.data.check.findings import KINDS
+from harness.data.check.folder import Report, check_folder
 from harness.data.decode import decode
-from harness.data.findings import KINDS
 from harness.data.sources.folder import check_indices, load_index
 from tests.faults import children_of, wait_for
 

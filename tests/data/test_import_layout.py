@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from harness.cli import main
-from harness.data.check import check_folder
+from harness.data.check.folder import check_folder
 from harness.data.import_layout import import_layout
 from harness.data.layouts import recognise
 from harness.data.prepare import prepare_imagenet

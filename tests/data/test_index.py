@@ -17,7 +17,7 @@ from PIL import Image
 
 from harness.config.schema import Config
 from harness.data.batch import BadImageError
-from harness.data.check import check_folder
+from harness.data.check.folder import check_folder
 from harness.data.decode import decode
 from harness.data.sources import scan
 from harness.data.sources.folder import check_indices, load_index

@@ -14,9 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.data.duplicates import find_duplicates
-from harness.data.examine import examine
-from harness.data.findings import (
+from harness.data.check.duplicates import find_duplicates
+from harness.data.check.examine import examine
+from harness.data.check.findings import (
     DAMAGED,
     KINDS,
     LEAKED,
@@ -27,9 +27,9 @@ from harness.data.findings import (
     UNDECODABLE,
     Finding,
 )
+from harness.data.check.survey import survey
 from harness.data.layouts import SPLIT_BY_CLASS, Layout, recognise
 from harness.data.loaders.child_process import worker_processes
-from harness.data.survey import survey
 
 CHUNK = 8  # files that a process reads at a time
 LISTED = 20  # paths of a kind that a person is shown

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.data.findings import (
+from harness.data.check.findings import (
     BROKEN_LINK,
     EMPTY_CLASS,
     EMPTY_SPLIT,

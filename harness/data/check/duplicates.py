@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from harness.data.findings import LEAKED, SAME_BYTES, TWO_CLASSES, Finding
+from harness.data.check.findings import LEAKED, SAME_BYTES, TWO_CLASSES, Finding
 
 
 def find_duplicates(digests: Iterable[tuple[str, bytes]]) -> Iterator[Finding]:

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torchvision.io import decode_jpeg
 
-from harness.data.decode import decode
-from harness.data.findings import (
+from harness.data.check.findings import (
     ALPHA,
     CMYK,
     DAMAGED_INSIDE,
@@ -30,6 +29,7 @@ from harness.data.findings import (
     ROTATED,
     UNDECODABLE,
 )
+from harness.data.decode import decode
 from harness.data.sources.image_format import TRAINED_ON, format_of
 from harness.data.sources.scan import FORMATS
 from harness.errors import UserError

@@ -1,0 +1,1 @@
+"""`harness data check`: what training refuses, leaves out or trips over."""
