@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.conditions import benchmark_parser, spread, write_results
-from harness.data.prepare import prepare_digits
+from harness.data.prepare.digits import prepare_digits
 
 CONFIG = """
 expect: {{error: 100, source: "a benchmark"}}

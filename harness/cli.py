@@ -192,18 +192,20 @@ def _data(options: argparse.Namespace) -> int:
     if options.kind == "check":
         return _check(options)
     if options.kind == "import":
-        from harness.data.import_layout import import_layout
+        from harness.data.prepare.import_layout import import_layout
 
         print(import_layout(options.source, options.folder, options.val))
         return FINISHED
-    from harness.data import prepare
+    from harness.data.prepare.cifar10 import prepare_cifar10
+    from harness.data.prepare.digits import prepare_digits
+    from harness.data.prepare.imagenet import prepare_imagenet
 
     if options.kind == "digits":
-        print(prepare.prepare_digits(options.folder, options.labelled))
+        print(prepare_digits(options.folder, options.labelled))
     elif options.kind == "cifar10":
-        print(prepare.prepare_cifar10(options.folder, options.archive))
+        print(prepare_cifar10(options.folder, options.archive))
     else:
-        print(prepare.prepare_imagenet(options.folder, options.archives))
+        print(prepare_imagenet(options.folder, options.archives))
     return FINISHED
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from harness.data.prepare import prepare_digits
+from harness.data.prepare.digits import prepare_digits
 
 pytest_plugins = ["tests.distilling", "tests.limits"]
 

@@ -12,7 +12,7 @@ import yaml
 
 from harness import load_config
 from harness.cli import main
-from harness.data.prepare import prepare_digits
+from harness.data.prepare.digits import prepare_digits
 from harness.train import train
 from tests.conftest import SMALL
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from harness.data.prepare import prepare_imagenet
-from harness.data.prepared_folder import MARKER, PARTIAL, Counts
+from harness.data.prepare.imagenet import prepare_imagenet
+from harness.data.prepare.prepared_folder import MARKER, PARTIAL, Counts
 from tests.data.making import KILL_AT_RENAME, child, error_of, special, tar, tree
 
 WNIDS = ("n01440764", "n02105855", "n04418357")

@@ -16,10 +16,10 @@ from PIL import Image
 
 from harness.cli import main
 from harness.data.check.folder import check_folder
-from harness.data.import_layout import import_layout
-from harness.data.layouts import recognise
-from harness.data.prepare import prepare_imagenet
-from harness.data.prepared_folder import MARKER, PARTIAL
+from harness.data.prepare.imagenet import prepare_imagenet
+from harness.data.prepare.import_layout import import_layout
+from harness.data.prepare.layouts import recognise
+from harness.data.prepare.prepared_folder import MARKER, PARTIAL
 from tests.data.making import KILL_AT_RENAME, child, error_of, tree
 from tests.data.test_imagenet_archives import IDS, TRUTH, WNIDS, devkit_tar
 
@@ -202,7 +202,7 @@ def test_killed_then_imported_again(tmp_path: Path, save: Save) -> None:
             save(f"{split}/{name}")
     new, straight = tmp_path / "new", tmp_path / "straight"
     call = "import_layout(Path(sys.argv[1]), Path(sys.argv[2]))"
-    before = "from harness.data.import_layout import import_layout\n"
+    before = "from harness.data.prepare.import_layout import import_layout\n"
     # renames: the source's record, two links, then four PNGs
     killed = child(call, tmp_path / "source", new, before=before + KILL_AT_RENAME.format(n=5))
     assert killed.returncode == -signal.SIGKILL, killed.stderr

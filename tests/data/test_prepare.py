@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from harness.data.prepare import CIFAR10_CLASSES, prepare_cifar10, prepare_digits
-from harness.data.prepared_folder import MARKER, PARTIAL, Counts
+from harness.data.prepare.cifar10 import CIFAR10_CLASSES, prepare_cifar10
+from harness.data.prepare.digits import prepare_digits
+from harness.data.prepare.prepared_folder import MARKER, PARTIAL, Counts
 from tests.data.making import KILL_AT_RENAME, child, error_of, special, tar, tree
 
 # ---- digits

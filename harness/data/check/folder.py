@@ -28,8 +28,8 @@ from harness.data.check.findings import (
     Finding,
 )
 from harness.data.check.survey import survey
-from harness.data.layouts import SPLIT_BY_CLASS, Layout, recognise
 from harness.data.loaders.child_process import worker_processes
+from harness.data.prepare.layouts import SPLIT_BY_CLASS, Layout, recognise
 
 CHUNK = 8  # files that a process reads at a time
 LISTED = 20  # paths of a kind that a person is shown

@@ -28,7 +28,7 @@ from harness.data.check.findings import (
     UNUSED_FOLDER,
     Finding,
 )
-from harness.data.layouts import recognise
+from harness.data.prepare.layouts import recognise
 from harness.data.sources.image_format import TRAINED_ON, image_format
 from harness.data.sources.listing import SUFFIXES, equal_but_for_form, image_names, is_class_name
 from harness.errors import UserError

@@ -14,9 +14,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from harness.data.layouts import LabelledFile, recognise
 from harness.data.loaders.child_process import worker_processes
-from harness.data.prepared_folder import Counts, PreparedFolder, prepare
+from harness.data.prepare.layouts import LabelledFile, recognise
+from harness.data.prepare.prepared_folder import Counts, PreparedFolder, prepare
 from harness.data.sources.image_format import IMPORTED, TRAINED_ON, image_format
 from harness.data.sources.listing import SUFFIXES, equal_but_for_form, is_class_name
 from harness.errors import UserError

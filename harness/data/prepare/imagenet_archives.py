@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from harness.data.archive import members, opened, read, refusal
-from harness.data.prepared_folder import PreparedFolder
+from harness.data.prepare.archive import members, opened, read, refusal
+from harness.data.prepare.prepared_folder import PreparedFolder
 from harness.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"  # of 1000 archives WNID.tar, each of files WNID_NUMBER.JPEG

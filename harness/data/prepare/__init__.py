@@ -1,0 +1,1 @@
+"""Image folders made from archives and well-known data sets."""
