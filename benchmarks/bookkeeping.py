@@ -38,7 +38,7 @@ from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.schedule import lr_at
 from harness.rendezvous import rendezvous
-from harness.run_folder import RunFolder
+from harness.runs.run_folder import RunFolder
 from harness.step import Step, set_precision
 from harness.watchdog import Doing, Watchdog
 

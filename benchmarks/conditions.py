@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from harness.provenance import git_commit
+from harness.runs.environment import git_commit
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,7 +24,9 @@ from benchmarks.conditions import benchmark_parser, spread, write_results
 from benchmarks.loops import make_batches
 from benchmarks.startup import start, step_lines, write_config
 from benchmarks.step import case_config
-from harness.checkpoint import (
+from harness.distributed import World
+from harness.models.registry import build_model
+from harness.runs.checkpoint import (
     checkpoint_key,
     checkpoint_path,
     copy_to_host,
@@ -32,8 +34,6 @@ from harness.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from harness.distributed import World
-from harness.models.registry import build_model
 from harness.step import Step
 
 INTERVALS_S = (0.5, 2.0, 8.0)

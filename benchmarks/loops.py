@@ -40,7 +40,7 @@ from harness.interrupt import StopRequest
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
 from harness.models.registry import build_model
 from harness.run import Run
-from harness.run_folder import RunFolder
+from harness.runs.run_folder import RunFolder
 from harness.step import Step, autocast, set_precision
 from harness.train import on_device, run_steps, settle_graphs
 from harness.watchdog import Watchdog

@@ -27,9 +27,9 @@ from harness.data.sources.folder import Index
 from harness.distributed import World, world_from_environment
 from harness.errors import RunFailed, UserError
 from harness.interrupt import Stopped, StopRequest
-from harness.process_identity import ProcessIdentity
-from harness.provenance import code_digest, package_files, versions
 from harness.rendezvous import PROCESS, patience, rendezvous
+from harness.runs.environment import code_digest, package_files, versions
+from harness.runs.process_identity import ProcessIdentity
 
 # a rank may have values of its own of these keys of run, which change neither results nor what the
 # ranks do together

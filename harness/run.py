@@ -14,14 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.checkpoint import (
-    CheckpointWriter,
-    DamagedCheckpoint,
-    checkpoint_path,
-    copy_to_host,
-    load_checkpoint,
-    newest_checkpoint,
-)
 from harness.config.schema import Config
 from harness.data.batch import Batch, Loader
 from harness.data.batch_plan import BatchPlan
@@ -33,9 +25,17 @@ from harness.interrupt import ASK_EVERY_S, StopRequest
 from harness.journal import Journal, read_lines
 from harness.models.running_statistics import global_running_statistics
 from harness.profiling import Profile
-from harness.provenance import code_changes, code_record
 from harness.recipe.schedule import final_epochs, lr_at
-from harness.run_folder import RunFolder
+from harness.runs.checkpoint import (
+    CheckpointWriter,
+    DamagedCheckpoint,
+    checkpoint_path,
+    copy_to_host,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from harness.runs.environment import code_changes, code_record
+from harness.runs.run_folder import RunFolder
 from harness.step import Step
 from harness.teacher import AnyTeacher
 from harness.watchdog import Doing, Watchdog

@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.checkpoint import write_atomically
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.data.batch_plan import BatchPlan
@@ -38,6 +37,7 @@ from harness.errors import RunFailed, UserError
 from harness.evaluate import Evaluation
 from harness.interrupt import StopRequest
 from harness.roll_call import roll_call
+from harness.runs.checkpoint import write_atomically
 from harness.teacher import AnyTeacher, Teacher, load_teacher
 
 FORMAT_VERSION = 1

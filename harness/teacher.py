@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import checkpoint_key
 from harness.config.loading import default_run_folder
 from harness.config.schema import Config, DistillConfig, ModelConfig
 from harness.data.batch import Batch
@@ -18,7 +17,8 @@ from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
 from harness.models.registry import build_model
 from harness.models.weights import load_weights
-from harness.run_folder import RunFolder
+from harness.runs.checkpoint import checkpoint_key
+from harness.runs.run_folder import RunFolder
 from harness.step import Pixels, autocast, precision_within
 from harness.trained import Trained, load_trained
 

@@ -38,17 +38,17 @@ from harness.distributed import (
 )
 from harness.errors import FAILED, STOPPED, RunFailed, UserError
 from harness.graph_trial import try_graphs
-from harness.headline import Headline, headline, read_headline
 from harness.host_memory import keep_freed_memory
 from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
 from harness.models.registry import build_without_weights, check_model, load_start_weights
 from harness.objective import build_objective
-from harness.provenance import describe_environment
 from harness.recipe.minibatch import Minibatch
 from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint
-from harness.run_folder import Fenced, RunFolder
+from harness.runs.environment import describe_environment
+from harness.runs.headline import Headline, headline, read_headline
+from harness.runs.run_folder import Fenced, RunFolder
 from harness.soft_targets import crop_epochs, open_teacher, write_cache
 from harness.step import Step, set_precision
 from harness.watchdog import Doing, Watchdog

@@ -13,11 +13,6 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from harness.checkpoint import (
-    DamagedCheckpoint,
-    load_checkpoint,
-    newest_checkpoint,
-)
 from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
 from harness.data.batch import Batch
@@ -29,6 +24,7 @@ from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
 from harness.models.registry import build_without_weights
 from harness.output_file import check_output, write_output
+from harness.runs.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint
 from harness.step import Pixels, set_precision
 
 

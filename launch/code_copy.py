@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.provenance import COMMIT, code_commit, package_files
+from harness.runs.environment import COMMIT, code_commit, package_files
 
 PACKAGES = ("harness", "launch")
 # python -m puts the working directory, often the checkout, before all else on Python's path;

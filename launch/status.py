@@ -14,8 +14,8 @@ from typing import Any
 
 from harness.config.schema import NO_EXPECTATION
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
-from harness.headline import read_headline
-from harness.provenance import recorded_code_changes
+from harness.runs.environment import recorded_code_changes
+from harness.runs.headline import read_headline
 from launch.job import CANNOT_WRITE, WAITING, Job, Silent, find_job
 from launch.records import Record, read_records, records_folder
 from launch.task import read_status

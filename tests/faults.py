@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.checkpoint import list_checkpoints, load_checkpoint
+from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from tests.conftest import rank_environment
 from tests.limits import Limit
 

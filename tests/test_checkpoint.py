@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.checkpoint import (
+from harness.errors import UserError
+from harness.runs.checkpoint import (
     DamagedCheckpoint,
     checkpoint_key,
     checkpoint_path,
@@ -14,7 +15,6 @@ from harness.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from harness.errors import UserError
 from tests.conftest import start_ranks
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from harness.journal import read_log
+from harness.runs.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from harness.train import train
 from tests.conftest import free_port, harness
 from tests.faults import SLOW_STEP, newest_step, read_until, start, wait_for
@@ -25,8 +25,8 @@ WRITER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from harness.checkpoint import checkpoint_path, newest_checkpoint
-from harness.checkpoint import prune_checkpoints, save_checkpoint
+from harness.runs.checkpoint import checkpoint_path, newest_checkpoint
+from harness.runs.checkpoint import prune_checkpoints, save_checkpoint
 
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 moments = random.Random(1)

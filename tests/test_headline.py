@@ -6,7 +6,7 @@ import pytest
 
 from harness.cli import main
 from harness.config.loading import load_config
-from harness.headline import Headline, headline, read_headline, recorded_headline
+from harness.runs.headline import Headline, headline, read_headline, recorded_headline
 from harness.train import train
 from launch.status import finished_error
 

@@ -16,7 +16,7 @@ from harness.journal import read_log
 from harness.micro_batch import candidates, fastest_micro_batch, random_pixels
 from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
-from harness.run_folder import RunFolder
+from harness.runs.run_folder import RunFolder
 from harness.step import Step
 from harness.train import train
 from tests.conftest import harness

@@ -19,13 +19,13 @@ import yaml
 from torch import Tensor
 
 from harness import load_config
-from harness.checkpoint import list_checkpoints, load_checkpoint
 from harness.data.batch import Loader
 from harness.data.loaders.choice import open_loader
 from harness.distributed import process_group, world_from_environment
 from harness.journal import read_log
 from harness.models.registry import build_model
 from harness.rendezvous import rendezvous
+from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.step import Step, set_precision
 from harness.train import on_device, prepare, train
 from tests.conftest import SMALL, free_port, start_ranks

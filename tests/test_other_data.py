@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from harness import load_config
-from harness.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from harness.config.schema import Config
 from harness.errors import UserError
+from harness.runs.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from harness.train import train
 
 

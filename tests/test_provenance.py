@@ -14,9 +14,12 @@ import torch
 import harness
 from benchmarks.conditions import write_results
 from harness import load_config
-from harness.checkpoint import list_checkpoints, load_checkpoint
 from harness.journal import read_lines
-from harness.provenance import (
+from harness.report.happenings import happenings
+from harness.report.runs import read_run
+from harness.run import Run
+from harness.runs.checkpoint import list_checkpoints, load_checkpoint
+from harness.runs.environment import (
     code_changes,
     code_digest,
     describe_environment,
@@ -24,9 +27,6 @@ from harness.provenance import (
     package_files,
     recorded_code_changes,
 )
-from harness.report.happenings import happenings
-from harness.report.runs import read_run
-from harness.run import Run
 from harness.train import train
 from launch.records import Record, records_folder, write_records
 from launch.status import table

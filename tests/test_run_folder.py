@@ -5,7 +5,7 @@ import json
 import pytest
 
 from harness import load_config
-from harness.run_folder import Fenced, RunFolder
+from harness.runs.run_folder import Fenced, RunFolder
 from tests.faults import wait_for
 
 

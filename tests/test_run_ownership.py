@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import UserError, load_config, process_identity, run_ownership
+from harness import UserError, load_config
 from harness.atomic_file import write_atomically
-from harness.checkpoint import checkpoint_path, save_checkpoint
 from harness.interrupt import Stopped, StopRequest
-from harness.process_identity import ProcessIdentity
-from harness.run_folder import RunFolder
-from harness.run_ownership import Fenced, Launch
+from harness.runs import ownership as run_ownership
+from harness.runs import process_identity
+from harness.runs.checkpoint import checkpoint_path, save_checkpoint
+from harness.runs.ownership import Fenced, Launch
+from harness.runs.process_identity import ProcessIdentity
+from harness.runs.run_folder import RunFolder
 
 HERE = ProcessIdentity.of(os.getpid())
 OWNER = """
@@ -192,7 +194,7 @@ def test_a_full_disk_does_not_make_a_run_look_dead(small, tmp_path, monkeypatch)
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("harness.run_folder.write_atomically", full)
+    monkeypatch.setattr("harness.runs.run_folder.write_atomically", full)
     before = run.ownership._signs()
     assert not run.write_status("running")
     assert run.ownership._signs() != before

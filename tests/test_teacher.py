@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.checkpoint import list_checkpoints
 from harness.cli import main
 from harness.config.schema import Config
 from harness.data.loaders.choice import open_loader
@@ -17,6 +16,7 @@ from harness.errors import UserError
 from harness.journal import read_log
 from harness.models.registry import build_model
 from harness.objective import build_objective
+from harness.runs.checkpoint import list_checkpoints
 from harness.step import Pixels, Step
 from harness.teacher import load_teacher
 from harness.train import prepare, train

@@ -11,10 +11,10 @@ import torchvision
 from safetensors.torch import load_file
 
 from harness import load_config
-from harness.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from harness.cli import main
 from harness.journal import read_log
 from harness.models.registry import build_model
+from harness.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from harness.train import train
 from harness.trained import load_trained
 

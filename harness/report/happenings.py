@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from harness.provenance import recorded_code_changes
 from harness.recipe.schedule import lr_at
 from harness.report.runs import RecordedRun
+from harness.runs.environment import recorded_code_changes
 
 KEPT = ("device", "precision", "loader", "micro_batch")  # of a start; a resume may change them
 AGREES = 1e-6  # lr, relative: that it is the config's

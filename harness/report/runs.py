@@ -13,9 +13,9 @@ from typing import Any
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.errors import UserError
-from harness.headline import Headline, recorded_headline
 from harness.journal import read_lines, standing_lines
 from harness.recipe.schedule import final_epochs
+from harness.runs.headline import Headline, recorded_headline
 
 
 @dataclass(frozen=True)

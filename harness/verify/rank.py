@@ -43,10 +43,10 @@ from harness.evaluate import evaluate
 from harness.interrupt import Stopped, StopRequest
 from harness.models.registry import build_model
 from harness.models.running_statistics import global_running_statistics
-from harness.provenance import describe_environment
 from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint
-from harness.run_folder import RunFolder
+from harness.runs.environment import describe_environment
+from harness.runs.run_folder import RunFolder
 from harness.step import Step, set_precision
 from harness.train import on_device, prepare, run_steps
 from harness.verify.loaders import Fed, Interrupting, summed

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from benchmarks import conditions, loaders
-from harness.provenance import git_commit
+from harness.runs.environment import git_commit
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import yaml
 import harness
 import launch
 from harness.errors import UserError
-from harness.provenance import code_commit, code_digest
+from harness.runs.environment import code_commit, code_digest
 from launch.__main__ import main
 from launch.code_copy import CodeCopy
 from launch.records import read_records
@@ -53,7 +53,7 @@ def test_the_copy_is_the_packages_with_their_data_and_commit(written):
 
 
 PROBE = """
-import harness, launch.task, harness.provenance as p
+import harness, launch.task, harness.runs.environment as p
 print(harness.__file__, launch.task.__file__, p.code_commit(), p.code_digest())
 """
 

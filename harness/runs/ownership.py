@@ -11,10 +11,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint import checkpoint_key, list_checkpoints
 from harness.errors import RunFailed, UserError
 from harness.interrupt import Stopped, StopRequest
-from harness.process_identity import ProcessIdentity
+from harness.runs.checkpoint import checkpoint_key, list_checkpoints
+from harness.runs.process_identity import ProcessIdentity
 
 # A file replaced on an NFS server may stay hidden from another client for 60 s (acdirmax, nfs(5)).
 # The rest is for the heartbeat's interval of 10 s and for a slow write.

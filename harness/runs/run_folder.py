@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.atomic_file import write_atomically
-from harness.checkpoint import list_checkpoints
 from harness.config.loading import curve_differences, dump_config, load_config
 from harness.config.schema import Config
 from harness.errors import UserError
-from harness.run_ownership import Fenced, Launch, RunOwnership
+from harness.runs.checkpoint import list_checkpoints
+from harness.runs.ownership import Fenced, Launch, RunOwnership
 
 ROUNDING = ("precision", "compile", "gradient_precision", "loader")  # keys of run: they change it
 HEARTBEAT_S = 10.0

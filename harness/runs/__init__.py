@@ -1,0 +1,1 @@
+"""Run folders: state, checkpoints, logs, environment."""
