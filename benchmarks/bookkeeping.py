@@ -32,7 +32,6 @@ from benchmarks.loops import LOG_EVERY_STEPS, make_batches
 from benchmarks.step import Case, case_config
 from harness.distributed import World, barrier, process_group, world_from_environment
 from harness.interrupt import Agreement, StopRequest
-from harness.journal import Journal
 from harness.metrics import Metrics
 from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
@@ -40,6 +39,7 @@ from harness.recipe.schedule import lr_at
 from harness.rendezvous import rendezvous
 from harness.runs.run_folder import RunFolder
 from harness.step import Step, set_precision
+from harness.training.run_logger import RunLogger
 from harness.watchdog import Doing, Watchdog
 
 CASES = [Case("resnet8", 16, 32, 8, 8), Case("resnet20", 32, 32, 4, 4)]
@@ -128,7 +128,7 @@ class Loop:
         if world.rank == 0:
             self.folder.open(self.config, {})
             self.folder.write_status("running")
-        self.journal = Journal(self.folder.path if world.rank == 0 else None, self.config, 0)
+        self.journal = RunLogger(self.folder.path if world.rank == 0 else None, self.config, 0)
         self.stop, self.done = StopRequest(), 0
 
     def with_all(self, steps: int) -> None:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from harness.atomic_file import write_atomically
 from harness.config.schema import PROFILE_TRACED, PROFILE_WARM_UP
 from harness.distributed import World
-from harness.journal import Journal
 from harness.step import Step, no_part
+from harness.training.run_logger import RunLogger
 
 PARTS = ("data wait", "forward", "backward", "all-reduce exposed", "optimizer")
 BUSY = ("data wait", "forward", "backward", "optimizer")  # a rank's own; the rest is waiting
@@ -91,7 +91,7 @@ class Profile:
         world: World,
         control: dist.ProcessGroup | None,
         folder: Path,
-        journal: Journal,
+        journal: RunLogger,
     ) -> None:
         self._steps, self._step, self._world, self._control = steps, step, world, control
         self._folder, self._journal = folder / "profile", journal

@@ -22,7 +22,6 @@ from harness.distributed import World, first_ranks, first_reason
 from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
 from harness.interrupt import ASK_EVERY_S, StopRequest
-from harness.journal import Journal, read_lines
 from harness.models.running_statistics import global_running_statistics
 from harness.profiling import Profile
 from harness.recipe.schedule import final_epochs, lr_at
@@ -35,9 +34,11 @@ from harness.runs.checkpoint import (
     newest_checkpoint,
 )
 from harness.runs.environment import code_changes, code_record
+from harness.runs.logging.jsonl import read_lines
 from harness.runs.run_folder import RunFolder
 from harness.step import Step
 from harness.teacher import AnyTeacher
+from harness.training.run_logger import RunLogger
 from harness.watchdog import Doing, Watchdog
 
 OVERFLOWS_IN_ROW = 20  # float16: from 65536 the scale has then fallen below 1
@@ -62,7 +63,7 @@ class Run:
     watchdog: Watchdog
     teacher: AnyTeacher | None = None
     ask_every_s: float = ASK_EVERY_S  # seconds of steps between two messages of the agreement
-    journal: Journal = field(init=False)
+    journal: RunLogger = field(init=False)
     profile: Profile = field(init=False)
     writer: CheckpointWriter = field(init=False)
     first_step: int = 0
@@ -79,7 +80,7 @@ class Run:
         )
         changes = self._code_changes()
         path = self.folder.path if self.world.rank == 0 else None
-        self.journal = Journal(path, self.config, self.first_step)
+        self.journal = RunLogger(path, self.config, self.first_step)
         self.profile = Profile(
             self.config.run.profile_steps,
             self.first_step,

@@ -33,9 +33,9 @@ from harness.config.schema import (
     RunConfig,
 )
 from harness.errors import UserError
-from harness.journal import read_log
 from harness.plan import make_plan, render_plan
 from harness.recipe.schedule import lr_at
+from harness.runs.logging.jsonl import read_log
 from harness.train import train
 from tests.launch.test_submit import CLUSTER
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from harness import load_config
-from harness.journal import read_log
+from harness.runs.logging.jsonl import read_log
 from harness.train import train
 from tests.conftest import free_port
 from tests.faults import children_of, newest_step, wait_for

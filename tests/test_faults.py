@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.journal import read_log
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from harness.runs.logging.jsonl import read_log
 from harness.train import train
 from tests.conftest import free_port, harness
 from tests.faults import SLOW_STEP, newest_step, read_until, start, wait_for

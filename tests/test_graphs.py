@@ -9,8 +9,8 @@ import torch
 from harness import load_config
 from harness.graph_trial import try_graphs
 from harness.graphs import CudaCapture, GraphedModel
-from harness.journal import read_log
 from harness.models.registry import build_model
+from harness.runs.logging.jsonl import read_log
 from harness.step import Step
 from tests.conftest import free_port
 from tests.faults import start

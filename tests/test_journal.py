@@ -3,8 +3,9 @@ import os
 
 from harness.config.loading import load_config
 from harness.evaluate import Evaluation
-from harness.journal import Journal, read_log
 from harness.metrics import Reading
+from harness.runs.logging.jsonl import read_log
+from harness.training.run_logger import RunLogger
 
 READING = Reading(
     loss=0.5,
@@ -17,7 +18,7 @@ READING = Reading(
 
 
 def test_plain_lines_when_the_output_is_no_terminal(small, tmp_path, capsys):
-    journal = Journal(tmp_path, load_config(small()), 0)
+    journal = RunLogger(tmp_path, load_config(small()), 0)
     journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
     journal.evaluation_line(5, Evaluation(correct=351, top5_correct=360, total=360, loss=0.25))
     journal.close()
@@ -33,7 +34,7 @@ def test_plain_lines_when_the_output_is_no_terminal(small, tmp_path, capsys):
 def test_a_run_folder_whose_name_is_not_utf8_has_a_log(small, tmp_path, capsys):
     folder = tmp_path / os.fsdecode(b"run\xe9")
     folder.mkdir()
-    journal = Journal(folder, load_config(small()), 0)
+    journal = RunLogger(folder, load_config(small()), 0)
     journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
     journal.close()
     assert "tensorboard': not written: the name is not UTF-8" in capsys.readouterr().out
@@ -42,14 +43,14 @@ def test_a_run_folder_whose_name_is_not_utf8_has_a_log(small, tmp_path, capsys):
 
 def test_the_log_leaves_out_torn_and_superseded_lines(small, tmp_path):
     config = load_config(small())
-    journal = Journal(tmp_path, config, 0)
+    journal = RunLogger(tmp_path, config, 0)
     for step in (5, 10, 12):
         journal.event("train", step, loss=float(step))
     journal.close()
     log = tmp_path / "log.jsonl"
     with log.open("a") as file:
         file.write('{"event": "train", "step": 1')  # a write cut off by a crash
-    journal = Journal(tmp_path, config, 10)
+    journal = RunLogger(tmp_path, config, 10)
     journal.event("resume", 10)
     journal.event("train", 12, loss=-12.0)
     journal.close()
@@ -67,7 +68,7 @@ def test_the_log_leaves_out_torn_and_superseded_lines(small, tmp_path):
 def test_tensorboard_has_the_curves(small, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    journal = Journal(tmp_path, load_config(small()), 0)
+    journal = RunLogger(tmp_path, load_config(small()), 0)
     journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
     journal.evaluation_line(5, Evaluation(correct=351, top5_correct=360, total=360, loss=0.25))
     journal.close()
@@ -77,7 +78,7 @@ def test_tensorboard_has_the_curves(small, tmp_path):
 
 
 def test_other_ranks_write_nothing(small, tmp_path, capsys):
-    journal = Journal(None, load_config(small()), 0)
+    journal = RunLogger(None, load_config(small()), 0)
     journal.event("train", 1)
     journal.train_line(2, READING, lr=0.1, data_wait_s=0.0)
     journal.close()

@@ -12,10 +12,10 @@ from harness import load_config
 from harness.compilation import compile_blocks
 from harness.distributed import World
 from harness.errors import RunFailed
-from harness.journal import read_log
 from harness.micro_batch import candidates, fastest_micro_batch, random_pixels
 from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
+from harness.runs.logging.jsonl import read_log
 from harness.runs.run_folder import RunFolder
 from harness.step import Step
 from harness.train import train

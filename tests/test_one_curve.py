@@ -22,10 +22,10 @@ from harness import load_config
 from harness.data.batch import Loader
 from harness.data.loaders.choice import open_loader
 from harness.distributed import process_group, world_from_environment
-from harness.journal import read_log
 from harness.models.registry import build_model
 from harness.rendezvous import rendezvous
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
+from harness.runs.logging.jsonl import read_log
 from harness.step import Step, set_precision
 from harness.train import on_device, prepare, train
 from tests.conftest import SMALL, free_port, start_ranks

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from harness.journal import read_log
 from harness.profiling import PARTS, straggling_rank
+from harness.runs.logging.jsonl import read_log
 from tests.conftest import start_ranks
 
 

@@ -14,7 +14,6 @@ import torch
 import harness
 from benchmarks.conditions import write_results
 from harness import load_config
-from harness.journal import read_lines
 from harness.report.happenings import happenings
 from harness.report.runs import read_run
 from harness.run import Run
@@ -27,6 +26,7 @@ from harness.runs.environment import (
     package_files,
     recorded_code_changes,
 )
+from harness.runs.logging.jsonl import read_lines
 from harness.train import train
 from launch.records import Record, records_folder, write_records
 from launch.status import table

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from harness.journal import read_log
+from harness.runs.logging.jsonl import read_log
 from tests.conftest import free_port
 
 

@@ -14,7 +14,7 @@ from harness.data.loaders.choice import open_loader
 from harness.data.sampling import crops, permutation
 from harness.distributed import world_from_environment
 from harness.errors import UserError
-from harness.journal import read_log
+from harness.runs.logging.jsonl import read_log
 from harness.soft_targets import Rows, all_shards, open_teacher
 from harness.train import prepare, train
 from tests.conftest import harness

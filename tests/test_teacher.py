@@ -13,10 +13,10 @@ from harness.data.loaders.choice import open_loader
 from harness.data.sources.folder import load_index
 from harness.distributed import world_from_environment
 from harness.errors import UserError
-from harness.journal import read_log
 from harness.models.registry import build_model
 from harness.objective import build_objective
 from harness.runs.checkpoint import list_checkpoints
+from harness.runs.logging.jsonl import read_log
 from harness.step import Pixels, Step
 from harness.teacher import load_teacher
 from harness.train import prepare, train

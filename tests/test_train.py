@@ -21,10 +21,10 @@ from harness import load_config
 from harness.cli import main
 from harness.errors import UserError
 from harness.interrupt import Stopped
-from harness.journal import read_log
 from harness.models.registry import build_model
 from harness.run import Diverged
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
+from harness.runs.logging.jsonl import read_log
 from harness.train import train
 from harness.trained import load_trained
 from tests.conftest import free_port, harness, start_ranks

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from harness import load_config
 from harness.cli import main
-from harness.journal import read_log
 from harness.models.registry import build_model
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from harness.runs.logging.jsonl import read_log
 from harness.train import train
 from harness.trained import load_trained
 

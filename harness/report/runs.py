@@ -13,9 +13,9 @@ from typing import Any
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.errors import UserError
-from harness.journal import read_lines, standing_lines
 from harness.recipe.schedule import final_epochs
 from harness.runs.headline import Headline, recorded_headline
+from harness.runs.logging.jsonl import read_lines, standing_lines
 
 
 @dataclass(frozen=True)

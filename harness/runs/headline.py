@@ -10,8 +10,8 @@ from typing import Any
 
 from harness.config.loading import load_config
 from harness.config.schema import Config
-from harness.journal import read_log
 from harness.recipe.schedule import FINAL_EPOCHS, error_rule, final_epochs
+from harness.runs.logging.jsonl import read_log
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import pytest
 import torch
 import yaml
 
-from harness.journal import read_log
 from harness.runs.checkpoint import newest_checkpoint
+from harness.runs.logging.jsonl import read_log
 from launch.__main__ import main
 from tests.cluster.throwaway import ThrowawayCluster, missing, search_path, wait_for
 from tests.conftest import SMALL, free_port

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from harness.journal import read_log
+from harness.runs.logging.jsonl import read_log
 from launch.__main__ import main
 from launch.local import devices_here, only_command
 from launch.study import study_runs

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.journal import read_log
 from harness.report.page import VERDICTS
+from harness.runs.logging.jsonl import read_log
 from tests.report.conftest import HOSTILE
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from harness.errors import UserError
-from harness.journal import read_lines, read_log
 from harness.report.happenings import happenings
 from harness.report.runs import find_run_folders, read_run
+from harness.runs.logging.jsonl import read_lines, read_log
 
 
 def at(second: int) -> str:
