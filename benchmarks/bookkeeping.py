@@ -31,16 +31,16 @@ from benchmarks.conditions import benchmark_parser, spread, timed, write_results
 from benchmarks.loops import LOG_EVERY_STEPS, make_batches
 from benchmarks.step import Case, case_config
 from harness.distributed import World, barrier, process_group, world_from_environment
-from harness.interrupt import Agreement, StopRequest
 from harness.metrics import Metrics
 from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.schedule import lr_at
 from harness.rendezvous import rendezvous
+from harness.resilience.stopping import Agreement, StopRequest
+from harness.resilience.watchdog import Phase, Watchdog
 from harness.runs.run_folder import RunFolder
 from harness.step import Step, set_precision
 from harness.training.run_logger import RunLogger
-from harness.watchdog import Doing, Watchdog
 
 CASES = [Case("resnet8", 16, 32, 8, 8), Case("resnet20", 32, 32, 4, 4)]
 BLOCK_S = 0.25  # short, so that what else the machine does is the same for both of a pair
@@ -136,11 +136,11 @@ class Loop:
         self.step.metrics, agreement = self.counted, Agreement(self.group)
         with Watchdog(self.world, 300.0, self.stop) as watchdog:
             watchdog.join_ranks()
-            watched = watchdog.watch(self.batches, lambda: self.done, Doing.COMPUTING)
+            watched = watchdog.watch(self.batches, lambda: self.done, Phase.COMPUTING)
             threads_s = self.meter.threads_s()
             for _ in range(steps):
                 with self.meter("agreement"):
-                    watchdog.at(self.done, Doing.LOADING)
+                    watchdog.at(self.done, Phase.LOADING)
                 self.step(self.done, watched)
                 self.done += 1
                 with self.meter("agreement"):

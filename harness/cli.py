@@ -26,8 +26,8 @@ from harness.errors import (
     UserError,
     record_for_torchrun,
 )
+from harness.resilience.unfailing_output import unfailing_output
 from harness.startup import import_quickly
-from harness.unfailing_output import unfailing_output
 
 TORCHRUN_ENDS_OTHERS_S = 2.0
 
@@ -243,7 +243,7 @@ def _train(options: argparse.Namespace) -> int:
 
     import_quickly("harness.train")
     from harness.distributed import lost_rank
-    from harness.interrupt import Stopped
+    from harness.resilience.stopping import Stopped
     from harness.train import train_stages
 
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0

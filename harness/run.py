@@ -21,10 +21,11 @@ from harness.data.sources.digest import first_difference
 from harness.distributed import World, first_ranks, first_reason
 from harness.errors import RunFailed, UserError
 from harness.evaluate import evaluate
-from harness.interrupt import ASK_EVERY_S, StopRequest
 from harness.models.running_statistics import global_running_statistics
 from harness.profiling import Profile
 from harness.recipe.schedule import final_epochs, lr_at
+from harness.resilience.stopping import ASK_EVERY_S, StopRequest
+from harness.resilience.watchdog import Phase, Watchdog
 from harness.runs.checkpoint import (
     CheckpointWriter,
     DamagedCheckpoint,
@@ -39,7 +40,6 @@ from harness.runs.run_folder import RunFolder
 from harness.step import Step
 from harness.teacher import AnyTeacher
 from harness.training.run_logger import RunLogger
-from harness.watchdog import Doing, Watchdog
 
 OVERFLOWS_IN_ROW = 20  # float16: from 65536 the scale has then fallen below 1
 
@@ -133,11 +133,11 @@ class Run:
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches from the first step on, under the watchdog's eyes."""
         batches = self.loader.train(self.first_step)
-        return self.watchdog.watch(batches, lambda: self.done, Doing.COMPUTING)
+        return self.watchdog.watch(batches, lambda: self.done, Phase.COMPUTING)
 
     def log_line(self, done: int) -> None:
         """Reads the metrics since the last line. Synchronises. Raises Diverged, on all ranks."""
-        self.watchdog.at(done, Doing.LOGGING)
+        self.watchdog.at(done, Phase.LOGGING)
         self._report_checkpoints()
         reading = self.step.metrics.read(len(self.step.replaced))
         if reading.replaced:
@@ -179,7 +179,7 @@ class Run:
     def evaluate(self, done: int) -> None:
         """Evaluates with the running statistics of all workers. Synchronises."""
         network = self.step.network
-        batches = self.watchdog.watch(self.loader.evaluate(), lambda: done, Doing.EVALUATING)
+        batches = self.watchdog.watch(self.loader.evaluate(), lambda: done, Phase.EVALUATING)
         with global_running_statistics(network, self.feed.share):
             evaluation = evaluate(self.config, network, batches, self.step.pixels)
         self.errors[done // self.config.steps_per_epoch] = evaluation.error
@@ -191,7 +191,7 @@ class Run:
         if self.teacher is None or self.first_step > 0:
             return
         evaluation = self.teacher.evaluate(
-            lambda: self.watchdog.watch(self.loader.evaluate(), lambda: 0, Doing.EVALUATING)
+            lambda: self.watchdog.watch(self.loader.evaluate(), lambda: 0, Phase.EVALUATING)
         )
         self.journal.teacher_line(evaluation, self.teacher.identity)
         self.journal.restart_clock()
@@ -210,7 +210,7 @@ class Run:
 
     def save(self, done: int) -> None:
         """Hands a copy of finite weights to the thread that writes checkpoints. Synchronises."""
-        self.watchdog.at(done, Doing.SAVING)
+        self.watchdog.at(done, Phase.SAVING)
         network = self.step.network
         if not bool(torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all()):
             raise self._diverged(done - 1, "the weights are not finite")
@@ -223,7 +223,7 @@ class Run:
 
     def saved(self, done: int) -> str:
         """What became of the checkpoint of step `done`, once the disk has it or refused it."""
-        self.watchdog.at(done, Doing.SAVING)
+        self.watchdog.at(done, Phase.SAVING)
         self._report_checkpoints(finish=True)
         if not self.not_written:
             return "checkpoint written"

@@ -39,11 +39,12 @@ from harness.distributed import (
 from harness.errors import FAILED, STOPPED, RunFailed, UserError
 from harness.graph_trial import try_graphs
 from harness.host_memory import keep_freed_memory
-from harness.interrupt import Agreement, Stopped, StopRequest
 from harness.micro_batch import fastest_micro_batch
 from harness.models.registry import build_without_weights, check_model, load_start_weights
 from harness.objective import build_objective
 from harness.recipe.minibatch import Minibatch
+from harness.resilience.stopping import Agreement, Stopped, StopRequest
+from harness.resilience.watchdog import Phase, Watchdog
 from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint
 from harness.runs.environment import describe_environment
@@ -51,7 +52,6 @@ from harness.runs.headline import Headline, headline, read_headline
 from harness.runs.run_folder import Fenced, RunFolder
 from harness.soft_targets import crop_epochs, open_teacher, write_cache
 from harness.step import Step, set_precision
-from harness.watchdog import Doing, Watchdog
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run_steps(run: Run) -> None:
     agreement = Agreement(run.control, run.ask_every_s)
     batches = run.batches()
     for step in range(run.first_step, config.total_steps):
-        run.watchdog.at(step, Doing.LOADING)
+        run.watchdog.at(step, Phase.LOADING)
         run.step(step, batches)
         done = run.done = step + 1
         run.profile.after_step(done)  # synchronises, in its few steps
@@ -278,7 +278,7 @@ def settle_micro_batch(
             feed.minibatch,
             world.world_size,
             control,
-            lambda tried: watchdog.at(0, Doing.STARTING, tried),
+            lambda tried: watchdog.at(0, Phase.STARTING, tried),
         )
     feed.use_micro_batch(images)
     step.micro_batches = len(feed.micro_batches)
@@ -297,7 +297,7 @@ def settle_graphs(
 ) -> None:
     """On GPUs, where `run.compile` is on: passes are replayed if that is faster."""
     if step.device.type == "cuda" and step.config.run.compile is True:
-        watchdog.at(0, Doing.STARTING, 2 * feed.micro_batch)  # after what settle_micro_batch tried
+        watchdog.at(0, Phase.STARTING, 2 * feed.micro_batch)  # after what settle_micro_batch tried
         try_graphs(step, feed.sizes, control)
 
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from harness.data.loaders.child_process import worker_processes
-from harness.interrupt import Agreement, StopRequest
-from harness.unfailing_output import unfailing_output
+from harness.resilience.stopping import Agreement, StopRequest
+from harness.resilience.unfailing_output import unfailing_output
 from tests.conftest import start_ranks
 
 
@@ -38,7 +38,7 @@ def test_alone_the_answer_is_immediate():
 AGREE = """
 import sys
 from harness.distributed import process_group, world_from_environment
-from harness.interrupt import Agreement
+from harness.resilience.stopping import Agreement
 from harness.rendezvous import rendezvous
 world = world_from_environment("cpu")
 step_s = [float(word) for word in sys.argv[1:]][world.rank]
@@ -118,7 +118,7 @@ def test_a_child_leaves_a_closed_terminal_to_its_parent():
 
 CHATTY = """
 import os, sys
-from harness.unfailing_output import unfailing_output
+from harness.resilience.unfailing_output import unfailing_output
 with unfailing_output():
     print("heard", flush=True)
     os.read(0, 1)

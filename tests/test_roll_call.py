@@ -16,8 +16,8 @@ import harness.roll_call
 from harness import load_config
 from harness.data.sources.folder import load_index
 from harness.errors import RunFailed, UserError
-from harness.interrupt import Stopped
 from harness.rendezvous import patience
+from harness.resilience.stopping import Stopped
 from harness.roll_call import OWN_KEYS, Card, _settings, attend, pronounce
 from tests.conftest import free_port, rank_environment
 

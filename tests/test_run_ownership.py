@@ -17,7 +17,7 @@ import torch
 
 from harness import UserError, load_config
 from harness.atomic_file import write_atomically
-from harness.interrupt import Stopped, StopRequest
+from harness.resilience.stopping import Stopped, StopRequest
 from harness.runs import ownership as run_ownership
 from harness.runs import process_identity
 from harness.runs.checkpoint import checkpoint_path, save_checkpoint
@@ -30,7 +30,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from harness import load_config, run_folder, run_ownership
-from harness.interrupt import StopRequest
+from harness.resilience.stopping import StopRequest
 run_folder.HEARTBEAT_S = run_folder.NEWS_S = 0.2
 run_ownership.WATCH_S = 2.0
 folder = run_folder.RunFolder(Path(sys.argv[1]))

@@ -20,8 +20,8 @@ import torchvision
 from harness import load_config
 from harness.cli import main
 from harness.errors import UserError
-from harness.interrupt import Stopped
 from harness.models.registry import build_model
+from harness.resilience.stopping import Stopped
 from harness.run import Diverged
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.logging.jsonl import read_log

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from harness.distributed import World
-from harness.interrupt import StopRequest
-from harness.watchdog import Watchdog
+from harness.resilience.stopping import StopRequest
+from harness.resilience.watchdog import Watchdog
 from tests.conftest import free_port
 from tests.faults import SLOW_STEP, newest_step, read_until, start, wait_for
 
@@ -19,7 +19,7 @@ TIMEOUT_S = 4
 
 def test_a_compilation_that_moves_on_is_no_hang(monkeypatch):
     clock = {"s": 0.0}
-    monkeypatch.setattr("harness.watchdog.time.monotonic", lambda: clock["s"])
+    monkeypatch.setattr("harness.resilience.watchdog.time.monotonic", lambda: clock["s"])
     watchdog = Watchdog(World(0, 1, 0, 1, "alone", torch.device("cpu")), TIMEOUT_S, StopRequest())
     assert watchdog.place().age_s == 0
     clock["s"] = 2.0 * TIMEOUT_S

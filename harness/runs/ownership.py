@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import RunFailed, UserError
-from harness.interrupt import Stopped, StopRequest
+from harness.resilience.stopping import Stopped, StopRequest
 from harness.runs.checkpoint import checkpoint_key, list_checkpoints
 from harness.runs.process_identity import ProcessIdentity
 

@@ -40,9 +40,10 @@ from harness.distributed import (
 )
 from harness.errors import FINISHED, USER_ERROR, UserError
 from harness.evaluate import evaluate
-from harness.interrupt import Stopped, StopRequest
 from harness.models.registry import build_model
 from harness.models.running_statistics import global_running_statistics
+from harness.resilience.stopping import Stopped, StopRequest
+from harness.resilience.watchdog import Phase, Watchdog
 from harness.roll_call import roll_call
 from harness.run import Run, choose_checkpoint
 from harness.runs.environment import describe_environment
@@ -51,7 +52,6 @@ from harness.step import Step, set_precision
 from harness.train import on_device, prepare, run_steps
 from harness.verify.loaders import Fed, Interrupting, summed
 from harness.verify.setting import SHARED_GPU, Request
-from harness.watchdog import Doing, Watchdog
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Rank:
         self._say("evaluation")
         counted = np.zeros(self.config.data.val_images, dtype=np.int64)
         with global_running_statistics(step.network, self.feed.share):
-            batches = self.watchdog.watch(self.loader.evaluate(), lambda: 0, Doing.EVALUATING)
+            batches = self.watchdog.watch(self.loader.evaluate(), lambda: 0, Phase.EVALUATING)
             config = in_precision(self.config, "float64")
             count = lambda batch, _: np.add.at(counted, batch.ids.cpu().numpy(), 1)  # noqa: E731
             found = evaluate(config, step.network, batches, step.pixels, count)
@@ -182,7 +182,7 @@ class Rank:
 
     def _one_step(self, step: Step, number: int, batches: Iterator[Batch]) -> float:
         """Makes the step `number`; its loss over all ranks."""
-        self.watchdog.at(number, Doing.COMPUTING)
+        self.watchdog.at(number, Phase.COMPUTING)
         step(number, batches)
         return step.metrics.read().loss
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from harness.compilation import compiler_phases
 from harness.distributed import Reductions, World
 from harness.errors import FAILED, FINISHED, STOPPED, UserError, record_for_torchrun
-from harness.interrupt import StopRequest
 from harness.rendezvous import generation
+from harness.resilience.stopping import StopRequest
 
 GRACE_S = 20.0  # torchrun kills 30 s after it has handed a signal on; last words take some
 TABLES = 4  # a rank whose tick stands still over so many looks is frozen or gone
@@ -30,7 +30,7 @@ LAST_WORDS_S = 5.0  # for the status of a run that ends, on a disk that may hang
 T = TypeVar("T")
 
 
-class Doing(IntEnum):
+class Phase(IntEnum):
     """What a rank is at within a step, in the order of the loop."""
 
     STARTING = 0
@@ -43,7 +43,7 @@ class Doing(IntEnum):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankState:
     """Where a rank stands; of two ranks the one with the lesser `key` keeps the other waiting.
 
     `reductions` counts the gradient buckets this rank has sent; `age_s` how long it stands here;
@@ -70,7 +70,7 @@ class Place:
 
     @property
     def text(self) -> str:
-        return f"{self.name} at step {self.step}, {Doing(self.doing).name.lower()}"
+        return f"{self.name} at step {self.step}, {Phase(self.doing).name.lower()}"
 
 
 class Watchdog:
@@ -87,10 +87,10 @@ class Watchdog:
         self._poll_s = min(1.0, timeout_s / 10)
         self.reductions = Reductions()  # the step's own, once there is one
         self.record: Callable[[str, str], object] = lambda state, reason: None
-        self._where: tuple[int, Doing, int] = 0, Doing.STARTING, 0
+        self._where: tuple[int, Phase, int] = 0, Phase.STARTING, 0
         self._since: tuple[object, float] = None, time.monotonic()
         self._tick = 0
-        self._tables: deque[list[Place]] = deque(maxlen=TABLES)
+        self._tables: deque[list[RankState]] = deque(maxlen=TABLES)
         self._told_s = time.monotonic()  # when the store last answered
         self._store: dist.TCPStore | None = None
         self._verdict: tuple[int, str] | None = None  # exit code, reason
@@ -120,24 +120,24 @@ class Watchdog:
         self._threads.append(threading.Thread(target=self._tell, name="whereabouts", daemon=True))
         self._threads[-1].start()
 
-    def at(self, step: int, doing: Doing, batch: int = 0) -> None:
+    def at(self, step: int, doing: Phase, batch: int = 0) -> None:
         """The loop says where it is; costs nothing."""
         self._where = step, doing, batch
 
-    def watch(self, batches: Iterator[T], step: Callable[[], int], doing: Doing) -> Iterator[T]:
+    def watch(self, batches: Iterator[T], step: Callable[[], int], doing: Phase) -> Iterator[T]:
         """The same batches; on the way it notes whether they are waited for or worked on."""
         number = 0
         while True:
-            self.at(step(), Doing.LOADING if doing == Doing.COMPUTING else doing, 2 * number)
+            self.at(step(), Phase.LOADING if doing == Phase.COMPUTING else doing, 2 * number)
             try:
                 batch = next(batches)
             except StopIteration:
-                return self.at(step(), Doing.WAITING)
+                return self.at(step(), Phase.WAITING)
             self.at(step(), doing, 2 * number + 1)
             number += 1
             yield batch
 
-    def place(self) -> Place:
+    def place(self) -> RankState:
         """Where this rank stands, and for how long."""
         now_s = time.monotonic()
         # compiling takes minutes, in phases of seconds: no rank hangs while they follow each other
@@ -147,7 +147,9 @@ class Watchdog:
         (step, doing, batch), sent, _ = here
         age_s = now_s - self._since[1]
         host, pid = socket.gethostname(), os.getpid()
-        return Place(self._world.rank, host, pid, self._tick, age_s, step, sent, int(doing), batch)
+        return RankState(
+            self._world.rank, host, pid, self._tick, age_s, step, sent, int(doing), batch
+        )
 
     def explain(self, error: str) -> tuple[int, str]:
         """(exit code, reason) behind an `error` of the process group: asks the other ranks."""
@@ -192,13 +194,13 @@ class Watchdog:
             if place.age_s > self._timeout_s and (verdict := self._diagnosis(place)):
                 self.end(*verdict)
 
-    def _grace_is_over(self, place: Place) -> bool:
+    def _grace_is_over(self, place: RankState) -> bool:
         asked_s = self._stop.asked_at_s
-        if asked_s is None or place.doing == Doing.SAVING:  # a checkpoint on its way is let through
+        if asked_s is None or place.doing == Phase.SAVING:  # a checkpoint on its way is let through
             return False
         return time.monotonic() - asked_s > self._grace_s
 
-    def _diagnosis(self, place: Place) -> tuple[int, str] | None:
+    def _diagnosis(self, place: RankState) -> tuple[int, str] | None:
         """Who keeps this rank waiting; None while the others still move, or nothing is known."""
         for_s = f"for {self._timeout_s:g} s (run.hang_timeout_s)"
         if self._verdict:
@@ -220,7 +222,7 @@ class Watchdog:
             return self._pronounce(FAILED, f"all ranks stand still {for_s}, as {behind[0].text}")
         return self._pronounce(FAILED, f"{', '.join(p.text for p in behind)}: stands still {for_s}")
 
-    def _silent(self) -> list[Place]:
+    def _silent(self) -> list[RankState]:
         """Ranks whose process does not tick any more."""
         if len(self._tables) < TABLES:
             return []
@@ -259,7 +261,7 @@ class Watchdog:
             try:
                 self._store.set(self._key(self._world.rank), json.dumps(asdict(place)))
                 if place.age_s > self._timeout_s / 2 or self._asked.is_set():
-                    table = [Place(**json.loads(text)) for text in self._store.multi_get(keys)]
+                    table = [RankState(**json.loads(text)) for text in self._store.multi_get(keys)]
                     if self._store.check([self._key("verdict")]):
                         self._read_verdict(self._store.get(self._key("verdict")).decode())
                     self._tables.append(table)

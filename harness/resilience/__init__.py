@@ -1,0 +1,1 @@
+"""Stop requests, hung ranks, and how a run ends."""
