@@ -26,7 +26,7 @@ from benchmarks import hosts
 from benchmarks.all_reduce_rank import INSIDE
 from benchmarks.conditions import benchmark_parser, write_results
 from benchmarks.scaling import DELAYED, DELAYED_SPEEDS, ONE_THREAD, SPEEDS, place
-from harness.communication import Link, Network, Workload, step_time
+from harness.planning.step_time_model import Link, Network, Workload, step_time
 
 NODES, LOCAL_RANKS = 4, 2
 NO_LINK = Link(0.0, float("inf"))

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.conditions import at_least_two, spread
 from benchmarks.hosts import Interface
 from benchmarks.scaling_rank import Waits
-from harness.communication import MIB
+from harness.planning.step_time_model import MIB
 
 PATIENCE = timedelta(hours=1)  # of ranks that take no part in what is measured
 SIZES = (MIB // 4, MIB)  # bytes summed

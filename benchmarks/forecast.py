@@ -1,4 +1,4 @@
-"""What the model of harness/communication.py says of the paper's machines and of newer ones.
+"""What the model of harness/planning/step_time_model.py says of the paper's machines and of newer ones.
 
     python -m benchmarks.forecast
 
@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from harness.communication import (
+from harness.config.loading import load_config
+from harness.models.registry import build_model
+from harness.planning.runtime import BACKWARD_SHARE, Hardware, gradient_layers, multiply_adds
+from harness.planning.step_time_model import (
     BUCKET_BYTES,
     FIRST_BUCKET_BYTES,
     MIB,
@@ -24,9 +27,6 @@ from harness.communication import (
     keeping_up_bytes_per_s,
     step_time,
 )
-from harness.config.loading import load_config
-from harness.models.registry import build_model
-from harness.prediction import BACKWARD_SHARE, Hardware, gradient_layers, multiply_adds
 
 CONFIG = Path(__file__).parents[1] / "configs/imagenet/resnet50_8192.yaml"
 GBIT = 1e9 / 8  # bytes

@@ -27,7 +27,7 @@ from benchmarks.conditions import benchmark_parser, write_results
 from benchmarks.scaling_model import judge
 from benchmarks.scaling_plot import draw
 from benchmarks.scaling_rank import BUCKET_BYTES, GRADIENT_BYTES, WAIT_S
-from harness.communication import efficiency
+from harness.planning.step_time_model import efficiency
 
 CONFIG = "configs/quickstart.yaml"
 SPEEDS = (10.0, 30.0, 100.0, 300.0, 1000.0)  # Mbit/s

@@ -1,4 +1,4 @@
-"""Fits the model of harness/communication.py to a part of what was measured, predicts the rest."""
+"""Fits the model of harness/planning/step_time_model.py to a part of what was measured, predicts the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from scipy.optimize import least_squares
 
 from benchmarks.scaling_rank import BUCKET_BYTES, GRADIENT_BYTES, LAYERS
-from harness.communication import Layer, Link, Network, Workload, fill_buckets, step_time
+from harness.planning.step_time_model import Layer, Link, Network, Workload, fill_buckets, step_time
 
 BACKWARD_SHARE = 2 / 3  # of a step's wait
 BUCKETS = tuple(

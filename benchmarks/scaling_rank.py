@@ -31,7 +31,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.conditions import at_least_two, conditions, spread
 from benchmarks.hosts import shape_this_host
-from harness.communication import MIB
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.data.batch import Batch
@@ -44,6 +43,7 @@ from harness.distributed import (
 from harness.graph_trial import try_graphs
 from harness.host_memory import keep_freed_memory
 from harness.models.registry import build_model
+from harness.planning.step_time_model import MIB
 from harness.recipe.minibatch import Minibatch
 from harness.slurm_step import use_slurm_rendezvous
 from harness.step import BUFFER_SYNC, Step, set_precision

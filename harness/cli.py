@@ -218,10 +218,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    import_quickly("harness.plan")
+    import_quickly("harness.planning.plan")
     from harness.config.stages import load_stages
-    from harness.plan import make_plan, render_plan
-    from harness.prediction import Hardware
+    from harness.planning.plan import make_plan, render_plan
+    from harness.planning.runtime import Hardware
 
     try:
         steps = [int(step) for step in options.lr_at.split(",") if step.strip()]

@@ -193,8 +193,8 @@ def _beside(options: argparse.Namespace) -> TextIO:
 
 def _show_whole_plans(runs: Sequence[Any], cluster: Any, to: TextIO) -> None:
     """A wrong config never reaches the queue."""
-    from harness.plan import make_plan, render_plan
-    from harness.prediction import Hardware
+    from harness.planning.plan import make_plan, render_plan
+    from harness.planning.runtime import Hardware
 
     hardware = Hardware(cluster.gpus_per_node)
     plans = [
@@ -209,7 +209,7 @@ def _show_plans(
     teachers: Sequence[Any], runs: Sequence[Any], ranks: int, to: TextIO | None = None
 ) -> None:
     """A line for each teacher and variant: a wrong one is told before anything starts."""
-    from harness.plan import make_plan
+    from harness.planning.plan import make_plan
 
     one_of_each = {run.name: run for run in teachers}
     one_of_each |= {run.run.parent.name: run for run in runs}  # seeds change no plan

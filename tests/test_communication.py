@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.communication import (
+from harness.planning.step_time_model import (
     Bucket,
     Layer,
     Link,

@@ -12,14 +12,9 @@ from harness.cli import main
 from harness.config.loading import config_from_mapping, load_config
 from harness.config.schema import Config
 from harness.errors import UserError
-from harness.lr_picture import COLUMNS, ROWS, draw_lr
 from harness.models.registry import build_model
-from harness.plan import (
-    check_facts,
-    inspect_model,
-    make_plan,
-    render_plan,
-)
+from harness.planning.lr_plot import COLUMNS, ROWS, draw_lr
+from harness.planning.plan import check_facts, inspect_model, make_plan, render_plan
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 
 CONFIGS = Path(__file__).parents[1] / "configs"

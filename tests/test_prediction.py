@@ -11,7 +11,7 @@ from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.errors import UserError
 from harness.models.registry import build_model
-from harness.prediction import (
+from harness.planning.runtime import (
     Hardware,
     gradient_layers,
     multiply_adds,

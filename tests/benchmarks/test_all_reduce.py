@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks import all_reduce, hosts
 from benchmarks.all_reduce_rank import by_nodes, halving_doubling
-from harness.communication import MIB
+from harness.planning.step_time_model import MIB
 from tests.conftest import start_ranks
 
 ROOT = Path(__file__).parents[2]

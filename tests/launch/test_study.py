@@ -5,7 +5,7 @@ import pytest
 from harness.config.errors import ConfigError
 from harness.config.loading import load_config
 from harness.errors import UserError
-from harness.plan import make_plan
+from harness.planning.plan import make_plan
 from harness.recipe.schedule import peak_lr, warmup_steps
 from launch.cluster import load_cluster
 from launch.study import load_study, study_folder, study_runs

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.communication import (
+from harness.config.schema import Config
+from harness.errors import UserError
+from harness.planning.step_time_model import (
     Layer,
     Link,
     Network,
@@ -22,8 +24,6 @@ from harness.communication import (
     fill_buckets,
     step_time,
 )
-from harness.config.schema import Config
-from harness.errors import UserError
 from harness.recipe.minibatch import Minibatch
 
 # published: ResNet-50, 224 × 224, PyTorch with mixed precision on one H200 (Lambda's benchmark)

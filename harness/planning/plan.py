@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from harness.config.schema import NO_EXPECTATION, Config, ExpectConfig
 from harness.config.stages import Stage
 from harness.errors import UserError
-from harness.lr_picture import COLUMNS, draw_lr
 from harness.models.registry import build_model, build_without_weights, check_model
-from harness.prediction import Hardware, predict, render_prediction
+from harness.planning.lr_plot import COLUMNS, draw_lr
+from harness.planning.runtime import Hardware, predict, render_prediction
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer

@@ -1,0 +1,1 @@
+"""The dry run, and predictions of step time and run time."""
