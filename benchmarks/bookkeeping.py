@@ -31,7 +31,7 @@ from benchmarks.conditions import benchmark_parser, spread, timed, write_results
 from benchmarks.loops import LOG_EVERY_STEPS, make_batches
 from benchmarks.step import Case, case_config
 from harness.distributed import World, barrier, process_group, world_from_environment
-from harness.metrics import Metrics
+from harness.execution.precision import set_precision
 from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.schedule import lr_at
@@ -39,8 +39,9 @@ from harness.rendezvous import rendezvous
 from harness.resilience.stopping import Agreement, StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.runs.run_folder import RunFolder
-from harness.step import Step, set_precision
+from harness.training.metrics import Metrics
 from harness.training.run_logger import RunLogger
+from harness.training.step import Step
 
 CASES = [Case("resnet8", 16, 32, 8, 8), Case("resnet20", 32, 32, 4, 4)]
 BLOCK_S = 0.25  # short, so that what else the machine does is the same for both of a pair

@@ -35,13 +35,14 @@ from harness.config.schema import Config, DistillConfig
 from harness.data.batch import Batch
 from harness.data.loaders.choice import open_loader
 from harness.distributed import World, world_from_environment
-from harness.evaluate import Evaluation
+from harness.execution.evaluation import Evaluation
+from harness.execution.precision import set_precision
 from harness.models.registry import build_model
-from harness.objective import build_objective
 from harness.soft_targets import CachedTeacher, Rows, all_shards
-from harness.step import Step, set_precision
 from harness.teacher import AnyTeacher, Teacher, load_teacher
-from harness.train import prepare
+from harness.training.objective import build_objective
+from harness.training.setup import prepare
+from harness.training.step import Step
 
 STEPS_A_BLOCK = 2
 CACHED_EPOCHS = 2

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from benchmarks.conditions import benchmark_parser, spread, write_results
-from harness.compilation import compile_blocks, compiler_settings
 from harness.config.loading import config_from_mapping
+from harness.execution.compilation import compile_blocks, compiler_settings
+from harness.execution.precision import set_precision
 from harness.models.ghost_batch_norm import RunningStatistics, ghost_batch_norms, kernel_device
 from harness.models.registry import build_model
-from harness.step import set_precision
 
 WORKER_BATCH = 32  # n
 # model, pixels, workers a micro-batch (m)

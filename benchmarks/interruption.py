@@ -34,7 +34,7 @@ from harness.runs.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from harness.step import Step
+from harness.training.step import Step
 
 INTERVALS_S = (0.5, 2.0, 8.0)
 

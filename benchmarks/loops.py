@@ -35,15 +35,17 @@ from harness.data.batch import Batch
 from harness.data.batch_plan import BatchPlan
 from harness.data.sources.folder import Index
 from harness.distributed import World
-from harness.host_memory import keep_freed_memory
+from harness.execution.precision import autocast, set_precision
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
 from harness.models.registry import build_model
 from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Watchdog
-from harness.run import Run
 from harness.runs.run_folder import RunFolder
-from harness.step import Step, autocast, set_precision
-from harness.train import on_device, run_steps, settle_graphs
+from harness.training.loop import run_steps
+from harness.training.run import Run
+from harness.training.setup import on_device, settle_graphs
+from harness.training.step import Step
+from harness.training.tuning.malloc import keep_freed_memory
 
 OURS, BARE = "this project", "bare PyTorch"
 LOG_EVERY_STEPS = 20

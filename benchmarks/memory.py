@@ -24,7 +24,7 @@ import torch
 from benchmarks.conditions import benchmark_parser, resident_mb, spread, versions, write_results
 from benchmarks.loops import BARE, LOOPS, Unavailable, build, make_batches
 from benchmarks.step import Case, case_config
-from harness.step import set_precision
+from harness.execution.precision import set_precision
 
 CPU_CASES = [Case("resnet20", 32, 128, 1, 1), Case("resnet50", 64, 32, 1, 1)]
 GPU_CASES = [Case("resnet50", 224, 32, 8, 8)]

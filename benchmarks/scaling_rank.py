@@ -40,13 +40,14 @@ from harness.distributed import (
     sum_gradients,
     world_from_environment,
 )
-from harness.graph_trial import try_graphs
-from harness.host_memory import keep_freed_memory
+from harness.execution.precision import set_precision
 from harness.models.registry import build_model
 from harness.planning.step_time_model import MIB
 from harness.recipe.minibatch import Minibatch
 from harness.slurm_step import use_slurm_rendezvous
-from harness.step import BUFFER_SYNC, Step, set_precision
+from harness.training.step import BUFFER_SYNC, Step
+from harness.training.tuning.cuda_graph_trial import try_graphs
+from harness.training.tuning.malloc import keep_freed_memory
 
 Block = Callable[[int], None]  # so many steps
 WARM_UP_STEPS = 3  # DDP makes its buckets anew after the first

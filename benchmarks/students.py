@@ -34,7 +34,7 @@ import torch
 from benchmarks.conditions import write_results
 from harness.config.loading import load_config
 from harness.runs.logging.jsonl import read_log
-from harness.train import cache_soft_targets, train
+from harness.training.setup import cache_soft_targets, train
 
 MACHINE = ["run.loader=memory", "run.device=cpu"]
 Variants = Mapping[str, list[str]]  # the overrides of each

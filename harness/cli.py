@@ -241,10 +241,10 @@ def _train(options: argparse.Namespace) -> int:
     stages = load_stages(options.config, options.overrides)  # a mistake is told before torch loads
     from harness.config.schema import NO_EXPECTATION
 
-    import_quickly("harness.train")
+    import_quickly("harness.training.setup")
     from harness.distributed import lost_rank
     from harness.resilience.stopping import Stopped
-    from harness.train import train_stages
+    from harness.training.setup import train_stages
 
     first = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
     try:
@@ -290,9 +290,9 @@ def _cache(options: argparse.Namespace) -> int:
         raise UserError(f"--epochs {options.epochs}: at least 1 is needed")
     if options.top is not None and not 1 <= options.top < config.data.classes:
         raise UserError(f"--top {options.top}: give 1 to {config.data.classes - 1}, or leave it")
-    import_quickly("harness.train")
+    import_quickly("harness.training.setup")
     from harness.distributed import lost_rank
-    from harness.train import cache_soft_targets
+    from harness.training.setup import cache_soft_targets
 
     try:
         folder = cache_soft_targets(config, teachers, options.epochs, options.dtype, options.top)
@@ -344,8 +344,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    import_quickly("harness.trained")
-    from harness.trained import evaluate_trained, load_trained
+    import_quickly("harness.execution.trained_model")
+    from harness.execution.trained_model import evaluate_trained, load_trained
 
     evaluation = evaluate_trained(load_trained(options.run, options.overrides), options.predictions)
     low, high = evaluation.error_interval()
@@ -371,8 +371,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    import_quickly("harness.trained")
-    from harness.trained import export_trained, load_trained
+    import_quickly("harness.execution.trained_model")
+    from harness.execution.trained_model import export_trained, load_trained
 
     print(export_trained(load_trained(options.run), options.to))
     return FINISHED

@@ -34,7 +34,7 @@ from harness.data.sources.digest import first_difference
 from harness.data.sources.folder import Index, index_checksum
 from harness.distributed import World, barrier, process_group
 from harness.errors import RunFailed, UserError
-from harness.evaluate import Evaluation
+from harness.execution.evaluation import Evaluation
 from harness.resilience.stopping import StopRequest
 from harness.roll_call import roll_call
 from harness.runs.checkpoint import write_atomically

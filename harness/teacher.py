@@ -14,13 +14,14 @@ from harness.config.loading import default_run_folder
 from harness.config.schema import Config, DistillConfig, ModelConfig
 from harness.data.batch import Batch
 from harness.errors import UserError
-from harness.evaluate import Evaluation, evaluate
+from harness.execution.evaluation import Evaluation, evaluate
+from harness.execution.precision import autocast, precision_within
+from harness.execution.preprocess import Preprocess
+from harness.execution.trained_model import TrainedModel, load_trained
 from harness.models.registry import build_model
 from harness.models.weights import load_weights
 from harness.runs.checkpoint import checkpoint_key
 from harness.runs.run_folder import RunFolder
-from harness.step import Pixels, autocast, precision_within
-from harness.trained import Trained, load_trained
 
 
 class AnyTeacher(Protocol):
@@ -63,7 +64,7 @@ class Teacher:
         }
         self.network = model.to(dtype).eval().requires_grad_(False)
         self._model: nn.Module = self.network
-        self._pixels = Pixels(config, torch.device("cpu"))
+        self._pixels = Preprocess(config, torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
         self.network.to(device)
@@ -71,7 +72,7 @@ class Teacher:
             self.network.to(memory_format=torch.channels_last)
         if self._config.run.compile is True:
             self._model = torch.compile(self.network)  # type: ignore[assignment]
-        self._pixels = Pixels(self._config, device)
+        self._pixels = Preprocess(self._config, device)
 
     @torch.no_grad()
     def __call__(self, step: int, batch: Batch) -> Tensor:
@@ -111,7 +112,7 @@ def load_teacher(config: Config, class_names: Sequence[str]) -> Teacher:
     return Teacher(config.model_copy(update={"data": data, "run": run}), trained.model)
 
 
-def _load(config: Config, distill: DistillConfig) -> Trained:
+def _load(config: Config, distill: DistillConfig) -> TrainedModel:
     path = Path(distill.teacher)
     if distill.teacher_config or path.is_dir():
         if distill.teacher_model is not None:
@@ -132,10 +133,10 @@ def _load(config: Config, distill: DistillConfig) -> Trained:
     config = config.model_copy(update={"model": ModelConfig(name=distill.teacher_model)})
     model = build_model(config)
     load_weights(model, path, "distill.teacher", "distill.teacher_model, or of other classes")
-    return Trained(config, model, path)
+    return TrainedModel(config, model, path)
 
 
-def _load_run(folder: Path, named: Path) -> Trained:
+def _load_run(folder: Path, named: Path) -> TrainedModel:
     status = RunFolder(folder).read_status()
     if status.get("state") != "finished":
         how = status.get("state", "not there")
@@ -154,7 +155,7 @@ def _load_run(folder: Path, named: Path) -> Trained:
 
 
 def _check_classes(
-    teacher: str, trained: Trained, config: Config, class_names: Sequence[str]
+    teacher: str, trained: TrainedModel, config: Config, class_names: Sequence[str]
 ) -> None:
     """The count, and the names where the teacher's are known: runs keep them, state dicts not."""
     theirs, ours = trained.config.data.classes, config.data.classes

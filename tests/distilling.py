@@ -13,7 +13,7 @@ import yaml
 from harness import load_config
 from harness.cli import main
 from harness.data.prepare.digits import prepare_digits
-from harness.train import train
+from harness.training.setup import train
 from tests.conftest import SMALL
 
 Student = Callable[..., Path]

@@ -16,14 +16,14 @@ from tests.limits import Limit
 PROGRAM = """
 import os, sys, time
 from harness.startup import import_quickly
-import_quickly("harness.train")
+import_quickly("harness.training.setup")
 rank = int(os.environ.get("RANK", 0))
 {plant}
 from harness.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 SLOW_STEP = """
-from harness.step import Step
+from harness.training.step import Step
 def slow(usual=Step.__call__):
     def call(self, step, batches):
         if step == {step} and rank == {rank}:

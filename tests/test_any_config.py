@@ -36,7 +36,7 @@ from harness.errors import UserError
 from harness.planning.plan import make_plan, render_plan
 from harness.recipe.schedule import lr_at
 from harness.runs.logging.jsonl import read_log
-from harness.train import train
+from harness.training.setup import train
 from tests.launch.test_submit import CLUSTER
 
 EXPLORE = int(os.environ.get("EXPLORE", "1"))

@@ -7,7 +7,7 @@ import pytest
 from harness import load_config
 from harness.errors import UserError
 from harness.runs.logging.jsonl import read_log
-from harness.train import train
+from harness.training.setup import train
 from tests.conftest import harness
 
 

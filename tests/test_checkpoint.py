@@ -218,7 +218,7 @@ from harness.distributed import process_group, world_from_environment
 from harness.errors import UserError
 from tests.conftest import start_ranks
 from harness.rendezvous import rendezvous
-from harness.run import load_alike
+from harness.training.run import load_alike
 
 world = world_from_environment("cpu")
 with process_group(world, rendezvous(world, 60), 60) as control:

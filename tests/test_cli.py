@@ -7,7 +7,7 @@ import pytest
 
 from harness import __version__, load_config
 from harness.cli import main
-from harness.train import train
+from harness.training.setup import train
 from tests.conftest import harness
 
 HEAVY = {"torch", "numpy", "pydantic", "yaml", "torchvision", "PIL"}

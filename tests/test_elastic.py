@@ -11,7 +11,7 @@ import pytest
 
 from harness import load_config
 from harness.runs.logging.jsonl import read_log
-from harness.train import train
+from harness.training.setup import train
 from tests.conftest import free_port
 from tests.faults import children_of, newest_step, wait_for
 from tests.test_train import assert_same, final_weights

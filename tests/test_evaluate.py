@@ -1,6 +1,6 @@
 import pytest
 
-from harness.evaluate import Evaluation
+from harness.execution.evaluation import Evaluation
 
 
 def test_errors_in_percent():

@@ -16,7 +16,7 @@ import torch
 from harness import load_config
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from harness.runs.logging.jsonl import read_log
-from harness.train import train
+from harness.training.setup import train
 from tests.conftest import free_port, harness
 from tests.faults import SLOW_STEP, newest_step, read_until, start, wait_for
 from tests.test_train import assert_same, final_weights
@@ -244,7 +244,7 @@ def test_a_cut_off_incarnation_notices_and_writes_nothing_more(small, tmp_path):
 
 
 NAN = """
-from harness.step import Step
+from harness.training.step import Step
 usual = Step._forward_backward
 steps = []
 def call(self, step, batch):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.graph_trial import try_graphs
-from harness.graphs import CudaCapture, GraphedModel
 from harness.models.registry import build_model
 from harness.runs.logging.jsonl import read_log
-from harness.step import Step
+from harness.training.step import Step
+from harness.training.tuning.cuda_graph_trial import try_graphs
+from harness.training.tuning.cuda_graphs import CudaCapture, GraphedModel
 from tests.conftest import free_port
 from tests.faults import start
 from tests.recorded_graph import RecordedCapture
@@ -75,7 +75,9 @@ def test_evaluation_and_other_sizes_are_not_replayed(small):
 def timed(monkeypatch, plain_s, replayed_s):
     """A clock by which a step's passes take so long."""
     clock = {"s": 0.0}
-    monkeypatch.setattr("harness.graph_trial.time.perf_counter", lambda: clock["s"])
+    monkeypatch.setattr(
+        "harness.training.tuning.cuda_graph_trial.time.perf_counter", lambda: clock["s"]
+    )
     rehearse = Step.rehearse
 
     def slowly(step, pixels, local=True):
@@ -232,12 +234,12 @@ def test_without_a_trial_there_are_none(small):
 
 
 REPLAYED = """
-import harness.graph_trial as trial
-import harness.train
+import harness.training.tuning.cuda_graph_trial as trial
+import harness.training.setup
 from tests.test_graphs import RecordedCapture, Refused
 trial.GAIN = -1e9  # what only pretends to be a graph is slower
 capture = Refused() if rank == {refused} else RecordedCapture()
-harness.train.settle_graphs = lambda step, feed, control, watchdog: trial.try_graphs(
+harness.training.setup.settle_graphs = lambda step, feed, control, watchdog: trial.try_graphs(
     step, feed.sizes, control, capture
 )
 """

@@ -7,7 +7,7 @@ import pytest
 
 LOOP = """
 import resource, sys, torch
-from harness.host_memory import keep_freed_memory
+from harness.training.tuning.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 torch.set_num_threads(1)

@@ -2,12 +2,12 @@ import json
 import os
 
 from harness.config.loading import load_config
-from harness.evaluate import Evaluation
-from harness.metrics import Reading
+from harness.execution.evaluation import Evaluation
 from harness.runs.logging.jsonl import read_log
+from harness.training.metrics import TrainMetrics
 from harness.training.run_logger import RunLogger
 
-READING = Reading(
+READING = TrainMetrics(
     loss=0.5,
     error=12.5,
     replaced=0,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from harness.metrics import Metrics
+from harness.training.metrics import Metrics
 
 
 def add(metrics: Metrics, loss: float, correct: int, images: int) -> None:

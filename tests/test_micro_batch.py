@@ -9,16 +9,16 @@ import torch
 import yaml
 
 from harness import load_config
-from harness.compilation import compile_blocks
 from harness.distributed import World
 from harness.errors import RunFailed
-from harness.micro_batch import candidates, fastest_micro_batch, random_pixels
+from harness.execution.compilation import compile_blocks
 from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.runs.logging.jsonl import read_log
 from harness.runs.run_folder import RunFolder
-from harness.step import Step
-from harness.train import train
+from harness.training.setup import train
+from harness.training.step import Step
+from harness.training.tuning.micro_batch import candidates, fastest_micro_batch, random_pixels
 from tests.conftest import harness
 from tests.test_train import final_weights
 
@@ -42,7 +42,9 @@ class Timed:
 
     def __init__(self, monkeypatch, ms_an_image):
         self.ms_an_image, self.clock_s, self.asked, self.forgotten = ms_an_image, 0.0, [], 0
-        monkeypatch.setattr("harness.micro_batch.time.perf_counter", lambda: self.clock_s)
+        monkeypatch.setattr(
+            "harness.training.tuning.micro_batch.time.perf_counter", lambda: self.clock_s
+        )
 
     def rehearse(self, pixels):
         images = len(pixels)
@@ -86,7 +88,9 @@ def test_only_the_size_that_was_found_is_compiled(small, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("harness.step.compile_blocks", partial(compile_blocks, backend=count))
+    monkeypatch.setattr(
+        "harness.training.step.compile_blocks", partial(compile_blocks, backend=count)
+    )
     config = load_config(small(), ["run.compile=true"])
     step = Step(config, build_model(config), ALONE, [range(8)])
     images = fastest_micro_batch(step, Minibatch(8, 32), 1, None, lambda images: None)

@@ -22,12 +22,13 @@ from harness import load_config
 from harness.data.batch import Loader
 from harness.data.loaders.choice import open_loader
 from harness.distributed import process_group, world_from_environment
+from harness.execution.precision import set_precision
 from harness.models.registry import build_model
 from harness.rendezvous import rendezvous
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.logging.jsonl import read_log
-from harness.step import Step, set_precision
-from harness.train import on_device, prepare, train
+from harness.training.setup import on_device, prepare, train
+from harness.training.step import Step
 from tests.conftest import SMALL, free_port, start_ranks
 from tests.limits import starting
 

@@ -15,7 +15,7 @@ from harness import load_config
 from harness.config.schema import Config
 from harness.errors import UserError
 from harness.runs.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from harness.train import train
+from harness.training.setup import train
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from harness.profiling import PARTS, straggling_rank
 from harness.runs.logging.jsonl import read_log
+from harness.training.profiling import PARTS, straggling_rank
 from tests.conftest import start_ranks
 
 
@@ -36,8 +36,8 @@ def test_chance_makes_no_straggler():
 SLOW = """
 import os, sys, time
 from harness import load_config
-from harness.step import Pixels
-from harness.train import train
+from harness.execution.preprocess import Preprocess as Pixels
+from harness.training.setup import train
 
 usual = Pixels.__call__
 def slow(self, images):

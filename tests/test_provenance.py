@@ -16,7 +16,6 @@ from benchmarks.conditions import write_results
 from harness import load_config
 from harness.report.happenings import happenings
 from harness.report.runs import read_run
-from harness.run import Run
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.environment import (
     code_changes,
@@ -27,7 +26,8 @@ from harness.runs.environment import (
     recorded_code_changes,
 )
 from harness.runs.logging.jsonl import read_lines
-from harness.train import train
+from harness.training.run import Run
+from harness.training.setup import train
 from launch.records import Record, records_folder, write_records
 from launch.status import table
 
@@ -257,7 +257,7 @@ def cut_back(run, step):
 def test_a_run_resumed_under_other_code_says_so_everywhere(small, tmp_path, monkeypatch, capsys):
     config, run, described = load_config(small()), tmp_path / "run", {}
     monkeypatch.setattr(
-        "harness.train.describe_environment",
+        "harness.training.setup.describe_environment",
         lambda device, ranks: describe_environment(device, ranks) | described,
     )
 

@@ -89,9 +89,9 @@ def test_one_machine_has_one_path_to_a_run_folder_and_two_machines_may_have_two(
 
 
 def test_the_first_differing_file_of_the_code_is_named():
-    files = [{"harness/cli.py": "1", "harness/step.py": rank} for rank in "ab"]
+    files = [{"harness/cli.py": "1", "harness/training/step.py": rank} for rank in "ab"]
     ends = call(CARD, other(1, code="c1"), look_up=lambda rank, topic, name: files[rank])
-    assert "rank 1 on node7: harness/step.py is different than on rank 0" in refusal(ends)
+    assert "rank 1 on node7: harness/training/step.py is different than on rank 0" in refusal(ends)
 
 
 def rename_a_class(folder: Path) -> None:
@@ -225,7 +225,10 @@ def test_ranks_that_run_other_code_both_end_with_code_2(small, tmp_path):
     ranks = [start_rank(arguments, rank_environment(r, 2, port), folders[r]) for r in (0, 1)]
     (code, (line,)), (other_code, (other_line,)) = map(ended, ranks)
     assert (code, other_code) == (2, 2)
-    assert line.startswith("error: rank 1 on ") and "harness/evaluate.py is different" in line
+    assert (
+        line.startswith("error: rank 1 on ")
+        and "harness/execution/evaluation.py is different" in line
+    )
     assert other_line.endswith(line.removeprefix("error: "))
     assert not (tmp_path / "run").exists()
 

@@ -10,8 +10,8 @@ import pytest
 from harness.cli import main
 from harness.config.stages import load_stages
 from harness.errors import UserError
-from harness.run import Run
 from harness.runs.logging.jsonl import read_log
+from harness.training.run import Run
 from tests.conftest import free_port, start_ranks
 from tests.distilling import TENTH, one_line
 from tests.test_train import assert_same, final_weights, stop_after

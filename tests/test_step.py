@@ -11,16 +11,12 @@ import torch._dynamo as dynamo
 import torch.distributed as dist
 
 from harness import load_config
-from harness.compilation import compile_blocks, uncompiled
 from harness.data.batch import Batch
 from harness.distributed import World
+from harness.execution.compilation import compile_blocks, uncompiled
+from harness.execution.precision import FLOAT32_SETTINGS, precision_within, set_precision
 from harness.models.registry import build_model
-from harness.step import (
-    FLOAT32_SETTINGS,
-    Step,
-    precision_within,
-    set_precision,
-)
+from harness.training.step import Step
 
 N, PIXELS = 4, 8
 
@@ -61,7 +57,7 @@ def test_compiled_blocks_are_the_same_step(small, device, monkeypatch):
     dynamo.utils.counters.clear()
     if device == "cpu":  # all but the C++ compiler's minute
         by_parts = partial(compile_blocks, backend="aot_eager")
-        monkeypatch.setattr("harness.step.compile_blocks", by_parts)
+        monkeypatch.setattr("harness.training.step.compile_blocks", by_parts)
     device = torch.device(device)
     plain = run_steps(make_step(small, device, precision="float64", compile=False))
     step = make_step(small, device, precision="float64", compile=True)
@@ -85,7 +81,9 @@ def test_ddp_does_not_cut_blocks(small, monkeypatch, tmp_path):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("harness.step.compile_blocks", partial(compile_blocks, backend=count))
+    monkeypatch.setattr(
+        "harness.training.step.compile_blocks", partial(compile_blocks, backend=count)
+    )
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -134,7 +132,7 @@ def test_a_precision_for_a_while_leaves_no_trace():
     # in a process of its own, with PyTorch's own defaults; then a setting for all is still for all
     code = """
 import torch
-from harness.step import precision_within
+from harness.execution.precision import precision_within
 from tests.test_step import float32_arithmetic
 before = float32_arithmetic()
 with precision_within("float32"):

@@ -13,14 +13,15 @@ from harness.data.loaders.choice import open_loader
 from harness.data.sources.folder import load_index
 from harness.distributed import world_from_environment
 from harness.errors import UserError
+from harness.execution.preprocess import Preprocess
+from harness.execution.trained_model import export_trained, load_trained
 from harness.models.registry import build_model
-from harness.objective import build_objective
 from harness.runs.checkpoint import list_checkpoints
 from harness.runs.logging.jsonl import read_log
-from harness.step import Pixels, Step
 from harness.teacher import load_teacher
-from harness.train import prepare, train
-from harness.trained import export_trained, load_trained
+from harness.training.objective import build_objective
+from harness.training.setup import prepare, train
+from harness.training.step import Step
 from tests.distilling import one_line
 from tests.test_train import assert_same, final_weights
 
@@ -73,7 +74,7 @@ def test_the_kl_divergence_is_logged_beside_the_loss(small, student, tmp_path):
     assert [line["step"] for line in lines if line["kl"] > 0] == [1, 2, 3, 4, 5]
     # the first step, from the networks themselves: the mean over its 256 images
     _, batch, theirs = first_logits(config, tmp_path)
-    pixels = Pixels(config, torch.device("cpu"))
+    pixels = Preprocess(config, torch.device("cpu"))
     ours = build_model(config).train()(pixels(batch.images))
     p, q = (theirs / 2).double().softmax(1), (ours / 2).double().softmax(1)
     divergence = (p * (p / q).log()).sum(1).mean().item()

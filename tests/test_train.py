@@ -20,13 +20,13 @@ import torchvision
 from harness import load_config
 from harness.cli import main
 from harness.errors import UserError
+from harness.execution.trained_model import load_trained
 from harness.models.registry import build_model
 from harness.resilience.stopping import Stopped
-from harness.run import Diverged
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.logging.jsonl import read_log
-from harness.train import train
-from harness.trained import load_trained
+from harness.training.run import Diverged
+from harness.training.setup import train
 from tests.conftest import free_port, harness, start_ranks
 from tests.faults import wait_for
 

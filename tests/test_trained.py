@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from harness import load_config
 from harness.cli import main
+from harness.execution.trained_model import load_trained
 from harness.models.registry import build_model
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from harness.runs.logging.jsonl import read_log
-from harness.train import train
-from harness.trained import load_trained
+from harness.training.setup import train
 
 
 @pytest.fixture
@@ -143,7 +143,9 @@ def test_an_exported_resnet_is_torchvisions(small, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(run, monkeypatch, capsys):
     for name in ("evaluate", "safetensors_bytes"):
-        monkeypatch.setattr(f"harness.trained.{name}", lambda *_: pytest.fail("the work has begun"))
+        monkeypatch.setattr(
+            f"harness.execution.trained_model.{name}", lambda *_: pytest.fail("the work has begun")
+        )
     for words in (["eval", str(run), "--predictions"], ["export", str(run), "--to"]):
         for file in ("/proc/p.safetensors", f"/tmp/{'p' * 300}.safetensors"):
             assert main([*words, file]) == 2

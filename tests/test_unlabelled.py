@@ -13,9 +13,9 @@ from harness.data.sampling import permutation
 from harness.data.sources.folder import load_index, load_indices, load_unlabelled
 from harness.distributed import world_from_environment
 from harness.errors import UserError
-from harness.metrics import Metrics
 from harness.runs.logging.jsonl import read_log
-from harness.train import prepare, train
+from harness.training.metrics import Metrics
+from harness.training.setup import prepare, train
 from tests.distilling import TENTH, one_line
 
 

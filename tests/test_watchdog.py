@@ -96,7 +96,7 @@ def test_a_hung_rank_is_told_from_the_one_that_waits_for_it(small, tmp_path):
 def test_a_slow_rank_that_moves_is_waited_for(small, tmp_path):
     """A step of 8 micro-batches takes 8 s, twice the limit; rank 0 waits, rank 1 moves."""
     plant = """
-from harness.step import Step
+from harness.training.step import Step
 usual = Step._forward_backward
 def slow(self, step, batch):
     time.sleep(1)

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from harness.compilation import compiler_phases
+from harness.compat import compiler_phases
 from harness.distributed import Reductions, World
 from harness.errors import FAILED, FINISHED, STOPPED, UserError, record_for_torchrun
 from harness.rendezvous import generation

@@ -16,8 +16,8 @@ from harness.runs.logging.jsonl import JsonlSink
 from harness.runs.logging.tensorboard import TensorBoardSink
 
 if TYPE_CHECKING:  # a log can be read without PyTorch
-    from harness.evaluate import Evaluation
-    from harness.metrics import Reading
+    from harness.execution.evaluation import Evaluation
+    from harness.training.metrics import TrainMetrics
 
 
 class RunLogger:
@@ -53,7 +53,7 @@ class RunLogger:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def train_line(self, step: int, reading: Reading, lr: float, data_wait_s: float) -> None:
+    def train_line(self, step: int, reading: TrainMetrics, lr: float, data_wait_s: float) -> None:
         """The line of the steps since the last one: log, TensorBoard and progress."""
         if self._file is None:
             return

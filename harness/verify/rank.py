@@ -39,17 +39,19 @@ from harness.distributed import (
     world_from_environment,
 )
 from harness.errors import FINISHED, USER_ERROR, UserError
-from harness.evaluate import evaluate
+from harness.execution.evaluation import evaluate
+from harness.execution.precision import set_precision
 from harness.models.registry import build_model
 from harness.models.running_statistics import global_running_statistics
 from harness.resilience.stopping import Stopped, StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.roll_call import roll_call
-from harness.run import Run, choose_checkpoint
 from harness.runs.environment import describe_environment
 from harness.runs.run_folder import RunFolder
-from harness.step import Step, set_precision
-from harness.train import on_device, prepare, run_steps
+from harness.training.loop import run_steps
+from harness.training.run import Run, choose_checkpoint
+from harness.training.setup import on_device, prepare
+from harness.training.step import Step
 from harness.verify.loaders import Fed, Interrupting, summed
 from harness.verify.setting import SHARED_GPU, Request
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from harness.config.loading import load_config
-from harness.run import Diverged
-from harness.train import train
+from harness.training.run import Diverged
+from harness.training.setup import train
 from tests.conftest import SMALL, harness, start_ranks
 
 HOSTILE = "</script><script>document.title = 'harmed'</script><img src=x onerror=alert(1)>"

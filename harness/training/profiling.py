@@ -20,8 +20,8 @@ import torch.distributed as dist
 from harness.atomic_file import write_atomically
 from harness.config.schema import PROFILE_TRACED, PROFILE_WARM_UP
 from harness.distributed import World
-from harness.step import Step, no_part
 from harness.training.run_logger import RunLogger
+from harness.training.step import Step, no_span
 
 PARTS = ("data wait", "forward", "backward", "all-reduce exposed", "optimizer")
 BUSY = ("data wait", "forward", "backward", "optimizer")  # a rank's own; the rest is waiting
@@ -114,7 +114,7 @@ class Profile:
             self._profiler.start()
         elif done == self._traced_to and self._profiler is not None:
             self._profiler.stop()
-            self._step.part, self._step.reductions.all_made = no_part, lambda: None
+            self._step.part, self._step.reductions.all_made = no_span, lambda: None
             self._report(self._profiler)
 
     def _measure(self) -> None:

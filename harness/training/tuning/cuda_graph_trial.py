@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.distributed import first_reason, greatest_of_ranks
-from harness.graphs import Capture, CudaCapture
-from harness.micro_batch import random_pixels, too_little_memory
-from harness.step import Step
+from harness.training.step import Step
+from harness.training.tuning.cuda_graphs import Capture, CudaCapture
+from harness.training.tuning.micro_batch import random_pixels, too_little_memory
 
 REPEATS = 5
 GAIN = 0.02  # by which a step has to be faster

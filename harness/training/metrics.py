@@ -15,7 +15,7 @@ NEVER = 2**62
 
 
 @dataclass(frozen=True)
-class Reading:
+class TrainMetrics:
     """Global means since the last reading."""
 
     loss: float
@@ -60,7 +60,7 @@ class Metrics:
         if overflow is not None:
             self._overflows.append(overflow)
 
-    def read(self, local_replaced: int = 0) -> Reading:
+    def read(self, local_replaced: int = 0) -> TrainMetrics:
         """Means over the ranks since the last reading. Synchronises device and ranks."""
         overflowed = self._overflowed()
         local = self._local_by_step().masked_fill_(overflowed.to(self.device), 0.0)
@@ -68,7 +68,7 @@ class Metrics:
         sums = sum_over_ranks(torch.cat([local[:2].sum(1), replaced, kl, local[2]]))
         loss, correct, images_replaced, divergence, *labelled = sums.tolist()
         counted = max(len(self._steps) - int(overflowed.sum()), 1)
-        reading = Reading(
+        reading = TrainMetrics(
             loss=loss / counted,
             error=100.0 * (1.0 - correct / sum(labelled)) if any(labelled) else math.nan,
             labelled_shares=[images / self.minibatch for images in labelled],

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.compilation import uncompiled
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.distributed import sum_over_ranks
-from harness.step import Pixels, autocast
+from harness.execution.compilation import uncompiled
+from harness.execution.precision import autocast
+from harness.execution.preprocess import Preprocess
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def evaluate(
     config: Config,
     model: nn.Module,
     batches: Iterable[Batch],
-    pixels: Pixels,
+    pixels: Preprocess,
     watch: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation:
     """Evaluates this rank's share of the validation set and sums the counts over the ranks.

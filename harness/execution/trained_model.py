@@ -21,15 +21,16 @@ from harness.data.loaders.choice import open_loader, resolve_loader, resolve_thr
 from harness.data.sources.folder import Index, check_count, check_headers, load_index, some_of
 from harness.distributed import world_from_environment
 from harness.errors import UserError
-from harness.evaluate import Evaluation, evaluate
+from harness.execution.evaluation import Evaluation, evaluate
+from harness.execution.precision import set_precision
+from harness.execution.preprocess import Preprocess
 from harness.models.registry import build_without_weights
 from harness.output_file import check_output, write_output
 from harness.runs.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint
-from harness.step import Pixels, set_precision
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A network as a checkpoint holds it, with the config it was trained by.
 
     `class_names` are in the order of the logits; none where they were not recorded.
@@ -47,7 +48,7 @@ def _warn(text: str) -> None:
 
 def load_trained(
     path: Path, overrides: Sequence[str] = (), report: Callable[[str], None] = _warn
-) -> Trained:
+) -> TrainedModel:
     """Reads the newest valid checkpoint of a run folder, or the checkpoint itself.
 
     `overrides` may change `run.*` only; `report` receives what is odd about checkpoints.
@@ -77,10 +78,10 @@ def load_trained(
     config = config_from_mapping(payload["config"], str(checkpoint), overrides)
     model = build_without_weights(config)
     model.load_state_dict(payload["model"], strict=True)
-    return Trained(config, model, checkpoint, payload.get("class_names", ()))
+    return TrainedModel(config, model, checkpoint, payload.get("class_names", ()))
 
 
-def load_validation(trained: Trained) -> Index:
+def load_validation(trained: TrainedModel) -> Index:
     """The validation images, each labelled with the network's class of its folder's name.
 
     The folder may have some of the network's classes only. Raises UserError where it has others,
@@ -115,7 +116,7 @@ def load_validation(trained: Trained) -> Index:
     return val.relabelled(classes)
 
 
-def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evaluation:
+def evaluate_trained(trained: TrainedModel, predictions: Path | None = None) -> Evaluation:
     """Evaluates on the whole validation set, in this one process.
 
     A validation image's label is the network's class of the name of its folder.
@@ -146,7 +147,7 @@ def evaluate_trained(trained: Trained, predictions: Path | None = None) -> Evalu
 
     try:
         model = trained.model.to(world.device, dtype)
-        pixels = Pixels(config, world.device)
+        pixels = Preprocess(config, world.device)
         evaluation = evaluate(
             config, model, loader.evaluate(), pixels, note if predictions else None
         )
@@ -165,7 +166,7 @@ def _predictions_csv(rows: list[tuple[str, str, str]]) -> str:
     return stream.getvalue()
 
 
-def export_trained(trained: Trained, file: Path) -> str:
+def export_trained(trained: TrainedModel, file: Path) -> str:
     """Writes the plain float32 state dict with torchvision's names; says what it wrote."""
     if file.suffix not in (".pt", ".safetensors"):
         raise UserError(f"--to {file}: the name must end in .pt or .safetensors")

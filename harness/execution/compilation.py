@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -44,12 +43,3 @@ def uncompiled(config: Config) -> AbstractContextManager[object]:
     """Within: blocks run as they are, as evaluation's batches are not worth compiling for."""
     compiled = config.run.compile is True
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def compiler_phases() -> int:
-    """Return how many phases of compilation this process has begun, forward and backward.
-
-    The number grows every few seconds while graphs are compiled, which may take many minutes.
-    """
-    utils = sys.modules.get("torch._dynamo.utils")  # nothing is compiled before its import
-    return sum(map(len, list(utils.compilation_time_metrics.values()))) if utils else 0

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.compilation import compile_blocks, compiler_settings
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.distributed import Reductions, World, sum_gradients
-from harness.graphs import Capture, GraphedModel
-from harness.metrics import Metrics
+from harness.execution.compilation import compile_blocks, compiler_settings
+from harness.execution.precision import autocast
+from harness.execution.preprocess import Preprocess
 from harness.models.ghost_batch_norm import RunningStatistics
-from harness.objective import Objective, build_objective
 from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
+from harness.training.metrics import Metrics
+from harness.training.objective import Objective, build_objective
+from harness.training.tuning.cuda_graphs import Capture, GraphedModel
 
 # DDP's name of it: the older one is deprecated since torch 2.15
 BUFFER_SYNC = (
@@ -30,75 +31,9 @@ BUFFER_SYNC = (
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
-# float32's arithmetic: of everything, then of each operation that may have a setting of its own.
-# On torch 2.11 and 2.12 cuDNN's convolutions have one from the start, TF32
-FLOAT32_SETTINGS: tuple[Any, ...] = (
-    torch.backends,
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
-)
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Pixels:
-    """Brings a batch to the device: uint8 (B, 3, H, W) -> normalised floating point.
-
-    Normalises on the device (section 2: "per-color mean and standard deviation"), so that a
-    quarter of the bytes cross the bus.
-    """
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.device = device
-        self.dtype = torch.float64 if config.run.precision == "float64" else torch.float32
-        self.memory_format = (
-            torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        )
-        shape = (1, 3, 1, 1)
-        self.mean = (
-            (255.0 * torch.tensor(config.data.mean, dtype=self.dtype)).view(shape).to(device)
-        )
-        self.scale = (
-            (1 / (255.0 * torch.tensor(config.data.std, dtype=self.dtype))).view(shape).to(device)
-        )
-
-    def __call__(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True)
-        images = images.to(self.dtype, memory_format=self.memory_format)
-        return images.sub_(self.mean).mul_(self.scale)
-
-
-def set_precision(precision: str) -> None:
-    """Set PyTorch's float32 arithmetic for this process: TF32 only if `precision` asks for it."""
-    arithmetic = "tf32" if precision == "tf32" else "ieee"
-    for setting in FLOAT32_SETTINGS:
-        setting.fp32_precision = arithmetic
-
-
-@contextmanager
-def precision_within(precision: str) -> Iterator[None]:
-    """`set_precision` for a block, as a teacher's precision may differ from its student's."""
-    before = [setting.fp32_precision for setting in FLOAT32_SETTINGS]
-    set_precision(precision)
-    try:
-        yield
-    finally:
-        for setting, arithmetic in zip(FLOAT32_SETTINGS, before, strict=True):
-            setting.fp32_precision = "none"  # inherit, if that gives what was there before
-            if setting.fp32_precision != arithmetic:
-                setting.fp32_precision = arithmetic
-
-
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The context of a forward pass in `run.precision`."""
-    dtype = AUTOCAST.get(config.run.precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def no_part(name: str) -> AbstractContextManager[object]:
+def no_span(name: str) -> AbstractContextManager[object]:
     """A part of a step that nobody measures."""
     return nullcontext()
 
@@ -147,9 +82,9 @@ class Step:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.run.precision == "float16"
         )
-        self.pixels = Pixels(config, self.device)
+        self.pixels = Preprocess(config, self.device)
         self.metrics = Metrics(self.device, config.recipe.minibatch)
-        self.part: Callable[[str], AbstractContextManager[object]] = no_part
+        self.part: Callable[[str], AbstractContextManager[object]] = no_span
         self.data_wait_s = 0.0
         self.replaced: list[tuple[int, int, int]] = []  # local: step, bad image id, id in its place
 

@@ -20,9 +20,8 @@ from harness.data.batch_plan import BatchPlan
 from harness.data.sources.digest import first_difference
 from harness.distributed import World, first_ranks, first_reason
 from harness.errors import RunFailed, UserError
-from harness.evaluate import evaluate
+from harness.execution.evaluation import evaluate
 from harness.models.running_statistics import global_running_statistics
-from harness.profiling import Profile
 from harness.recipe.schedule import final_epochs, lr_at
 from harness.resilience.stopping import ASK_EVERY_S, StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
@@ -37,9 +36,10 @@ from harness.runs.checkpoint import (
 from harness.runs.environment import code_changes, code_record
 from harness.runs.logging.jsonl import read_lines
 from harness.runs.run_folder import RunFolder
-from harness.step import Step
 from harness.teacher import AnyTeacher
+from harness.training.profiling import Profile
 from harness.training.run_logger import RunLogger
+from harness.training.step import Step
 
 OVERFLOWS_IN_ROW = 20  # float16: from 65536 the scale has then fallen below 1
 

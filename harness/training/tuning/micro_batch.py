@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from harness.compilation import uncompiled
 from harness.distributed import greatest_of_ranks
 from harness.errors import RunFailed
+from harness.execution.compilation import uncompiled
 from harness.recipe.minibatch import Minibatch
-from harness.step import Step
+from harness.training.step import Step
 
 LARGEST = {"cpu": 256, "cuda": 1024}  # images
 REPEATS = 3

@@ -1,4 +1,4 @@
-"""The training loop, and how a run starts, resumes and ends."""
+"""Set up a run, train it to its end, and record how it ended."""
 
 from __future__ import annotations
 
@@ -37,21 +37,23 @@ from harness.distributed import (
     world_from_environment,
 )
 from harness.errors import FAILED, STOPPED, RunFailed, UserError
-from harness.graph_trial import try_graphs
-from harness.host_memory import keep_freed_memory
-from harness.micro_batch import fastest_micro_batch
+from harness.execution.precision import set_precision
 from harness.models.registry import build_without_weights, check_model, load_start_weights
-from harness.objective import build_objective
 from harness.recipe.minibatch import Minibatch
-from harness.resilience.stopping import Agreement, Stopped, StopRequest
+from harness.resilience.stopping import Stopped, StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.roll_call import roll_call
-from harness.run import Run, choose_checkpoint
 from harness.runs.environment import describe_environment
 from harness.runs.headline import Headline, headline, read_headline
 from harness.runs.run_folder import Fenced, RunFolder
 from harness.soft_targets import crop_epochs, open_teacher, write_cache
-from harness.step import Step, set_precision
+from harness.training.loop import run_steps
+from harness.training.objective import build_objective
+from harness.training.run import Run, choose_checkpoint
+from harness.training.step import Step
+from harness.training.tuning.cuda_graph_trial import try_graphs
+from harness.training.tuning.malloc import keep_freed_memory
+from harness.training.tuning.micro_batch import fastest_micro_batch
 
 
 @dataclass(frozen=True)
@@ -66,30 +68,6 @@ class Result:
     def error(self) -> float:
         """Top-1 validation error in %, the median over the final epochs (`headline.rule`)."""
         return self.headline.error
-
-
-def run_steps(run: Run) -> None:
-    """The loop, from the run's first step to its last. Raises Stopped and Diverged."""
-    config = run.config
-    agreement = Agreement(run.control, run.ask_every_s)
-    batches = run.batches()
-    for step in range(run.first_step, config.total_steps):
-        run.watchdog.at(step, Phase.LOADING)
-        run.step(step, batches)
-        done = run.done = step + 1
-        run.profile.after_step(done)  # synchronises, in its few steps
-        stop, save = agreement.after_step(run.stop.signal is not None, run.checkpoint_is_due())
-        epoch_ends = done % config.steps_per_epoch == 0
-        if stop or save or epoch_ends or done % config.run.log_every_steps == 0:
-            run.log_line(done)  # synchronises
-        if stop or save or epoch_ends:
-            run.save(done)  # synchronises; before the evaluation, which resuming makes up
-        if stop and done < config.total_steps:
-            agreement.close()
-            raise Stopped(f"stopped after step {done} of {config.total_steps}, {run.saved(done)}")
-        if epoch_ends and run.evaluation_is_due(done):
-            run.evaluate(done)  # synchronises
-    agreement.close()
 
 
 def train(

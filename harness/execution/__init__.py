@@ -1,0 +1,1 @@
+"""How a network is run: precision, preprocessing, compilation, evaluation."""

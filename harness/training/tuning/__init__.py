@@ -1,0 +1,1 @@
+"""Choices measured before the first step: micro-batch size, CUDA graphs, malloc."""
