@@ -34,12 +34,12 @@ from harness.config.loading import load_config
 from harness.config.schema import Config, DistillConfig
 from harness.data.batch import Batch
 from harness.data.loaders.choice import open_loader
+from harness.distillation.logit_cache import CachedTeacher, Rows, all_shards
+from harness.distillation.teacher import AnyTeacher, Teacher, load_teacher
 from harness.distributed import World, world_from_environment
 from harness.execution.evaluation import Evaluation
 from harness.execution.precision import set_precision
 from harness.models.registry import build_model
-from harness.soft_targets import CachedTeacher, Rows, all_shards
-from harness.teacher import AnyTeacher, Teacher, load_teacher
 from harness.training.objective import build_objective
 from harness.training.setup import prepare
 from harness.training.step import Step

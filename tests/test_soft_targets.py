@@ -12,10 +12,10 @@ from harness import load_config
 from harness.cli import main
 from harness.data.loaders.choice import open_loader
 from harness.data.sampling import crops, permutation
+from harness.distillation.logit_cache import Rows, all_shards, open_teacher
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.runs.logging.jsonl import read_log
-from harness.soft_targets import Rows, all_shards, open_teacher
 from harness.training.setup import prepare, train
 from tests.conftest import harness
 from tests.distilling import one_line

@@ -11,6 +11,7 @@ from harness.cli import main
 from harness.config.schema import Config
 from harness.data.loaders.choice import open_loader
 from harness.data.sources.folder import load_index
+from harness.distillation.teacher import load_teacher
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.execution.preprocess import Preprocess
@@ -18,7 +19,6 @@ from harness.execution.trained_model import export_trained, load_trained
 from harness.models.registry import build_model
 from harness.runs.checkpoint import list_checkpoints
 from harness.runs.logging.jsonl import read_log
-from harness.teacher import load_teacher
 from harness.training.objective import build_objective
 from harness.training.setup import prepare, train
 from harness.training.step import Step
@@ -145,7 +145,7 @@ def test_resumed_it_is_the_straight_run_and_another_teacher_is_refused(
     events = [line["event"] for line in read_log(tmp_path / "run" / "log.jsonl")]
     assert events.count("teacher") == 1
     # the folder that the config names now holds other weights
-    monkeypatch.setattr("harness.teacher.weights_checksum", lambda model: "another")
+    monkeypatch.setattr("harness.distillation.teacher.weights_checksum", lambda model: "another")
     list_checkpoints(tmp_path / "run" / "checkpoints")[0].unlink()
     status.write_text(status.read_text().replace("finished", "stopped"))
     with pytest.raises(UserError, match=r"distill\.teacher or its cache is another one"):

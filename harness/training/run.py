@@ -18,6 +18,7 @@ from harness.config.schema import Config
 from harness.data.batch import Batch, Loader
 from harness.data.batch_plan import BatchPlan
 from harness.data.sources.digest import first_difference
+from harness.distillation.teacher import AnyTeacher
 from harness.distributed import World, first_ranks, first_reason
 from harness.errors import RunFailed, UserError
 from harness.execution.evaluation import evaluate
@@ -36,7 +37,6 @@ from harness.runs.checkpoint import (
 from harness.runs.environment import code_changes, code_record
 from harness.runs.logging.jsonl import read_lines
 from harness.runs.run_folder import RunFolder
-from harness.teacher import AnyTeacher
 from harness.training.profiling import Profile
 from harness.training.run_logger import RunLogger
 from harness.training.step import Step

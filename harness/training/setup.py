@@ -27,6 +27,7 @@ from harness.config.stages import Stage
 from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
 from harness.data.sources.folder import load_indices
+from harness.distillation.logit_cache import crop_epochs, open_teacher, write_cache
 from harness.distributed import (
     World,
     barrier,
@@ -46,7 +47,6 @@ from harness.roll_call import roll_call
 from harness.runs.environment import describe_environment
 from harness.runs.headline import Headline, headline, read_headline
 from harness.runs.run_folder import Fenced, RunFolder
-from harness.soft_targets import crop_epochs, open_teacher, write_cache
 from harness.training.loop import run_steps
 from harness.training.objective import build_objective
 from harness.training.run import Run, choose_checkpoint

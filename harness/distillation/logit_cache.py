@@ -32,13 +32,13 @@ from harness.data.loaders.choice import open_loader
 from harness.data.sampling import TrainBatchSpec, crops
 from harness.data.sources.digest import first_difference
 from harness.data.sources.folder import Index, index_checksum
+from harness.distillation.teacher import AnyTeacher, Teacher, load_teacher
 from harness.distributed import World, barrier, process_group
 from harness.errors import RunFailed, UserError
 from harness.execution.evaluation import Evaluation
 from harness.resilience.stopping import StopRequest
 from harness.roll_call import roll_call
 from harness.runs.checkpoint import write_atomically
-from harness.teacher import AnyTeacher, Teacher, load_teacher
 
 FORMAT_VERSION = 1
 SHARD_IMAGES = 16384

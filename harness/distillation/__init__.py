@@ -1,0 +1,1 @@
+"""Teachers, cached logits, and runs in stages."""
