@@ -14,7 +14,7 @@ import torch
 import harness
 from benchmarks.conditions import write_results
 from harness import load_config
-from harness.report.happenings import happenings
+from harness.report.events import happenings
 from harness.report.runs import read_run
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.environment import (

@@ -14,9 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import __version__
+from harness.report.events import Event, duration, happenings
 from harness.report.figures import Section, measured, run_name
 from harness.report.groups import Group, flat_config
-from harness.report.happenings import Happening, duration, happenings
 from harness.report.runs import RecordedRun
 from harness.report.svg import STYLE, draw, look, plot_data
 from harness.report.verdicts import Verdict, verdicts
@@ -92,10 +92,10 @@ def _in_order(groups: Sequence[Group]) -> list[tuple[int, Group, RecordedRun]]:
     return [(n, g, run) for g in groups for n, run in zip(g.numbers, g.runs, strict=True)]
 
 
-def _happened(groups: Sequence[Group]) -> list[tuple[str, list[Happening]]]:
+def _happened(groups: Sequence[Group]) -> list[tuple[str, list[Event]]]:
     """(whose, what), runs with the same to tell together; runs with nothing to tell left out."""
     told: dict[str, list[int]] = {}
-    what: dict[str, list[Happening]] = {}
+    what: dict[str, list[Event]] = {}
     for number, _, run in _in_order(groups):
         if found := happenings(run):
             what[repr(found)] = found

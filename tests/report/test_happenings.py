@@ -1,6 +1,6 @@
 import re
 
-from harness.report.happenings import happenings
+from harness.report.events import happenings
 from harness.report.runs import read_run
 from tests.report.test_runs import evaluation, start, train
 

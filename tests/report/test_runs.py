@@ -3,7 +3,7 @@ import json
 import pytest
 
 from harness.errors import UserError
-from harness.report.happenings import happenings
+from harness.report.events import happenings
 from harness.report.runs import find_run_folders, read_run
 from harness.runs.logging.jsonl import read_lines, read_log
 

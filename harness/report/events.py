@@ -16,14 +16,14 @@ AGREES = 1e-6  # lr, relative: that it is the config's
 
 
 @dataclass(frozen=True)
-class Happening:
+class Event:
     """`kind`: restart, ranks, images, divergence, warning or state."""
 
     kind: str
     text: str
 
 
-def happenings(run: RecordedRun) -> list[Happening]:
+def happenings(run: RecordedRun) -> list[Event]:
     """In the order in which a reader wants them; empty for a run that went straight through."""
     return [
         *_state(run),
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _state(run: RecordedRun) -> Iterator[Happening]:
+def _state(run: RecordedRun) -> Iterator[Event]:
     if run.state == "finished":
         return
     text = run.state
@@ -53,32 +53,32 @@ def _state(run: RecordedRun) -> Iterator[Happening]:
         text += f", last heard of {duration(ago)} before this report"
     elif reason := run.status.get("reason"):
         text = reason if reason.startswith(run.state) else f"{text}: {reason}"
-    yield Happening("divergence" if run.state == "failed" else "state", text)
+    yield Event("divergence" if run.state == "failed" else "state", text)
 
 
-def _divergence(run: RecordedRun) -> Iterator[Happening]:
+def _divergence(run: RecordedRun) -> Iterator[Event]:
     for line in run.events:
         if line["event"] == "diverged":
             ids = ", ".join(map(str, line["image_ids"][:4]))
-            yield Happening(
+            yield Event(
                 "divergence",
                 f"diverged at step {line['step'] - 1:,}: {line['why']} (image ids {ids}, …)",
             )
 
 
-def _restarts(run: RecordedRun) -> Iterator[Happening]:
+def _restarts(run: RecordedRun) -> Iterator[Event]:
     for before, after in zip(run.launches, run.launches[1:], strict=False):
         lost = max(before.last_step - after.first_step, 0)
         pause = (after.begun - before.ended).total_seconds()
         text = f"resumed at step {after.first_step:,} after a pause of {duration(pause)}"
         if lost:
             text += f"; {_count(lost, 'step')} done again"
-        yield Happening("restart", text)
+        yield Event("restart", text)
         old, new = before.line["world_size"], after.line["world_size"]
         if old != new:
-            yield Happening("ranks", f"W {old} → {new} from step {after.first_step:,} on")
+            yield Event("ranks", f"W {old} → {new} from step {after.first_step:,} on")
         if changed := _changed(before.line, after.line):
-            yield Happening("warning", f"{changed} from step {after.first_step:,} on")
+            yield Event("warning", f"{changed} from step {after.first_step:,} on")
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -89,43 +89,41 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
     )
 
 
-def _code(run: RecordedRun) -> Iterator[Happening]:
+def _code(run: RecordedRun) -> Iterator[Event]:
     for step, changes in recorded_code_changes(run.events).items():
-        yield Happening("warning", f"other code from step {step:,} on: {changes}")
+        yield Event("warning", f"other code from step {step:,} on: {changes}")
 
 
-def _images(run: RecordedRun) -> Iterator[Happening]:
+def _images(run: RecordedRun) -> Iterator[Event]:
     replaced = [line for line in run.events if line["event"] == "replaced"]
     if replaced:
         bad = sorted({line["bad_image_id"] for line in replaced})
         ids = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
         images, uses = _count(len(bad), "damaged image"), _count(len(replaced), "time")
-        yield Happening("images", f"skipped {images}, {uses} (ids {ids})")
+        yield Event("images", f"skipped {images}, {uses} (ids {ids})")
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _warnings(run: RecordedRun) -> Iterator[Happening]:
+def _warnings(run: RecordedRun) -> Iterator[Event]:
     failed = [line for line in run.events if line["event"] == "checkpoint_failed"]
     for line in failed[:3]:
-        yield Happening(
-            "warning", f"checkpoint of step {line['step']:,} not written: {line['why']}"
-        )
+        yield Event("warning", f"checkpoint of step {line['step']:,} not written: {line['why']}")
     if run.overflows:
         updates = _count(run.overflows, "update")
-        yield Happening("warning", f"float16 overflowed: {updates} skipped")
+        yield Event("warning", f"float16 overflowed: {updates} skipped")
     if run.headline is not None and run.error is None:
-        yield Happening(
+        yield Event(
             "warning",
             f"its recorded error, {run.headline}, is of other epochs than those that count now, "
             "and its log lacks an evaluation to compute it from",
         )
     if off := _lr_off(run):
-        yield Happening("warning", off)
+        yield Event("warning", off)
     if str(run.environment.get("git_commit")).endswith("-dirty"):
-        yield Happening("warning", "run from a working tree with changes that are in no commit")
+        yield Event("warning", "run from a working tree with changes that are in no commit")
 
 
 def _lr_off(run: RecordedRun) -> str:
