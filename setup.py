@@ -66,5 +66,5 @@ setup(
         "slurm": SLURM,
         "test": QUICKSTART + SLURM + TEST,
     },
-    entry_points={"console_scripts": ["harness=harness.cli:main"]},
+    entry_points={"console_scripts": ["harness=harness.commands.command_line:main"]},
 )

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from harness.commands.parsing import parse
 from harness.errors import FINISHED, USER_ERROR, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    options = _parse(arguments)
+    options = parse(_parser(), arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names need not be UTF-8
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -29,18 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = "interrupted; what was submitted goes on (squeue --me shows it, scancel ends it)"
         print(what if options.cluster else "interrupted", file=sys.stderr)
         return 130
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes positionals in one piece only; here key=value may stand anywhere."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    unknown = [word for word in rest if "=" not in word or word.startswith("-")]
-    if unknown or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-    if rest:
-        options.overrides += rest
-    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from harness import load_config
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.data.prepare.digits import prepare_digits
 from harness.training.setup import train
 from tests.conftest import SMALL

@@ -19,7 +19,7 @@ from harness.startup import import_quickly
 import_quickly("harness.training.setup")
 rank = int(os.environ.get("RANK", 0))
 {plant}
-from harness.cli import main
+from harness.commands.command_line import main
 sys.exit(main(sys.argv[1:]))
 """
 SLOW_STEP = """

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import launch.__main__
-from harness import build_model, cli
+from harness import build_model
+from harness.commands import command_line as cli
 from harness.config.loading import config_from_mapping
 from harness.config.schema import (
     Config,

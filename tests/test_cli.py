@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from harness import __version__, load_config
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.training.setup import train
 from tests.conftest import harness
 
@@ -17,8 +17,8 @@ HEAVY = {"torch", "numpy", "pydantic", "yaml", "torchvision", "PIL"}
     "code",
     [
         "import harness; harness.__version__",
-        "from harness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
-        "from harness.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
+        "from harness.commands.command_line import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        "from harness.commands.command_line import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_import_and_help_load_nothing_heavy(code):

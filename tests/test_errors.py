@@ -3,7 +3,7 @@
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from harness import cli
+from harness.commands import command_line as cli
 from harness.errors import record_for_torchrun
 
 

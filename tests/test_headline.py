@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.config.loading import load_config
 from harness.runs.headline import Headline, headline, read_headline, recorded_headline
 from harness.training.setup import train

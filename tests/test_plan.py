@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.config.loading import config_from_mapping, load_config
 from harness.config.schema import Config
 from harness.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.errors import UserError

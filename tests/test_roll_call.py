@@ -89,7 +89,9 @@ def test_one_machine_has_one_path_to_a_run_folder_and_two_machines_may_have_two(
 
 
 def test_the_first_differing_file_of_the_code_is_named():
-    files = [{"harness/cli.py": "1", "harness/training/step.py": rank} for rank in "ab"]
+    files = [
+        {"harness/commands/command_line.py": "1", "harness/training/step.py": rank} for rank in "ab"
+    ]
     ends = call(CARD, other(1, code="c1"), look_up=lambda rank, topic, name: files[rank])
     assert "rank 1 on node7: harness/training/step.py is different than on rank 0" in refusal(ends)
 

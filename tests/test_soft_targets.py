@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.data.loaders.choice import open_loader
 from harness.data.sampling import crops, permutation
 from harness.distillation.logit_cache import Rows, all_shards, open_teacher

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.config.stages import load_stages
 from harness.errors import UserError
 from harness.runs.logging.jsonl import read_log

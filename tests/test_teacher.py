@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import load_config
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.config.schema import Config
 from harness.data.loaders.choice import open_loader
 from harness.data.sources.folder import load_index

@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from harness import load_config
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.errors import UserError
 from harness.execution.trained_model import load_trained
 from harness.models.registry import build_model

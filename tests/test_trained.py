@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from harness import load_config
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.execution.trained_model import load_trained
 from harness.models.registry import build_model
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint

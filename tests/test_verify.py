@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from harness import load_config
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.errors import UserError
 from harness.verify import verify
 from harness.verify.compare import Line, compare, compare_curves, own_steps

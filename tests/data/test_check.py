@@ -19,7 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.data.check.findings import KINDS
 from harness.data.check.folder import Report, check_folder
 from harness.data.decode import decode

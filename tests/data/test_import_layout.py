@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.data.check.folder import check_folder
 from harness.data.prepare.imagenet import prepare_imagenet
 from harness.data.prepare.import_layout import import_layout

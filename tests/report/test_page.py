@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.report.page import VERDICTS
 from harness.runs.logging.jsonl import read_log
 from tests.report.conftest import HOSTILE

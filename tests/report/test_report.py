@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from harness.cli import main
+from harness.commands.command_line import main
 from harness.errors import FINISHED, USER_ERROR
 from harness.report import read_runs
 from harness.report.figures import sections

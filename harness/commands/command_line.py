@@ -1,0 +1,54 @@
+"""The command line: harness data | plan | train | verify | cache | eval | report | export.
+
+Cheap to import: each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from harness import __version__
+from harness.commands import cache, data, evaluate, export, plan, report, train, verify
+from harness.commands.messages import complain
+from harness.commands.parsing import Parser, parse
+from harness.errors import FAILED, USER_ERROR, UserError, record_for_torchrun
+
+COMMANDS = (data, plan, train, verify, cache, evaluate, report, export)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    options = parse(_parser(), arguments)
+    # PyTorch tells of a lost peer in pages of C++ frames; what matters is told in a line of ours
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for stream in (sys.stdout, sys.stderr):  # a terminal without γ or × shows ? for them
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        return options.command(options)
+    except UserError as error:
+        complain(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:  # a bug: Python prints its traceback
+        record_for_torchrun(traceback.format_exception_only(error)[-1])
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="harness", description="One recipe, one curve.")
+    parser.add_argument("--version", action="version", version=f"harness {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser

@@ -1,0 +1,28 @@
+"""What a command says of its end on standard error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from harness.errors import record_for_torchrun
+
+TORCHRUN_ENDS_OTHERS_S = 2.0
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, by the variables of torchrun or srun."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def complain(message: str) -> None:
+    """One line on standard error. Local ranks fail alike: the first speaks, and the launcher
+    ends the others before they would; one that fails alone is heard."""
+    record_for_torchrun(message)
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    prefix = "error: "
+    if local_rank > 0:
+        time.sleep(TORCHRUN_ENDS_OTHERS_S)
+        prefix = f"error: rank {os.environ.get('RANK', os.environ.get('SLURM_PROCID'))}: "
+    print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -1,0 +1,91 @@
+"""`harness train`: train, alone or as a rank of torchrun or srun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from harness.commands.messages import complain, is_first_rank
+from harness.commands.parsing import Subparsers, add_config
+from harness.errors import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    RunFailed,
+    UserError,
+)
+from harness.resilience.unfailing_output import unfailing_output
+from harness.startup import import_quickly
+
+
+def add(commands: Subparsers) -> None:
+    """Add the command to the parser."""
+    train = commands.add_parser("train", help="train, alone or as a rank of torchrun or srun")
+    add_config(train)
+    train.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/…)")
+    train.add_argument("--resume", action="store_true", help="start, go on, or show the result")
+    train.set_defaults(command=run)
+
+
+@unfailing_output()
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from harness.config.stages import load_stages
+
+    stages = load_stages(options.config, options.overrides)  # a mistake is told before torch loads
+    from harness.config.schema import NO_EXPECTATION
+
+    import_quickly("harness.training.setup")
+    from harness.distributed import lost_rank
+    from harness.resilience.stopping import Stopped
+    from harness.training.setup import train_stages
+
+    first = is_first_rank()
+    try:
+        command = resume_command(options)
+        result = train_stages(stages, options.out, resume=options.resume, resume_command=command)
+    except UserError:
+        raise
+    except Stopped as stopped:
+        if first:
+            print(f"{stopped}\nto go on: {resume_command(options)}", flush=True)
+        # torchrun takes any other code than 0 for a failure and would start the ranks again
+        return FINISHED if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+    except RunFailed as error:
+        # torchrun ends the other ranks as soon as one fails; this one still has a word to say
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        complain(str(error))
+        if first:
+            print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        if lost := lost_rank(error):  # before the run had begun
+            complain(f"another rank ended or is silent: {lost}")
+            return FAILED
+        if first:  # a bug: its traceback is wanted
+            print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
+        raise
+    if first:
+        print(f"error {result.headline}")
+        expect = result.config.expect
+        print(f"expected {expect}" if expect else NO_EXPECTATION)
+        print(f"run folder {result.folder}", flush=True)
+    return FINISHED
+
+
+def resume_command(options: argparse.Namespace) -> str:
+    """The command that goes on with this run, as the user launched it."""
+    words = ["harness"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // local_ranks
+        words = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else [])]
+        words += ["--nproc-per-node", str(local_ranks), "-m", "harness"]
+    words += ["train", options.config, *options.overrides]
+    if options.out is not None:
+        words += ["--out", str(options.out)]
+    return shlex.join([*words, "--resume"])
