@@ -65,10 +65,10 @@ def _add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from launch.cluster import check_environment, load_cluster, with_cluster
-    from launch.slurm import active_job
+    from launch.run_spec import teachers_of, with_teachers
+    from launch.slurm.backend import active_job
+    from launch.slurm.cluster_file import check_environment, load_cluster, with_cluster
     from launch.status import follow
-    from launch.wanted import teachers_of, with_teachers
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
@@ -90,7 +90,7 @@ def _submit_each(
 ) -> tuple[list[Any], dict[Path, str]]:
     """A job a run, after its teacher's; what has finished or has a job stays. Returns the records
     of those submitted, and the jobs of all that have not finished."""
-    from launch.slurm import active_job, executor, submit
+    from launch.slurm.backend import active_job, executor, submit
 
     records: list[Any] = []
     jobs: dict[Path, str] = {}
@@ -117,9 +117,9 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _study_here(options: argparse.Namespace) -> int:
-    from launch.local import LocalStudy, devices_here
+    from launch.local.backend import LocalStudy, devices_here
+    from launch.run_spec import teachers_of
     from launch.study import study_folder, study_runs
-    from launch.wanted import teachers_of
 
     for flag in ("nodes", "wait"):
         if getattr(options, flag):
@@ -139,11 +139,11 @@ def _study_here(options: argparse.Namespace) -> int:
 
 
 def _study_on_cluster(options: argparse.Namespace) -> int:
-    from launch.cluster import check_environment, load_cluster
-    from launch.slurm import active_job, executor, submit
+    from launch.run_spec import teachers_of
+    from launch.slurm.backend import active_job, executor, submit
+    from launch.slurm.cluster_file import check_environment, load_cluster
     from launch.status import follow
     from launch.study import study_folder, study_runs
-    from launch.wanted import teachers_of
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.atomic_file import write_atomically
 from harness.errors import UserError
@@ -54,3 +55,11 @@ def write_records(target: Path, records: list[Record], kind: str = "slurm") -> N
     every = read_records(target, kind) | {record.name: record for record in records}
     text = json.dumps({name: asdict(record) for name, record in every.items()}, indent=2)
     write_atomically(records_folder(target, kind) / "job.json", (text + "\n").encode())
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """status.json of a run folder; {} where there is none (yet)."""
+    try:
+        return json.loads((run / "status.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}

@@ -16,9 +16,8 @@ from harness.config.schema import NO_EXPECTATION
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from harness.runs.environment import recorded_code_changes
 from harness.runs.headline import read_headline
-from launch.job import CANNOT_WRITE, WAITING, Job, Silent, find_job
-from launch.records import Record, read_records, records_folder
-from launch.task import read_status
+from launch.records import Record, read_records, read_status, records_folder
+from launch.slurm.scontrol import CANNOT_WRITE, WAITING, Job, SlurmUnavailable, find_job
 
 POLL_S = 1.0
 TAIL_BYTES = 1 << 16
@@ -168,7 +167,7 @@ def follow(records: list[Record]) -> int:
 def _is_active(record: Record) -> bool:
     try:
         job = find_job(record.job_id)
-    except Silent:  # slurmctld is busy, or being restarted
+    except SlurmUnavailable:  # slurmctld is busy, or being restarted
         return True
     return job is not None and job.active
 

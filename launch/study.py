@@ -15,8 +15,8 @@ from harness.config.errors import config_error, found
 from harness.config.loading import keep_expectation, load_config
 from harness.config.schema import Config, ExpectConfig, Section, Text
 from harness.config.stages import TEACHERS, changes_teacher
-from launch.cluster import Cluster, Whole, read_mapping, validate, with_cluster
-from launch.wanted import Wanted, with_teachers
+from launch.run_spec import RunSpec, with_teachers
+from launch.slurm.cluster_file import Cluster, Whole, read_mapping, validate, with_cluster
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], Strict(False)]
@@ -70,7 +70,7 @@ def study_folder(path: str | Path, root: str | Path = "runs") -> Path:
     return Path(root) / "studies" / Path(path).stem
 
 
-def _expecting(run: Wanted, base: str, variant: Variant, typed: Sequence[str]) -> Config:
+def _expecting(run: RunSpec, base: str, variant: Variant, typed: Sequence[str]) -> Config:
     """The run's config, without its `expect` where `typed` changes the recipe of the variant."""
     theirs = [override for override in typed if override.startswith(TEACHERS)]
     own = [override for override in typed if override not in theirs]
@@ -84,7 +84,7 @@ def _expecting(run: Wanted, base: str, variant: Variant, typed: Sequence[str]) -
 
 def study_runs(
     path: str | Path, folder: Path, typed: Sequence[str] = (), cluster: Cluster | None = None
-) -> list[Wanted]:
+) -> list[RunSpec]:
     """The runs of a study, seed by seed, each variant; run folders FOLDER/VARIANT/SEED.
 
     `cluster`: whose `run:` keys they get. Teachers that are configs stand beside other runs, below

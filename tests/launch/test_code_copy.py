@@ -17,9 +17,9 @@ import launch
 from harness.errors import UserError
 from harness.runs.environment import code_commit, code_digest
 from launch.__main__ import main
-from launch.code_copy import CodeCopy
 from launch.records import read_records
-from launch.task import Task
+from launch.slurm.code_copy import CodeCopy
+from launch.slurm.job_step import Task
 from tests.conftest import free_port
 
 TASK = Task((), "run", "run.log", "srun", 1, 1, 0, {})
@@ -53,8 +53,8 @@ def test_the_copy_is_the_packages_with_their_data_and_commit(written):
 
 
 PROBE = """
-import harness, launch.task, harness.runs.environment as p
-print(harness.__file__, launch.task.__file__, p.code_commit(), p.code_digest())
+import harness, launch.slurm.job_step, harness.runs.environment as p
+print(harness.__file__, launch.slurm.job_step.__file__, p.code_commit(), p.code_digest())
 """
 
 
@@ -63,7 +63,9 @@ def test_the_copy_comes_before_working_directory_and_pythonpath(written, decoy):
     command = [sys.executable, written.folder, "probe"]
     environment = os.environ | {"PYTHONPATH": str(decoy)}
     out = subprocess.run(command, cwd=decoy, env=environment, check=True, capture_output=True)
-    files = [str(written.folder / name) for name in ("harness/__init__.py", "launch/task.py")]
+    files = [
+        str(written.folder / name) for name in ("harness/__init__.py", "launch/slurm/job_step.py")
+    ]
     assert out.stdout.decode().split() == [*files, str(code_commit()), code_digest()]
 
 
@@ -73,7 +75,7 @@ def test_equal_code_shares_a_copy_and_other_code_or_commit_gets_its_own(
     again = CodeCopy.of_this_code(tmp_path / "run.slurm")
     again.write()
     assert again.folder == written.folder and len(list((tmp_path / "run.slurm").iterdir())) == 1
-    monkeypatch.setattr("launch.code_copy.code_commit", lambda: "f" * 40)
+    monkeypatch.setattr("launch.slurm.code_copy.code_commit", lambda: "f" * 40)
     other = CodeCopy.of_this_code(tmp_path / "run.slurm")
     other.write()
     assert (other.folder / "harness" / "COMMIT").read_text() == "f" * 40 + "\n"

@@ -11,9 +11,9 @@ import yaml
 
 from harness.runs.logging.jsonl import read_log
 from launch.__main__ import main
-from launch.local import devices_here, only_command
+from launch.local.backend import devices_here, only_command
+from launch.records import read_status
 from launch.study import study_runs
-from launch.task import read_status
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from harness.config.loading import load_config
 from harness.errors import UserError
 from harness.planning.plan import make_plan
 from harness.recipe.schedule import peak_lr, warmup_steps
-from launch.cluster import load_cluster
+from launch.run_spec import RunSpec, teachers_of, with_teachers
+from launch.slurm.cluster_file import load_cluster
 from launch.study import load_study, study_folder, study_runs
-from launch.wanted import Wanted, teachers_of, with_teachers
 
 EXAMPLE = "configs/clusters/example.yaml"
 
@@ -225,10 +225,10 @@ def test_a_wrong_key_in_a_variant_is_refused(tmp_path, small):
 def test_teachers_come_once_each_before_its_student():
     # a chain of three: grandmother, mother, two children
     config = load_config("configs/quickstart.yaml")
-    grandmother = Wanted("grandmother", Path("runs/g"), config)
-    mother = Wanted("mother", Path("runs/m"), config, teacher=grandmother)
-    children = [Wanted(name, Path("runs") / name, config, teacher=mother) for name in ("a", "b")]
-    assert teachers_of([*children, Wanted("alone", Path("runs/c"), config)]) == [
+    grandmother = RunSpec("grandmother", Path("runs/g"), config)
+    mother = RunSpec("mother", Path("runs/m"), config, teacher=grandmother)
+    children = [RunSpec(name, Path("runs") / name, config, teacher=mother) for name in ("a", "b")]
+    assert teachers_of([*children, RunSpec("alone", Path("runs/c"), config)]) == [
         grandmother,
         mother,
     ]
@@ -237,7 +237,7 @@ def test_teachers_come_once_each_before_its_student():
 def test_two_teachers_in_one_folder_are_refused():
     one, other = (load_config("configs/quickstart.yaml", [f"seed={seed}"]) for seed in (1, 2))
     students = [
-        Wanted(name, Path(name), config, teacher=Wanted("teacher", Path("runs/t"), config))
+        RunSpec(name, Path(name), config, teacher=RunSpec("teacher", Path("runs/t"), config))
         for name, config in (("a", one), ("b", other))
     ]
     with pytest.raises(UserError, match=r"runs/t: two teachers would be trained in it \(seed"):

@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 from harness.errors import record_for_torchrun
-from launch.task import MergedLog, read_torchrun_error
+from launch.slurm.job_step import read_torchrun_error
+from launch.slurm.log import MergedLog
 
 
 def write_streams(tmp_path, leader, name, output, errors):

@@ -34,7 +34,7 @@ class Job:
         return self.state in WAITING + UNDER_WAY
 
 
-class Silent(UserError):
+class SlurmUnavailable(UserError):
     """SLURM does not answer: nothing is known of its jobs."""
 
 
@@ -47,12 +47,16 @@ def find_job(job_id: str) -> Job | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     except FileNotFoundError:
-        raise Silent("scontrol is not on PATH; ask from a login node (docs/cluster.md)") from None
+        raise SlurmUnavailable(
+            "scontrol is not on PATH; ask from a login node (docs/cluster.md)"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise Silent(f"scontrol: no answer in {PATIENCE_S} s (see scontrol ping)") from None
+        raise SlurmUnavailable(
+            f"scontrol: no answer in {PATIENCE_S} s (see scontrol ping)"
+        ) from None
     fields = dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
     if done.returncode and UNKNOWN not in done.stderr:
-        raise Silent(f"scontrol: {' '.join(done.stderr.split())}")
+        raise SlurmUnavailable(f"scontrol: {' '.join(done.stderr.split())}")
     if "JobState" not in fields:
         return None
     return Job(

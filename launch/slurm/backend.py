@@ -20,12 +20,12 @@ from submitit.core.utils import FailedJobError
 from harness.atomic_file import write_atomically
 from harness.config.loading import dump_config
 from harness.errors import UserError
-from launch.cluster import Cluster
-from launch.code_copy import CodeCopy
-from launch.job import find_job
 from launch.records import Record, read_records, records_folder, write_records
-from launch.task import Task
-from launch.wanted import Wanted
+from launch.run_spec import RunSpec
+from launch.slurm.cluster_file import Cluster
+from launch.slurm.code_copy import CodeCopy
+from launch.slurm.job_step import Task
+from launch.slurm.scontrol import find_job
 
 SIGNAL_DELAY_S = 60  # USR2 comes so long before the time limit; SLURM may be some seconds late
 SAID = re.compile(r"^sbatch: (error: )?(Batch job submission failed: )?")
@@ -114,7 +114,7 @@ def executor(
 def submit(
     cluster: Cluster,
     target: Path,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[RunSpec],
     after: str | None = None,
     at_once: int | None = None,
 ) -> list[Record]:
@@ -142,7 +142,7 @@ def submit(
     return records
 
 
-def _task(cluster: Cluster, target: Path, wanted: Wanted, code: str | None) -> Task:
+def _task(cluster: Cluster, target: Path, wanted: RunSpec, code: str | None) -> Task:
     """Freezes the config: what is queued does not change with the file."""
     folder = records_folder(target).absolute()
     config, log = folder / f"{wanted.name}.yaml", folder / f"{wanted.name}.log"

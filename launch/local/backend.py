@@ -22,11 +22,11 @@ from harness.atomic_file import write_atomically
 from harness.config.loading import dump_config
 from harness.data.loaders.child_process import PR_SET_PDEATHSIG
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
-from launch.cluster import RANK_VARIABLES
-from launch.records import Record, read_records, records_folder, write_records
+from launch.records import Record, read_records, read_status, records_folder, write_records
+from launch.run_spec import RunSpec
+from launch.slurm.cluster_file import RANK_VARIABLES
+from launch.slurm.log import BAD_LINE
 from launch.status import finished_error, tail
-from launch.task import BAD_LINE, read_status
-from launch.wanted import Wanted
 
 POLL_S = 0.2
 PROGRESS_S = 30.0
@@ -45,7 +45,7 @@ class Device:
     threads: int
 
 
-def devices_here(runs: Sequence[Wanted], at_once: int | None) -> list[Device]:
+def devices_here(runs: Sequence[RunSpec], at_once: int | None) -> list[Device]:
     """A GPU a run, or `at_once` runs dealt out to the GPUs; without GPUs one run, or `at_once`.
 
     They share the cores that this process may use.
@@ -90,7 +90,7 @@ class StopRequest:
 class Child:
     """A run under way."""
 
-    wanted: Wanted
+    wanted: RunSpec
     device: Device
     process: subprocess.Popen[bytes]
     log: Path
@@ -125,7 +125,7 @@ class Child:
 class LocalStudy:
     """The runs of the study in `folder`, of which those that have not finished are run."""
 
-    def __init__(self, folder: Path, wanted: Sequence[Wanted], devices: Sequence[Device]) -> None:
+    def __init__(self, folder: Path, wanted: Sequence[RunSpec], devices: Sequence[Device]) -> None:
         self.folder, self.wanted, self.free = folder, wanted, [*devices]
         self.waiting = [run for run in wanted if not run.is_finished()]
         self.children: list[Child] = []
@@ -160,7 +160,7 @@ class LocalStudy:
         }
         write_records(self.folder, [*self._records.values()], "local")
 
-    def _start(self, wanted: Wanted, device: Device) -> None:
+    def _start(self, wanted: RunSpec, device: Device) -> None:
         config, log_path = _files(self.folder, wanted)
         run = wanted.config.run
         if run.loader_threads == "auto":  # which would be all cores
@@ -178,17 +178,17 @@ class LocalStudy:
         where = "" if device.gpu is None else f" on GPU {device.gpu}"
         print(f"{wanted.name} started{where}", flush=True)
 
-    def _next(self) -> Wanted | None:
+    def _next(self) -> RunSpec | None:
         """The first that waits, and not for its teacher."""
         under_way = {child.wanted.run for child in self.children}
 
-        def ready(run: Wanted) -> bool:
+        def ready(run: RunSpec) -> bool:
             teacher = run.teacher
             return teacher is None or (teacher.run not in under_way and _has_ended(teacher))
 
         return next(filter(ready, self.waiting), None)
 
-    def _give_up_students(self, teacher: Wanted) -> None:
+    def _give_up_students(self, teacher: RunSpec) -> None:
         """Of a teacher that has failed, and theirs."""
         for run in [run for run in self.waiting if run.teacher and run.teacher.run == teacher.run]:
             self.waiting.remove(run)
@@ -243,17 +243,17 @@ class LocalStudy:
         return FAILED if self.ended["failed"] else FINISHED
 
 
-def _has_ended(run: Wanted) -> bool:
+def _has_ended(run: RunSpec) -> bool:
     return read_status(run.run).get("state") == "finished"
 
 
-def _files(folder: Path, wanted: Wanted) -> tuple[Path, Path]:
+def _files(folder: Path, wanted: RunSpec) -> tuple[Path, Path]:
     """A run's config, as it was started, and its log."""
     records = records_folder(folder, "local")
     return records / f"{wanted.name}.yaml", records / f"{wanted.name}.log"
 
 
-def _images_done(wanted: Wanted) -> int:
+def _images_done(wanted: RunSpec) -> int:
     return read_status(wanted.run).get("step", 0) * wanted.config.recipe.minibatch
 
 

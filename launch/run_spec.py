@@ -10,11 +10,11 @@ from harness.config.loading import curve_differences, load_config
 from harness.config.schema import Config
 from harness.config.stages import load_stages
 from harness.errors import UserError
-from launch.task import read_status
+from launch.records import read_status
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RunSpec:
     """`name`: within its records; `typed`: the command line's overrides; `teacher`: the run that
     has to be finished first, where the teacher is a config."""
 
@@ -22,7 +22,7 @@ class Wanted:
     run: Path
     config: Config
     typed: tuple[str, ...] = ()
-    teacher: Wanted | None = None
+    teacher: RunSpec | None = None
 
     def has_checkpoint(self) -> bool:
         """Return whether the run would resume from a checkpoint, without its start weights."""
@@ -45,14 +45,14 @@ def with_teachers(
     overrides: Sequence[str],
     root: Path,
     load: Callable[[str, Sequence[str]], Config],
-) -> Wanted:
+) -> RunSpec:
     """The run of the config at `path`, and through `teacher` those of its teachers.
 
     Run folders stand below `root` as they do below runs/; a student's teacher is the folder in
     which the teacher's run is. `load`: a config's path and its overrides -> the config. Raises
     UserError.
     """
-    last: Wanted | None = None
+    last: RunSpec | None = None
     for stage in load_stages(path, overrides):
         run, typed = root / stage.folder.relative_to("runs"), stage.overrides
         if last is not None:
@@ -60,19 +60,19 @@ def with_teachers(
         config = load(stage.path, typed)
         # the teacher is the stage's own, now by its folder: what is expected stays
         config = config.model_copy(update={"expect": stage.config.expect})
-        last = Wanted(run.name, run, config, typed, last)
+        last = RunSpec(run.name, run, config, typed, last)
     assert last is not None  # a config is a stage
     return last
 
 
-def teachers_of(runs: Iterable[Wanted]) -> list[Wanted]:
+def teachers_of(runs: Iterable[RunSpec]) -> list[RunSpec]:
     """Each run that must be finished before one of these, once, a teacher before its student.
 
     Raises UserError where two of them would train different configs in one folder.
     """
-    found: dict[Path, Wanted] = {}
+    found: dict[Path, RunSpec] = {}
 
-    def add(teacher: Wanted) -> None:
+    def add(teacher: RunSpec) -> None:
         if teacher.teacher is not None:
             add(teacher.teacher)
         other = found.setdefault(teacher.run, teacher)
