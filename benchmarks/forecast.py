@@ -1,4 +1,4 @@
-"""What the model of harness/planning/step_time_model.py says of the paper's machines and of newer ones.
+"""Step times that the model predicts for the paper's machines and for newer ones.
 
     python -m benchmarks.forecast
 

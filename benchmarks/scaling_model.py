@@ -1,4 +1,4 @@
-"""Fits the model of harness/planning/step_time_model.py to a part of what was measured, predicts the rest."""
+"""Fit the step time model to a part of what was measured, and predict the rest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A large-minibatch training harness: one recipe, one curve, on 1 GPU or 256.
 
-As a library: `load_config`, `build_model` and `lr_at` from here, `train` from harness.training.setup.
+As a library: `load_config`, `build_model` and `lr_at` from here, and `train` from
+harness.training.setup.
 Importing it is cheap: the names below are loaded, with PyTorch, when they are first used.
 """
 

@@ -1,4 +1,4 @@
-"""The former home of the task that jobs carry: one submitted before still unpickles from here."""
+"""The task of jobs that were submitted before it moved: their pickles name this module."""
 
 from launch.slurm.job_step import Task
 

@@ -13,12 +13,15 @@ from tests.conftest import harness
 HEAVY = {"torch", "numpy", "pydantic", "yaml", "torchvision", "PIL"}
 
 
+MAIN = "from harness.commands.command_line import main"
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "import harness; harness.__version__",
-        "from harness.commands.command_line import main\ntry: main(['--help'])\nexcept SystemExit: pass",
-        "from harness.commands.command_line import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
+        f"{MAIN}\ntry: main(['--help'])\nexcept SystemExit: pass",
+        f"{MAIN}\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_import_and_help_load_nothing_heavy(code):

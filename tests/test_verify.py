@@ -53,7 +53,8 @@ PLANT = """
 import os, sys
 from harness.startup import import_quickly
 import_quickly("harness.verify.rank")
-import harness.data.loaders.choice as loader, harness.training.objective as objective, harness.training.step as step
+import harness.data.loaders.choice as loader, harness.training.objective as objective
+import harness.training.step as step
 import harness.verify.rank as rank
 import harness.models.ghost_batch_norm as ghost
 me, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -64,7 +64,7 @@ def package_files(package: str) -> Iterator[tuple[str, Path]]:
 
 def code_commit() -> str | None:
     """The commit of this harness: git's, or the one that a copy of the code was made of."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     try:
         return (package / COMMIT).read_text().strip() or None
     except FileNotFoundError:

@@ -52,7 +52,8 @@ def error_of(call: Callable[..., str], *args: Any, **kwargs: Any) -> str:
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
-from harness.data.prepare.digits import prepare_digits; from harness.data.prepare.imagenet import prepare_imagenet
+from harness.data.prepare.digits import prepare_digits
+from harness.data.prepare.imagenet import prepare_imagenet
 from harness.data.prepare.prepared_folder import Counts
 from harness.errors import UserError
 {before}
