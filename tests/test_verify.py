@@ -53,7 +53,7 @@ PLANT = """
 import os, sys
 from harness.startup import import_quickly
 import_quickly("harness.verify.rank")
-import harness.data.loaders.choice as loader, harness.training.objective as objective
+import harness.data.batch_plan as plan, harness.training.objective as objective
 import harness.training.step as step
 import harness.verify.rank as rank
 import harness.models.ghost_batch_norm as ghost
@@ -82,14 +82,14 @@ load = rank.load_config
 rank.load_config = lambda path: load(path, ["seed=2"] if me == 1 else [])
 """
 WINDOWS_SEEDED_BY_RANK = """
-crops = loader.crops
-loader.crops = lambda seed, *rest: crops(seed + me, *rest)
+crops = plan.crops
+plan.crops = lambda seed, *rest: crops(seed + me, *rest)
 """
 ORDER_OF_ONE_EPOCH = """
-permutation = loader.permutation
+permutation = plan.permutation
 def shuffled(seed, epoch, images):
     return permutation(seed, epoch, images)[:: -1 if (epoch, me) == (1, 1) else 1]
-loader.permutation = shuffled
+plan.permutation = shuffled
 """
 LOSS_OVER_LOCAL_IMAGES = """
 loss = objective.training_loss
@@ -105,12 +105,12 @@ class Sending(ddp):
 step.DistributedDataParallel = Sending
 """
 LOST_VALIDATION_IMAGE = """
-evaluation = loader.Feed.evaluation
+evaluation = plan.BatchPlan.evaluation
 def evaluation_of_others(self):
     for request in evaluation(self):
         request.ids[-1] = request.ids[0]
         yield request
-loader.Feed.evaluation = evaluation_of_others
+plan.BatchPlan.evaluation = evaluation_of_others
 """
 
 

@@ -83,10 +83,10 @@ def test_equal_code_shares_a_copy_and_other_code_or_commit_gets_its_own(
 
 
 def test_a_copy_that_was_edited_is_not_used_again(written):
-    path = written.folder / "harness" / "cli.py"
+    path = written.folder / "harness" / "errors.py"
     path.chmod(0o644)
     path.write_text("half = (\n")
-    with pytest.raises(UserError, match=r"harness/cli\.py: was changed or removed"):
+    with pytest.raises(UserError, match=r"harness/errors\.py: was changed or removed"):
         written.write()
 
 
