@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from harness.errors import UserError
+from harness.output_file import check_output, write_output
 from harness.runs.environment import git_commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,12 +95,23 @@ def benchmark_parser(documentation: str | None, repetitions: int) -> argparse.Ar
     parser.add_argument(
         "--write",
         nargs="?",
-        type=Path,
+        type=results_folder,
         const=RESULTS,
         metavar="FOLDER",
         help="keep the figures as JSON in FOLDER (benchmarks/results, those that are committed)",
     )
     return parser
+
+
+def results_folder(text: str) -> Path:
+    """Return the folder of --write, made where it is missing; refuse it before anything runs."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_output(folder / "probe.json", "--write")
+    except (OSError, UserError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written: {error}") from None
+    return folder
 
 
 def at_least_two(text: str) -> int:
@@ -112,5 +125,6 @@ def write_results(name: str, content: dict[str, Any], folder: Path | None = None
     """Writes FOLDER/NAME.json, by default into benchmarks/results/."""
     path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(conditions() | content, indent=2) + "\n")
+    text = json.dumps(conditions() | content, indent=2) + "\n"
+    write_output(path, "--write", text)
     return path

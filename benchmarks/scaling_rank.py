@@ -40,8 +40,10 @@ from harness.distributed import (
     sum_gradients,
     world_from_environment,
 )
+from harness.errors import UserError
 from harness.execution.precision import set_precision
 from harness.models.registry import build_model
+from harness.output_file import check_output, write_output
 from harness.planning.step_time_model import MIB
 from harness.recipe.minibatch import Minibatch
 from harness.slurm_step import use_slurm_rendezvous
@@ -289,8 +291,13 @@ def main() -> None:
     parser.add_argument("--block-seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     options = parser.parse_args()
+    try:
+        check_output(options.out, "--out")
+    except UserError as error:
+        parser.error(str(error))
     if points := measure_worlds(options):
-        options.out.write_text(json.dumps(conditions() | {"points": points}, indent=2) + "\n")
+        text = json.dumps(conditions() | {"points": points}, indent=2) + "\n"
+        write_output(options.out, "--out", text)
 
 
 if __name__ == "__main__":

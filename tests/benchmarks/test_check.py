@@ -86,3 +86,14 @@ def test_a_spread_needs_two_repetitions(text, capsys):
         parser.parse_args(["--repetitions", text])
     assert ended.value.code == 2
     assert f"{text}: give 2 or more" in capsys.readouterr().err
+
+
+def test_a_folder_of_results_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    parser = benchmark_parser("Something.", repetitions=6)
+    folder = tmp_path / "new" / "results"
+    assert parser.parse_args(["--write", str(folder)]).write == folder and folder.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--write", str(tmp_path / "file")])
+    assert "file: cannot be written" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []

@@ -1,9 +1,11 @@
 """The merged log; what the task does on a cluster is tested there."""
 
+import pickle
 from types import SimpleNamespace
 
+import launch.task
 from harness.errors import record_for_torchrun
-from launch.slurm.job_step import read_torchrun_error
+from launch.slurm.job_step import Task, read_torchrun_error
 from launch.slurm.log import MergedLog
 
 
@@ -52,3 +54,29 @@ def test_torchruns_error_file_tells_why_a_rank_failed(tmp_path, monkeypatch):
     assert read_torchrun_error(tmp_path / "error.json") == ""
     record_for_torchrun("the disk is full")
     assert read_torchrun_error(tmp_path / "error.json") == "the disk is full"
+
+
+# pickle.dumps(launch.task.Task(…), protocol=0), when launch/task.py was its home and had no `code`
+SUBMITTED_BEFORE_THE_MOVE = (
+    b"ccopy_reg\n_reconstructor\np0\n(claunch.task\nTask\np1\nc__builtin__\nobject\n"
+    b"p2\nNtp3\nRp4\n(dp5\nVarguments\np6\n(Vc.yaml\np7\nV--out\np8\nV/r\np9\nV--res"
+    b"ume\np10\ntp11\nsVrun\np12\ng9\nsVlog\np13\nV/l\np14\nsVlauncher\np15\nVsrun\n"
+    b"p16\nsVmin_nodes\np17\nI1\nsVgpus_per_node\np18\nI2\nsVrequeues\np19\nI3\nsVen"
+    b"vironment\np20\n(dp21\nVA\np22\nV1\np23\nssb."
+)
+
+
+def test_a_job_that_was_submitted_before_the_task_moved_still_unpickles():
+    task = pickle.loads(SUBMITTED_BEFORE_THE_MOVE)
+    assert task == Task(
+        arguments=("c.yaml", "--out", "/r", "--resume"),
+        run="/r",
+        log="/l",
+        launcher="srun",
+        min_nodes=1,
+        gpus_per_node=2,
+        requeues=3,
+        environment={"A": "1"},
+        code=None,
+    )
+    assert launch.task.Task is Task
