@@ -68,6 +68,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from functools import partial
 from harness.distributed import *
+from harness.models.running_statistics import global_running_statistics
 from harness.rendezvous import rendezvous
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
 

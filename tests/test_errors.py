@@ -42,7 +42,7 @@ def test_of_a_bug_it_is_the_last_line_of_the_traceback(summary, monkeypatch):
     def broken(options):
         raise ValueError("wrong\nin two lines")
 
-    monkeypatch.setattr(cli, "_train", broken)
+    monkeypatch.setattr("harness.commands.train.run", broken)
     with pytest.raises(ValueError):
         cli.main(["train", "no.yaml"])
     assert cause(summary()) == ["ValueError: wrong in two lines"]

@@ -228,7 +228,7 @@ def test_a_cut_off_incarnation_notices_and_writes_nothing_more(small, tmp_path):
     process = start(arguments, plant=plant)
     read_until(process, "reached step 7")
     process.send_signal(signal.SIGSTOP)
-    shorter = "from harness import run_ownership; run_ownership.WATCH_S = 2.0"
+    shorter = "from harness.runs import ownership; ownership.WATCH_S = 2.0"
     second = start([*arguments, "--resume"], plant=shorter)
     out, _ = second.communicate()
     assert second.returncode == 0, out

@@ -220,7 +220,7 @@ def test_ranks_that_run_other_code_both_end_with_code_2(small, tmp_path):
     """Rank 1 runs a copy of the package that has one line more."""
     package, copy = Path(harness.roll_call.__file__).parent, tmp_path / "copy"
     shutil.copytree(package, copy / "harness", ignore=shutil.ignore_patterns("*.pyc"))
-    with (copy / "harness" / "evaluate.py").open("a") as file:
+    with (copy / "harness" / "execution" / "evaluation.py").open("a") as file:
         file.write("#\n")
     arguments, port = [small(), "--out", tmp_path / "run"], free_port()
     folders = [package.parent, copy]  # Python finds the package in the current folder first

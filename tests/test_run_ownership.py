@@ -29,7 +29,9 @@ HERE = ProcessIdentity.of(os.getpid())
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from harness import load_config, run_folder, run_ownership
+from harness import load_config
+from harness.runs import ownership as run_ownership
+from harness.runs import run_folder
 from harness.resilience.stopping import StopRequest
 run_folder.HEARTBEAT_S = run_folder.NEWS_S = 0.2
 run_ownership.WATCH_S = 2.0

@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()  # a reader that has gone is found here, not at the exit
+        return code
     except UserError as error:
         complain(str(error))
         return USER_ERROR

@@ -44,7 +44,7 @@ def test_a_job_outlives_the_checkout_that_it_was_submitted_from(launch, checkout
         yaml.safe_dump(launch.mapping | {"launcher": launcher, "sbatch": {"hold": True}})
     )
     submit = ["-m", "launch", "submit", launch.config, "--cluster", launch.file]
-    environment = {"SLURM_CONF": str(launch.slurm.cluster_file.conf), "PATH": search_path()}
+    environment = {"SLURM_CONF": str(launch.cluster.conf), "PATH": search_path()}
     subprocess.run(
         [sys.executable, *map(str, submit)],
         cwd=checkout,
@@ -55,7 +55,7 @@ def test_a_job_outlives_the_checkout_that_it_was_submitted_from(launch, checkout
     )
     (record,) = json.loads((launch.runs / "small.slurm" / "job.json").read_text()).values()
     shutil.rmtree(checkout)
-    launch.slurm.cluster_file.command("scontrol", "release", record["job_id"])
+    launch.cluster.command("scontrol", "release", record["job_id"])
     launch.wait_for_state(record["job_id"], "COMPLETED")
     assert launch.status()["state"] == "finished"
     found = json.loads((launch.run / "environment.json").read_text())

@@ -28,7 +28,7 @@ def test_the_cut_off_incarnation_ends_and_the_requeued_one_finishes(launch, stra
     job = launch.submit(nodes=1)
     launch.wait_for_step(50)
     node = launch.job(job)["NodeList"]
-    launch.slurm.cluster_file.cut_off(node)
+    launch.cluster.cut_off(node)
     # frozen until the other has begun: it would have finished before SLURM misses the node
     cut_off = launch.signal_rank(0, signal.SIGSTOP)
     launch.wait("the requeued start", lambda: launch.status()["incarnation"] == 2)
@@ -37,7 +37,7 @@ def test_the_cut_off_incarnation_ends_and_the_requeued_one_finishes(launch, stra
         launch.wait_for_state(job, "COMPLETED")
         launch.wait("the cut-off one's end", lambda: not Path(f"/proc/{cut_off}").exists())
     finally:
-        launch.slurm.cluster_file.connect(node)
+        launch.cluster.connect(node)
     assert launch.job(job)["NodeList"] != node
     log = launch.expect_straight(straight, starts=2)
     assert only("resume", log)["step"] > 0

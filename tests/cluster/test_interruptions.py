@@ -22,7 +22,7 @@ def expect_no_step_twice(log, seen):
 def test_scancel_with_a_signal(launch, straight, launcher):
     job = launch.submit(launcher=launcher, requeues=1)
     seen = launch.wait_for_step(50)
-    launch.slurm.cluster_file.command("scancel", "--signal=USR2", job)
+    launch.cluster.command("scancel", "--signal=USR2", job)
     launch.wait_for_state(job, "COMPLETED")
     expect_no_step_twice(launch.expect_straight(straight, starts=2), seen)
     assert "--- requeued, 1 of at most 1 times" in launch.log
@@ -32,7 +32,7 @@ def test_scancel_with_a_signal(launch, straight, launcher):
 def test_scontrol_requeue(launch, straight, launcher):
     job = launch.submit(launcher=launcher)
     seen = launch.wait_for_step(50)
-    launch.slurm.cluster_file.command("scontrol", "requeue", job)
+    launch.cluster.command("scontrol", "requeue", job)
     launch.wait_for_state(job, "COMPLETED")
     expect_no_step_twice(launch.expect_straight(straight, starts=2), seen)
 
@@ -51,18 +51,18 @@ def test_time_limit(launch, straight):
         launch.wait("SLURM's signal", signalled)
         os.kill(rank, signal.SIGCONT)
     launch.wait("its requeue", lambda: "--- requeued, 1 of at most 1 times" in launch.log)
-    launch.slurm.cluster_file.command("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    launch.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     launch.wait_for_state(job, "COMPLETED")
     expect_no_step_twice(launch.expect_straight(straight, starts=2), 1)
 
 
 @pytest.mark.parametrize("parameters", ["", "preempt_send_user_signal"])
 def test_preemption(launch, straight, parameters):
-    launch.slurm.cluster_file.configure(SlurmctldParameters=parameters)
+    launch.cluster.configure(SlurmctldParameters=parameters)
     job = launch.submit(requeues=1)
     seen = launch.wait_for_step(50)
     other = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
-    launch.slurm.cluster_file.command("sbatch", *other)
+    launch.cluster.command("sbatch", *other)
     launch.wait_for_state(job, "COMPLETED")
     expect_no_step_twice(launch.expect_straight(straight, starts=2), seen)
 
@@ -71,13 +71,11 @@ def test_a_node_set_down_and_the_run_goes_on_with_fewer(launch, straight):
     job = launch.submit(nodes="1-4")
     seen = launch.wait_for_step(50)
     assert launch.job(job)["NodeList"] == "n[1-4]"
-    launch.slurm.cluster_file.command(
-        "scontrol", "update", "nodename=n[3-4]", "state=down", "reason=test"
-    )
+    launch.cluster.command("scontrol", "update", "nodename=n[3-4]", "state=down", "reason=test")
     try:
         launch.wait_for_state(job, "COMPLETED")
     finally:
-        launch.slurm.cluster_file.command("scontrol", "update", "nodename=n[3-4]", "state=resume")
+        launch.cluster.command("scontrol", "update", "nodename=n[3-4]", "state=resume")
     log = launch.expect_straight(straight, starts=2)
     assert expect_no_step_twice(log, seen)["world_size"] == 2
 
@@ -85,7 +83,7 @@ def test_a_node_set_down_and_the_run_goes_on_with_fewer(launch, straight):
 def test_scancel_ends_it_for_good_and_submit_goes_on(launch, straight):
     job = launch.submit()
     seen = launch.wait_for_step(50)
-    launch.slurm.cluster_file.command("scancel", job)
+    launch.cluster.command("scancel", job)
     launch.wait_for_state(job, "CANCELLED")
     assert launch.job(job)["Restarts"] == "0"
     assert launch.status()["state"] == "stopped"
@@ -98,7 +96,7 @@ def test_scancel_ends_it_for_good_and_submit_goes_on(launch, straight):
 def test_requeues_are_counted(launch):
     job = launch.submit(requeues=0)
     launch.wait_for_step(50)
-    launch.slurm.cluster_file.command("scancel", "--signal=USR1", job)
+    launch.cluster.command("scancel", "--signal=USR1", job)
     launch.wait_for_state(job, "FAILED")
     assert launch.job(job)["ExitCode"] == "75:0"
     assert "requeues: 0 are used up; submit it again" in launch.log
@@ -109,9 +107,7 @@ def test_requeues_are_counted(launch):
 def test_a_dead_rank_ends_the_job_and_is_named(launch, rank):
     job = launch.submit()
     launch.wait_for_step(50)
-    nodes = launch.slurm.cluster_file.command(
-        "scontrol", "show", "hostnames", launch.job(job)["NodeList"]
-    )
+    nodes = launch.cluster.command("scontrol", "show", "hostnames", launch.job(job)["NodeList"])
     launch.signal_rank(rank, signal.SIGKILL)
     launch.wait_for_state(job, "FAILED")
     node = nodes.split()[rank]

@@ -14,7 +14,7 @@ def expect_one_line(done, *parts):
 
 
 def expect_no_job(launch):
-    assert launch.slurm.cluster_file.command("squeue", "-h") == ""
+    assert launch.cluster.command("squeue", "-h") == ""
 
 
 def test_a_wrong_config_is_refused_before_submission(launch):
@@ -33,14 +33,12 @@ def test_an_unknown_partition(launch):
 
 
 def test_a_full_queue(launch):
-    held = launch.slurm.cluster_file.command(
-        "sbatch", "--parsable", "--hold", "--wrap=true"
-    ).strip()
-    known = launch.slurm.cluster_file.command("scontrol", "-o", "show", "jobs").splitlines()
-    launch.slurm.cluster_file.configure(MaxJobCount=f"{len(known)}")
+    held = launch.cluster.command("sbatch", "--parsable", "--hold", "--wrap=true").strip()
+    known = launch.cluster.command("scontrol", "-o", "show", "jobs").splitlines()
+    launch.cluster.configure(MaxJobCount=f"{len(known)}")
     done = launch("submit", launch.config, "--cluster", launch.file)
     expect_one_line(done, "the queue is full", "squeue")
-    assert launch.slurm.cluster_file.command("squeue", "-h", "-o", "%i").split() == [held]
+    assert launch.cluster.command("squeue", "-h", "-o", "%i").split() == [held]
 
 
 def test_a_folder_that_cannot_be_written_here(launch, tmp_path):
@@ -51,7 +49,7 @@ def test_a_folder_that_cannot_be_written_here(launch, tmp_path):
 
 
 def test_a_folder_that_the_nodes_cannot_write_is_told(launch):
-    folder = launch.slurm.cluster_file.folder / "unshared"  # read-only on the nodes
+    folder = launch.cluster.folder / "unshared"  # read-only on the nodes
     launch.runs, launch.run = folder, folder / "small"
     done = launch("submit", launch.config, "--cluster", launch.file, "--wait", folder=str(folder))
     assert done.returncode == 1

@@ -206,7 +206,7 @@ def test_several_processes_read_the_same_sizes(root: Path, monkeypatch: pytest.M
 
 SCAN = """
 import sys
-from harness.data import scan
+from harness.data.sources import scan
 from harness.data.sources.folder import load_index
 scan.PARALLEL_FROM, scan.CHUNK = 1, 50
 load_index(sys.argv[1], "train")
