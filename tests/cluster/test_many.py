@@ -35,7 +35,8 @@ def test_a_study_is_one_array_of_four_runs_two_at_once(launch, tmp_path):
         for seed in (1, 2):
             config = yaml.safe_load((folder / variant / str(seed) / "config.yaml").read_text())
             assert (config["seed"], config["recipe"]["nesterov"]) == (seed, variant == "nesterov")
-            assert config["expect"]["error"] == (60.0 if variant == "plain" else 50.0)
+            # the keys typed on top make another recipe than the one that either is expected of
+            assert config["expect"] is None
     records = json.loads((folder.with_name("momentum.slurm") / "job.json").read_text())
     assert len({record["job_id"].split("_")[0] for record in records.values()}) == 1
     again = launch(*words, **keys)
