@@ -12,11 +12,11 @@ from typing import Annotated, Any
 from pydantic import Field, Strict
 
 from harness.config.errors import config_error, found
-from harness.config.loading import keep_expectation, load_config
+from harness.config.loading import keep_expectation, load_config, read_mapping
 from harness.config.schema import Config, ExpectConfig, Section, Text
 from harness.config.stages import TEACHERS, changes_teacher
 from launch.run_spec import RunSpec, with_teachers
-from launch.slurm.cluster_file import Cluster, Whole, read_mapping, validate, with_cluster
+from launch.slurm.cluster_file import Cluster, Whole, validate, with_cluster
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], Strict(False)]

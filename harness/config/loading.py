@@ -33,6 +33,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     say what is then expected, the config expects nothing.
     Raises ConfigError for a file that cannot be read, broken YAML and every broken rule.
     """
+    mapping = read_mapping(path, expected="sections of keys (expect, data, …)")
+    if len(keys := [override.partition("=")[0] for override in overrides]) != len(set(keys)):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise config_error("command line", [f"{twice}: given twice; give it once"])
+    source = f"{path} + command line" if overrides else str(path)
+    config = config_from_mapping(mapping, source, overrides)
+    return keep_expectation(config, overrides, partial(config_from_mapping, mapping, source))
+
+
+def read_mapping(path: str | Path, expected: str = "keys") -> dict[str, Any]:
+    """Read the keys of a YAML file.
+
+    Raises ConfigError where it cannot be read, or holds something else than what is `expected`.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -42,13 +56,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     mapping = read_yaml(text, str(path))
     if not isinstance(mapping, dict):
         what = "an empty file" if mapping is None else found(mapping)
-        raise config_error(path, [f"expected sections of keys (expect, data, …), found {what}"])
-    if len(keys := [override.partition("=")[0] for override in overrides]) != len(set(keys)):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise config_error("command line", [f"{twice}: given twice; give it once"])
-    source = f"{path} + command line" if overrides else str(path)
-    config = config_from_mapping(mapping, source, overrides)
-    return keep_expectation(config, overrides, partial(config_from_mapping, mapping, source))
+        raise config_error(path, [f"expected {expected}, found {what}"])
+    return mapping
 
 
 def keep_expectation(

@@ -1,4 +1,4 @@
-"""What a rank loads (the feed), what a loader gives, and which loader to take."""
+"""The batch plan: which images, windows and flips a rank needs, micro-batch by micro-batch."""
 
 from __future__ import annotations
 

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, Strict, ValidationError, model_validator
 
 from harness.config.errors import config_error, explain, found
-from harness.config.loading import load_config
+from harness.config.loading import load_config, read_mapping
 from harness.config.schema import Config, Count, Positive, RunConfig, Section, Text
-from harness.config.yaml import read_yaml
 from harness.errors import UserError
 
 SET_BY = {  # sbatch's options that the launcher sets, and the key that they come from
@@ -127,21 +126,6 @@ def with_cluster(cluster: Cluster, path: str, typed: Sequence[str]) -> Config:
         added.setdefault("run.loader_threads", cluster.cpus_per_gpu)
     overrides = [f"{key}={json.dumps(value)}" for key, value in added.items() if key not in keys]
     return load_config(path, [*overrides, *typed])
-
-
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The keys of a YAML file. Raises ConfigError where it cannot be read or holds none."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise config_error(path, [f"cannot be read: {error.strerror or error}"]) from None
-    except UnicodeDecodeError:
-        raise config_error(path, ["cannot be read: not a text file in UTF-8"]) from None
-    mapping = read_yaml(text, str(path))
-    if not isinstance(mapping, dict):
-        what = "an empty file" if mapping is None else found(mapping)
-        raise config_error(path, [f"expected keys, found {what}"])
-    return mapping
 
 
 AnySection = TypeVar("AnySection", bound=Section)
