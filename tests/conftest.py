@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 LONG = (
     *("test_verify.py", "test_faults.py", "test_elastic.py", "test_one_curve.py"),
     *("test_watchdog.py", "test_train.py", "test_ghost_batch_norm_triton.py", "test_stages.py"),
-    *("test_local.py", "test_happenings.py", "test_bad_input.py"),
+    *("test_local.py", "test_events.py", "test_bad_input.py"),
 )
 
 

@@ -8,7 +8,7 @@ from harness.config.errors import ConfigError
 from harness.config.loading import load_config
 
 # kn = 8192 is 32 times the reference of 256, 90 epochs, resnet50: 5 epochs of warm-up are at work
-RESNET50_8192 = Path(__file__).parents[1] / "configs" / "imagenet" / "resnet50_8192.yaml"
+RESNET50_8192 = Path(__file__).parents[2] / "configs" / "imagenet" / "resnet50_8192.yaml"
 
 
 def refusal(*overrides):

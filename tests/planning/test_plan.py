@@ -17,7 +17,7 @@ from harness.planning.lr_plot import COLUMNS, ROWS, draw_lr
 from harness.planning.plan import check_facts, inspect_model, make_plan, render_plan
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def digits(recipe: dict | None = None, **model: object) -> Config:

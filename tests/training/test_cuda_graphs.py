@@ -15,8 +15,8 @@ from harness.training.tuning.cuda_graphs import CudaCapture, GraphedModel
 from tests.conftest import free_port
 from tests.faults import start
 from tests.recorded_graph import RecordedCapture
-from tests.test_step import N, batches, make_step
 from tests.test_train import assert_same, final_weights
+from tests.training.test_step import N, batches, make_step
 
 CPU = torch.device("cpu")
 SIZES = [2 * N, 2 * N, N]  # as make_step's
@@ -236,7 +236,7 @@ def test_without_a_trial_there_are_none(small):
 REPLAYED = """
 import harness.training.tuning.cuda_graph_trial as trial
 import harness.training.setup
-from tests.test_graphs import RecordedCapture, Refused
+from tests.training.test_cuda_graphs import RecordedCapture, Refused
 trial.GAIN = -1e9  # what only pretends to be a graph is slower
 capture = Refused() if rank == {refused} else RecordedCapture()
 harness.training.setup.settle_graphs = lambda step, feed, control, watchdog: trial.try_graphs(

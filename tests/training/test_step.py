@@ -133,7 +133,7 @@ def test_a_precision_for_a_while_leaves_no_trace():
     code = """
 import torch
 from harness.execution.precision import precision_within
-from tests.test_step import float32_arithmetic
+from tests.training.test_step import float32_arithmetic
 before = float32_arithmetic()
 with precision_within("float32"):
     assert set(float32_arithmetic().values()) == {"ieee"}, float32_arithmetic()

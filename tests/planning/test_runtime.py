@@ -19,7 +19,7 @@ from harness.planning.runtime import (
     render_prediction,
 )
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = CONFIGS / "imagenet" / "resnet50_8192.yaml"
 # ResNet-50 from its end, in bytes: fc; then all of the last block and half of the one before it,
 # 4 · (4,462,592 + 3,412,992), which is the first sum of theirs above 25 MiB; and so on

@@ -19,7 +19,7 @@ from harness.config.schema import Config, DistillConfig
 from harness.config.stages import load_stages
 from harness.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 # kn = 8192 is 32 times the reference of 256: the warm-up of 5 epochs is at work
 SMALLEST = """\
 expect: {error: 5, source: here}
