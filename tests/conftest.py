@@ -7,6 +7,7 @@ import copy
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,10 @@ pytest_plugins = ["tests.distilling", "tests.limits"]
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
-
+# nohup and background jobs ignore these signals, and the processes that tests start would inherit
+# that: a run under nohup rightly outlives its terminal, which is not what the tests are about
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # files of a minute and more, which begin first, so that none is left to one process at the end
 LONG = (
