@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test soak test-fresh test-cluster cluster cluster-stop check bench bench-check clean
+.PHONY: help install quickstart test coverage soak test-fresh test-cluster cluster cluster-stop check bench bench-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -18,6 +18,12 @@ quickstart: $(VENV)/.quickstart  ## train a small ResNet on real digits by the w
 test: $(VENV)/.test  ## the whole test suite
 	@# tests mostly wait for processes that start: three files at a time suit two cores
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+coverage: $(VENV)/.test  ## the suite, and which lines it ran in its own and in all other processes
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage html --quiet -d build/coverage/html
+	$(BIN)/coverage report | tail -n 40
 
 soak: $(VENV)/.test  ## faults by the hundred, an hour or more
 	$(BIN)/python -m pytest -m soak -s --timeout 0

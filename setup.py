@@ -16,6 +16,7 @@ DALI_CUDA12 = [f"nvidia-dali-cuda120>=2.4; {BUILT}"]
 QUICKSTART = ["scikit-learn>=1.3", *DALI]
 SLURM = ["submitit>=1.5.3"]  # for python -m launch
 PYTEST = [
+    "coverage>=7.10",  # follows processes and os._exit
     "pytest>=8",
     "hypothesis>=6.100",
     "selenium>=4.20",
@@ -32,7 +33,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["harness", "harness.*", "launch"]),
+    packages=find_packages(include=["harness", "harness.*", "launch", "launch.*"]),
     package_data={
         "harness": ["VERSION", "py.typed"],
         "harness.report": ["*.html", "*.css", "*.js"],
