@@ -1,4 +1,4 @@
-"""`harness report`: one HTML file of runs and studies."""
+"""`harness report`: summarize runs and studies in one HTML file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from harness.errors import (
 
 def add(commands: Subparsers) -> None:
     """Add the command to the parser."""
-    report = commands.add_parser("report", help="one HTML file of runs and studies")
+    report = commands.add_parser("report", help="summarize runs and studies in one HTML file")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN|STUDY|SCALING.json")
-    report.add_argument("--to", type=Path, required=True, metavar="FILE.html")
+    report.add_argument("--to", type=Path, required=True, metavar="FILE.html", help="output file")
     report.add_argument(
-        "--assets", type=Path, metavar="DIR", help="each figure as SVG, its data as CSV"
+        "--assets", type=Path, metavar="DIR", help="also write each figure as SVG and CSV"
     )
     report.set_defaults(command=run)
 

@@ -17,10 +17,10 @@ from harness.report.svg import csv_text, draw
 
 
 def write_report(paths: Sequence[Path], to: Path, assets: Path | None = None) -> str:
-    """Reads RUN or STUDY folders and writes the page `to`; says what it wrote.
+    """Read RUN or STUDY folders and write the page `to`; return a message for the user.
 
-    Among `paths` may be a file of scaling results (.json). `assets` gets each figure as SVG and its
-    data as CSV. Raises UserError.
+    `paths` may include files of scaling results (.json). `assets` receives each figure as SVG and
+    its data as CSV. Raises UserError.
     """
     files = [path for path in paths if path.suffix == ".json"]
     paths = [path for path in paths if path not in files]
@@ -35,14 +35,14 @@ def write_report(paths: Sequence[Path], to: Path, assets: Path | None = None) ->
     found = [*sections(groups), *scaling]
     page = render(_title(paths, groups), groups, found)
     _write(to, page, "--to")
-    said = f"report {to} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+    message = f"report {to} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
     if assets is not None:
-        said += f"\n{_write_assets(assets, found)} files in {assets}"
-    return said
+        message += f"\n{_write_assets(assets, found)} files in {assets}"
+    return message
 
 
 def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
-    """All runs of `paths`, each once; one that cannot be read is told and left out."""
+    """Read the runs of `paths`, each once; unreadable runs are reported and skipped."""
     studies = [path for path in paths if len(find_run_folders(path)) > 1]
     runs: dict[Path, RecordedRun] = {}
     for path in paths:
@@ -55,15 +55,15 @@ def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
             try:
                 here[folder.resolve()] = read_run(folder, variant)
             except UserError as error:
-                print(f"warning: left out: {error}", file=sys.stderr)
+                print(f"warning: run skipped: {error}", file=sys.stderr)
         runs |= sorted(here.items(), key=lambda item: item[1].config.recipe.minibatch)
     if not runs:
-        raise UserError(f"{', '.join(map(str, paths))}: holds no run that can be read")
+        raise UserError(f"{', '.join(map(str, paths))}: no readable run")
     return [*runs.values()]
 
 
 def _title(paths: Sequence[Path], groups: Sequence[Group]) -> str:
-    """The folder's name; with the one above, where it is but a seed's number."""
+    """Return the folder's name, preceded by its parent's where the name is only a seed number."""
     if len(paths) == 1:
         path = paths[0].resolve()
         return "/".join(path.parts[-2:]) if path.name.isdigit() else path.name
@@ -81,7 +81,7 @@ def _write_assets(folder: Path, found: Sequence[Section]) -> int:
 
 
 def _check(path: Path, option: str) -> None:
-    """Raise UserError where the file, or the first missing folder above it, cannot be made."""
+    """Raise UserError if the file, or the first missing folder above it, cannot be created."""
     while not path.parent.exists():
         path = path.parent
     check_output(path, option)

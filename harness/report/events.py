@@ -1,18 +1,17 @@
-"""What happened in a run besides training: restarts, damaged images, divergence, warnings."""
+"""Events of a run besides its training: restarts, damaged images, divergence, warnings."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from harness.recipe.schedule import lr_at
-from harness.report.runs import RecordedRun
+from harness.report.runs import JsonObject, RecordedRun
 from harness.runs.environment import recorded_code_changes
 
 KEPT = ("device", "precision", "loader", "micro_batch")  # of a start; a resume may change them
-AGREES = 1e-6  # lr, relative: that it is the config's
+LR_TOLERANCE = 1e-6  # relative difference between the logged lr and the config's
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Event:
     text: str
 
 
-def happenings(run: RecordedRun) -> list[Event]:
-    """In the order in which a reader wants them; empty for a run that went straight through."""
+def run_events(run: RecordedRun) -> list[Event]:
+    """List a run's events, the most important first; empty for a run without incident."""
     return [
         *_state(run),
         *_divergence(run),
@@ -36,7 +35,7 @@ def happenings(run: RecordedRun) -> list[Event]:
 
 
 def duration(seconds: float) -> str:
-    """Such as 12 s, 3 min, 5.2 h."""
+    """Format a time for people, such as 12 s, 3 min or 5.2 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -50,9 +49,9 @@ def _state(run: RecordedRun) -> Iterator[Event]:
         text += f" at step {run.status['step']:,} of {run.status['total_steps']:,}"
     if run.state == "running":
         ago = max(time.time() - run.status["heartbeat"], 0)
-        text += f", last heard of {duration(ago)} before this report"
+        text += f", last heartbeat {duration(ago)} before this report"
     elif reason := run.status.get("reason"):
-        text = reason if reason.startswith(run.state) else f"{text}: {reason}"
+        text += f": {reason}"
     yield Event("divergence" if run.state == "failed" else "state", text)
 
 
@@ -72,7 +71,7 @@ def _restarts(run: RecordedRun) -> Iterator[Event]:
         pause = (after.begun - before.ended).total_seconds()
         text = f"resumed at step {after.first_step:,} after a pause of {duration(pause)}"
         if lost:
-            text += f"; {_count(lost, 'step')} done again"
+            text += f"; {_count(lost, 'step')} repeated"
         yield Event("restart", text)
         old, new = before.line["world_size"], after.line["world_size"]
         if old != new:
@@ -81,7 +80,7 @@ def _restarts(run: RecordedRun) -> Iterator[Event]:
             yield Event("warning", f"{changed} from step {after.first_step:,} on")
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _changed(before: JsonObject, after: JsonObject) -> str:
     return ", ".join(
         f"{key} {before.get(key)} → {after.get(key)}"
         for key in KEPT
@@ -117,20 +116,20 @@ def _warnings(run: RecordedRun) -> Iterator[Event]:
     if run.headline is not None and run.error is None:
         yield Event(
             "warning",
-            f"its recorded error, {run.headline}, is of other epochs than those that count now, "
+            f"its recorded error, {run.headline}, covers other epochs than those that count now, "
             "and its log lacks an evaluation to compute it from",
         )
     if off := _lr_off(run):
         yield Event("warning", off)
     if str(run.environment.get("git_commit")).endswith("-dirty"):
-        yield Event("warning", "run from a working tree with changes that are in no commit")
+        yield Event("warning", "run from a working tree with uncommitted changes")
 
 
 def _lr_off(run: RecordedRun) -> str:
-    """Where the learning rate that was used is not the one that the config asks for."""
+    """Describe the first logged learning rate that is not the config's; "" if there is none."""
     stride = max(len(run.lr) // 200, 1)
     for step, lr in run.lr[::stride]:
-        wanted = lr_at(run.config, step - 1)
-        if abs(lr - wanted) > AGREES * wanted:
-            return f"lr {lr:.6g} at step {step - 1:,}, where the config says {wanted:.6g}"
+        scheduled = lr_at(run.config, step - 1)
+        if abs(lr - scheduled) > LR_TOLERANCE * scheduled:
+            return f"lr {lr:.6g} at step {step - 1:,}, where the config says {scheduled:.6g}"
     return ""

@@ -1,4 +1,4 @@
-"""Which figures a report has, from the groups of its runs."""
+"""The figures of a report, built from the groups of its runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from harness.report.groups import Group, sweeps
 from harness.report.runs import RecordedRun
 from harness.report.svg import Axis, Figure, Series
 
-LR_DOTS = 40  # a run's
-CLOSE_UP = 2 / 3  # from here on the end of training is shown close up
+LR_DOTS = 40  # per run
+CLOSE_UP = 2 / 3  # the close-up shows training from this share of its epochs
 EPOCHS = "epochs"
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Section:
-    """Figures under one heading, and what they show, in a sentence or two."""
+    """Figures under one heading, with a sentence or two on what they show."""
 
     title: str
     note: str
@@ -27,7 +27,7 @@ class Section:
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
-    """Those that there is something to show in."""
+    """Sections with at least one non-empty figure."""
     found = [
         _error_against_minibatch(groups),
         _error_against_epochs(groups),
@@ -44,7 +44,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
 
 @dataclass(frozen=True)
 class Member:
-    """A run in its group, which has a colour."""
+    """A run with its group, its number in the report and its group's colour."""
 
     group: Group
     run: RecordedRun
@@ -52,13 +52,13 @@ class Member:
     colour: int
 
     def line(self, points: Points) -> Series:
-        """Its curve."""
+        """Draw `points` as this run's curve."""
         name = run_name(self.group, self.run)
         runs = (self.number,)
         return Series(name, self.group.label, runs, self.colour, "line", *columns(points))
 
     def validation(self) -> Points:
-        """(epoch, error in %)"""
+        """Return (epoch, validation error in %) of each evaluation."""
         return [(float(one.epoch), one.error) for one in self.run.evaluations]
 
 
@@ -71,17 +71,17 @@ def _members(groups: Sequence[Group]) -> list[Member]:
 
 
 def columns(points: Points) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The x and the y of points."""
+    """Split points into their x and their y values."""
     return tuple(x for x, _ in points), tuple(y for _, y in points)
 
 
 def run_name(group: Group, run: RecordedRun) -> str:
-    """Such as `gradual, seed 3`."""
+    """Name a run by its group and seed, such as `gradual, seed 3`."""
     return f"{group.label}, seed {run.config.seed}"
 
 
 def measured(mean: float, std: float | None) -> str:
-    """Such as 23.74 ± 0.09 %."""
+    """Format an error such as 23.74 ± 0.09 %."""
     return f"{mean:.2f} %" if std is None else f"{mean:.2f} ± {std:.2f} %"
 
 
@@ -104,11 +104,11 @@ def _error_against_minibatch(groups: Sequence[Group]) -> Section:
 
 
 def _sweep(sweep: Sequence[Group], name: str, colour: int) -> Iterator[Series]:
-    """The line, and a point of what was expected and one of what was measured for each group."""
+    """Yield a sweep's line, then each group's expected and measured point."""
     numbers = tuple(number for group in sweep for number in group.numbers)
     x = tuple(float(group.config.recipe.minibatch) for group in sweep)
     y = tuple(group.mean or 0.0 for group in sweep)
-    yield Series(f"{name}, line", "", numbers, colour, "line", x, y, told=("",) * len(x))
+    yield Series(f"{name}, line", "", numbers, colour, "line", x, y, hover=("",) * len(x))
     for group, kn, mean in zip(sweep, x, y, strict=True):
         expect, runs = group.expect, len(group.errors)
         points = [("expected", expect.error, expect.std, expect.source)] if expect else []
@@ -139,8 +139,8 @@ def _error_against_epochs(groups: Sequence[Group]) -> Section:
     ]
     validation = [member.line(member.validation()) for member in members]
     note = (
-        "One line a run. The training error is the mean over an epoch's crops, while the weights "
-        "change; the validation error is that of all validation images after the epoch."
+        "One line per run. The training error is the mean over an epoch's crops while the weights "
+        "change; the validation error covers all validation images after the epoch."
     )
     starts = [CLOSE_UP * member.run.config.recipe.epochs for member in members]
     whole, late = [], []
@@ -153,7 +153,7 @@ def _error_against_epochs(groups: Sequence[Group]) -> Section:
 
 
 def _from(series: Series, start: float) -> Series:
-    """The points from an epoch on."""
+    """Keep the points from epoch `start` on."""
     kept = [point for point in zip(series.x, series.y, strict=True) if point[0] >= start]
     x, y = columns(kept)
     return replace(series, x=x, y=y)
@@ -217,12 +217,12 @@ def _learning_rate(groups: Sequence[Group]) -> Section:
                 tuple(close),
             )
         )
-    note = "Lines: what the config asks for, at every step. Dots: what was logged while training."
+    note = "Lines: the config's schedule, at every step. Dots: the values logged while training."
     return Section("Learning rate", note, tuple(figures))
 
 
 def _schedule(config: Config) -> Points:
-    """(epochs, lr) at the corners of the schedule, and between them as closely as is seen."""
+    """Return (epochs, lr) at the corners of the schedule and as finely as is visible between."""
     recipe, total, epoch = config.recipe, config.total_steps, config.steps_per_epoch
     warm = warmup_steps(recipe, epoch)
     jumps = {m * epoch for m in recipe.milestones} if recipe.decay == "steps" else set()
@@ -230,7 +230,7 @@ def _schedule(config: Config) -> Points:
     steps = {0, warm, total - 1, *jumps, *(total * i // 120 for i in range(120))}
     points = []
     for step in sorted(step for step in steps if step < total):
-        if step in jumps:  # upright
+        if step in jumps:  # a vertical line
             points.append((step / epoch, lr_at(config, step - 1)))
         points.append((step / epoch, lr_at(config, step)))
     return points
@@ -254,7 +254,7 @@ def _throughput(groups: Sequence[Group]) -> Section:
             "throughput",
             "Throughput",
             Axis(EPOCHS),
-            Axis("images a second, all ranks", low=0),
+            Axis("images per second, all ranks", low=0),
             tuple(speed),
         ),
         Figure(
@@ -265,5 +265,5 @@ def _throughput(groups: Sequence[Group]) -> Section:
             tuple(waiting),
         ),
     )
-    note = "Training steps only: evaluations and checkpoints are not in it."
+    note = "Training steps only, without evaluations and checkpoints."
     return Section("Throughput", note, figures)

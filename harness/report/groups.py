@@ -1,4 +1,4 @@
-"""Runs that differ by their seed only, and their error beside the expected one."""
+"""Groups of runs that differ only by seed, and their error beside the expected one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from harness.config.schema import Config, ExpectConfig
 from harness.recipe.schedule import error_rule, final_epochs
@@ -18,7 +17,7 @@ SHORT = {"recipe.minibatch": "kn", "recipe.worker_batch": "n", "model.name": ""}
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one config, one for each seed. `numbers` are the runs' places in the report."""
+    """Runs of one config, one per seed. `numbers` are the runs' positions in the report."""
 
     label: str
     runs: tuple[RecordedRun, ...]
@@ -26,7 +25,7 @@ class Group:
 
     @property
     def config(self) -> Config:
-        """Of its first run; the others differ by their seed and machine only."""
+        """The config of the first run; the others differ only by seed and machine."""
         return self.runs[0].config
 
     @property
@@ -35,34 +34,34 @@ class Group:
 
     @property
     def errors(self) -> list[float]:
-        """Of the finished runs, in %, in the order of the runs."""
+        """Errors of the finished runs in %, in the order of the runs."""
         return [run.error for run in self.runs if run.error is not None]
 
     @property
     def mean(self) -> float | None:
-        """Mean error in % over the seeds that finished."""
+        """Mean error in % over the finished seeds."""
         return statistics.fmean(self.errors) if self.errors else None
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation (n - 1) over the seeds, where two or more finished."""
+        """Sample standard deviation (n - 1) over the finished seeds; None for fewer than two."""
         return statistics.stdev(self.errors) if len(self.errors) > 1 else None
 
     @property
     def difference(self) -> float | None:
-        """Mean error less the expected one, in points."""
+        """Mean error minus the expected error, in percentage points."""
         if self.mean is None or self.expect is None:
             return None
         return self.mean - self.expect.error
 
     @property
     def rule(self) -> str:
-        """Which epochs a run's error is of, such as `median of epochs 86 to 90`."""
+        """The rule for a run's error, such as `median of epochs 86 to 90`."""
         return error_rule(final_epochs(self.config))
 
 
 def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
-    """In the order of the runs; a label each, all different."""
+    """Group runs by variant and config, in the order of the runs, each with a unique label."""
     members: dict[tuple[str, str], list[int]] = {}
     for number, run in enumerate(runs):
         key = run.variant, json.dumps(curve_keys(run.config), sort_keys=True)
@@ -76,38 +75,38 @@ def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
             _label(first.config, loose) if len(numbers) > 1 else _place(first, loose)
         )
         labels[label] = labels.get(label, 0) + 1
-        if labels[label] > 1:  # one variant, but its runs have different configs
+        if labels[label] > 1:  # runs of one variant with different configs
             label = f"{label} ({labels[label]})"
         groups.append(Group(label, tuple(runs[i] for i in numbers), tuple(numbers)))
     return groups
 
 
-def flat_config(config: Config) -> dict[str, Any]:
-    """section.key -> value, of all keys."""
-    flat: dict[str, Any] = {}
+def flat_config(config: Config) -> dict[str, object]:
+    """Map each key, as section.key, to its value."""
+    flat: dict[str, object] = {}
     for name, section in config.model_dump(mode="json").items():
         nested = isinstance(section, dict)
         flat |= {f"{name}.{k}": v for k, v in section.items()} if nested else {name: section}
     return flat
 
 
-def curve_keys(config: Config) -> dict[str, Any]:
-    """The keys that fix the curve, the seed left out."""
+def curve_keys(config: Config) -> dict[str, object]:
+    """The keys that determine the curve, without the seed."""
     flat = flat_config(config)
     return {k: v for k, v in flat.items() if k.partition(".")[0] not in ("seed", "expect", "run")}
 
 
 def _place(run: RecordedRun, among: Sequence[RecordedRun]) -> str:
-    """Its folder's name, with as much of the path as tells it from the others."""
+    """Name a run by its folder, with as much of the path as distinguishes it from the others."""
     folder = run.folder.resolve()
     above = os.path.commonpath([other.folder.resolve().parent for other in among])
-    if len(among) == 1 and folder.name.isdigit():  # a seed's number says nothing by itself
+    if len(among) == 1 and folder.name.isdigit():  # a bare seed number identifies nothing
         above = os.path.dirname(above)
     return folder.relative_to(above).as_posix()
 
 
 def _label(config: Config, among: Sequence[RecordedRun]) -> str:
-    """What tells a config from the others, such as `kn 256, warmup none`."""
+    """Name a config by the keys that differ among the runs, such as `kn 256, warmup none`."""
     keys, others = curve_keys(config), [curve_keys(other.config) for other in among]
     names = dict.fromkeys(key for other in [keys, *others] for key in other)
     differing = [k for k in names if any(other.get(k) != keys.get(k) for other in others)]
@@ -117,10 +116,10 @@ def _label(config: Config, among: Sequence[RecordedRun]) -> str:
 
 
 def sweeps(groups: Sequence[Group]) -> list[list[Group]]:
-    """The series of groups that differ by their minibatch only, each by rising minibatch.
+    """Find the series of groups that differ only by minibatch, each in rising order.
 
-    Where kn is at most the reference there is nothing to warm up to, so that its warm-up tells such
-    a group from no other; of several series it belongs to the longest.
+    Where kn is at most the reference there is nothing to warm up to, so the warm-up keys do not
+    distinguish such a group; among several series it joins the longest.
     """
     series: dict[str, list[Group]] = {}
     unwarmed: list[tuple[str, Group]] = []

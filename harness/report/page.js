@@ -1,4 +1,4 @@
-// Hover values and the legend's switches. Without it the page is whole, only still.
+// Hover values and the legend's switches. Without the script the page is complete but static.
 "use strict";
 const plots = JSON.parse(document.getElementById("plots").textContent);
 const tip = document.getElementById("tip");
@@ -7,7 +7,7 @@ const runsOf = (element) => element.dataset.runs.split(" ").filter(Boolean);
 
 function showRuns() {
   for (const element of document.querySelectorAll(".series, tr[data-runs]")) {
-    const runs = runsOf(element); // none: it is no run's
+    const runs = runsOf(element); // empty for elements that belong to no run
     element.classList.toggle("off", runs.length > 0 && runs.every((run) => off.has(run)));
   }
   for (const button of document.querySelectorAll("#legend [aria-pressed]")) {
@@ -36,7 +36,7 @@ const ruler = (axis) => {
 const number = (value) => value.toLocaleString("en-US", { maximumSignificantDigits: 4 });
 const quantity = (axis, value) => `${axis.label} ${number(value)}${axis.unit ? " " + axis.unit : ""}`;
 
-// every point of a figure that can be seen: pixel, series, place in it
+// each visible point of a figure: its pixel, its series, its index there
 function points(svg) {
   const plot = plots[svg.dataset.figure];
   const [x, y] = [ruler(plot.x), ruler(plot.y)];
@@ -45,7 +45,7 @@ function points(svg) {
   plot.series.forEach((series, s) => {
     if (drawn[s].classList.contains("off")) return;
     series.x.forEach((value, i) => {
-      if (series.told && !series.told[i]) return;
+      if (series.hover && !series.hover[i]) return;
       found.push({ left: x(value), top: y(series.y[i]), series, i, look: drawn[s] });
     });
   });
@@ -66,8 +66,8 @@ function show(svg, point) {
   svg.append(mark);
   const name = document.createElement("b");
   name.textContent = series.name;
-  const value = series.told
-    ? series.told[i]
+  const value = series.hover
+    ? series.hover[i]
     : `${quantity(plot.x, series.x[i])}: ${quantity(plot.y, series.y[i])}`;
   tip.replaceChildren(name, value);
   tip.hidden = false;

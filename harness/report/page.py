@@ -1,4 +1,4 @@
-"""The page: groups, figures and tables put into page.html."""
+"""The page: page.html filled with groups, figures and tables."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import __version__
-from harness.report.events import Event, duration, happenings
+from harness.report.events import Event, duration, run_events
 from harness.report.figures import Section, measured, run_name
 from harness.report.groups import Group, flat_config
 from harness.report.runs import RecordedRun
@@ -23,19 +22,19 @@ from harness.report.verdicts import Verdict, verdicts
 
 HERE = Path(__file__).parent
 NAMED_AT_MOST = 6  # runs in a table's cell
-EACH_ITS_OWN = ("seed", "command")  # told in the tables, but no difference worth a mark
+UNMARKED = ("seed", "command")  # differ from run to run anyway
 VERDICTS = {
     "within": "no difference shown",
     "lower": "lower than expected",
     "higher": "higher than expected",
     "": "",
 }
-TRACK = 130  # px, the width of a row's picture
+TRACK = 130  # px, the width of a row's graphic
 
 
 @dataclass(frozen=True)
 class Value:
-    """One value of a key, and whose it is ("" where it is everybody's)."""
+    """One value of a key, and the runs that have it ("" if all have)."""
 
     text: str
     whose: str
@@ -43,15 +42,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """A key of config or environment."""
+    """A key of the config or the environment, with its values."""
 
     key: str
     values: tuple[Value, ...]
-    marked: bool  # differs between runs, and should not go unseen
+    marked: bool  # it differs between runs in a way that matters
 
 
 def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str:
-    """The whole page as HTML; whatever a config, a path or a log holds is escaped."""
+    """Render the page as HTML; text from configs, paths and logs is escaped."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -93,30 +92,30 @@ def _in_order(groups: Sequence[Group]) -> list[tuple[int, Group, RecordedRun]]:
 
 
 def _happened(groups: Sequence[Group]) -> list[tuple[str, list[Event]]]:
-    """(whose, what), runs with the same to tell together; runs with nothing to tell left out."""
-    told: dict[str, list[int]] = {}
-    what: dict[str, list[Event]] = {}
+    """Return (runs, events) for each distinct list of events; runs without events are omitted."""
+    numbers: dict[str, list[int]] = {}
+    events: dict[str, list[Event]] = {}
     for number, _, run in _in_order(groups):
-        if found := happenings(run):
-            what[repr(found)] = found
-            told.setdefault(repr(found), []).append(number)
-    return [(_named(numbers, groups), what[key]) for key, numbers in told.items()]
+        if found := run_events(run):
+            events[repr(found)] = found
+            numbers.setdefault(repr(found), []).append(number)
+    return [(_named(same, groups), events[key]) for key, same in numbers.items()]
 
 
 def summary(found: Sequence[Verdict]) -> str:
-    """The answer in a sentence."""
+    """Summarize the verdicts in a sentence."""
     kinds = [verdict.kind for verdict in found if verdict.kind]
     if not kinds:
-        return "No error can be tested against what is expected."
-    parts = [f"{kinds.count('within')} of {len(found)} show no difference to what is expected"]
+        return "No error can be tested against an expected one."
+    parts = [f"{kinds.count('within')} of {len(found)} show no difference from what is expected"]
     parts += [f"{kinds.count(k)} {k}" for k in ("lower", "higher") if k in kinds]
     if untested := len(found) - len(kinds):
         parts.append(f"{untested} not tested")
     return ", ".join(parts) + "."
 
 
-def _as_json(value: Any) -> Markup:
-    """JSON that cannot end the element it stands in."""
+def _as_json(value: object) -> Markup:
+    """Encode as JSON that cannot close the script element around it."""
     return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
 
 
@@ -125,8 +124,8 @@ def _states(runs: Sequence[RecordedRun]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
-def answer(group: Group, verdict: Verdict, groups: Sequence[Group]) -> dict[str, Any]:
-    """A row of the table at the top, as text."""
+def answer(group: Group, verdict: Verdict, groups: Sequence[Group]) -> dict[str, object]:
+    """Return a row of the table at the top, as text."""
     recipe, runs = group.config.recipe, group.runs
     speeds = [run.images_per_s for run in runs if run.images_per_s]
     walls = [run.wall_s for run in runs if run.state == "finished"]
@@ -157,7 +156,7 @@ def _expected(group: Group) -> str:
 
 
 def _source(group: Group) -> str:
-    """Of the expected error, with the number of its runs."""
+    """Return the source of the expected error, with its number of runs."""
     if group.expect is None:
         return ""
     runs = group.expect.runs
@@ -169,7 +168,7 @@ def _distinct(texts: Sequence[str]) -> str:
 
 
 def _scale(groups: Sequence[Group]) -> tuple[float, float]:
-    """The least and the greatest error that the pictures of the rows show."""
+    """Return the smallest and the largest error that the rows' graphics show."""
     ends = [end for group in groups for end in _ends(group)] or [0.0, 100.0]
     return min(ends), max(ends)
 
@@ -180,8 +179,8 @@ def _ends(group: Group) -> list[float]:
     return [e + sign * (std or 0) for e, std in pairs for sign in (-1, 1)] + group.errors
 
 
-def _picture(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
-    """Pixels of a row's picture: what was expected as a band, what was measured as points."""
+def _picture(group: Group, groups: Sequence[Group]) -> dict[str, object]:
+    """Return the pixels of a row's graphic: the expected error as a band, the seeds as points."""
     low, high = _scale(groups)
 
     def at(error: float) -> float:
@@ -201,8 +200,8 @@ def _picture(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def run_row(number: int, group: Group, run: RecordedRun) -> dict[str, Any]:
-    """A row of the table of runs."""
+def run_row(number: int, group: Group, run: RecordedRun) -> dict[str, object]:
+    """Return a row of the table of runs."""
     last = run.evaluations[-1] if run.evaluations else None
     waits = [epoch.data_wait for epoch in run.epochs]
     return {
@@ -223,9 +222,9 @@ def run_row(number: int, group: Group, run: RecordedRun) -> dict[str, Any]:
     }
 
 
-def flat_environment(run: RecordedRun) -> dict[str, Any]:
-    """environment.json as key -> value."""
-    flat: dict[str, Any] = {}
+def flat_environment(run: RecordedRun) -> dict[str, object]:
+    """Flatten environment.json into key -> value."""
+    flat: dict[str, object] = {}
     for name, found in run.environment.items():
         if isinstance(found, dict):
             flat |= {f"{name}.{key}": value for key, value in found.items()}
@@ -234,8 +233,8 @@ def flat_environment(run: RecordedRun) -> dict[str, Any]:
     return flat
 
 
-def table(values: dict[int, dict[str, Any]], groups: Sequence[Group]) -> list[Row]:
-    """`values`: run's number -> key -> value. Keys in which runs differ are marked."""
+def table(values: dict[int, dict[str, object]], groups: Sequence[Group]) -> list[Row]:
+    """Tabulate `values` (run number -> key -> value); keys that differ between runs are marked."""
     rows = []
     for key in dict.fromkeys(key for flat in values.values() for key in flat):
         whose: dict[str, list[int]] = {}
@@ -247,18 +246,18 @@ def table(values: dict[int, dict[str, Any]], groups: Sequence[Group]) -> list[Ro
             Value(text, _named(numbers, groups) if differs else "")
             for text, numbers in whose.items()
         )
-        rows.append(Row(key, cells, differs and key not in EACH_ITS_OWN))
+        rows.append(Row(key, cells, differs and key not in UNMARKED))
     return rows
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False)
 
 
 def _named(numbers: Sequence[int], groups: Sequence[Group]) -> str:
-    """Whole groups by their label, other runs by their own name."""
+    """Name complete groups by their label and other runs individually."""
     names = []
     for group in groups:
         inside = [number for number in group.numbers if number in numbers]

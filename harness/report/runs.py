@@ -1,4 +1,4 @@
-"""Run folders, as a report reads them: also while the run goes on."""
+"""Run folders as a report reads them, also while a run is in progress."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from harness.recipe.schedule import final_epochs
 from harness.runs.headline import Headline, recorded_headline
 from harness.runs.logging.jsonl import read_lines, standing_lines
 
+# a line of log.jsonl, environment.json or status.json: its keys depend on the event and the version
+JsonObject = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Epoch:
-    """Means over an epoch's steps. `position` is in epochs, whole at an epoch's end."""
+    """Means over the steps of an epoch. `position` counts the epochs completed at its end."""
 
     position: float
     train_error: float | None  # in %
     images_per_s: float
-    data_wait: float  # share of the time
+    data_wait: float  # share of the time, 0 to 1
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A validation result; errors in %."""
+    """A validation result, with errors in %."""
 
     epoch: int
     error: float
@@ -40,32 +43,33 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Launch:
-    """A start or a resume: the log's line of it, and how far it came."""
+    """A start or a resume: its line in the log, and how far it got."""
 
-    line: dict[str, Any]
+    line: JsonObject
     begun: datetime
     ended: datetime
     last_step: int
 
     @property
     def first_step(self) -> int:
+        """The number of steps done before it."""
         return self.line["step"]
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run folder says. `variant` is its study's, "" for a run given by itself."""
+    """The contents of a run folder. `variant` is "" for a run that is not part of a study."""
 
     folder: Path
     variant: str
     config: Config
-    environment: dict[str, Any]
-    status: dict[str, Any]
+    environment: JsonObject
+    status: JsonObject
     launches: list[Launch] = field(repr=False)
-    events: list[dict[str, Any]] = field(repr=False)  # that stand, but for train and evaluation
+    events: list[JsonObject] = field(repr=False)  # not superseded; without train and evaluation
     epochs: list[Epoch] = field(repr=False)
     evaluations: list[Evaluated] = field(repr=False)
-    lr: list[tuple[int, float]] = field(repr=False)  # (step, lr of its update) as logged
+    lr: list[tuple[int, float]] = field(repr=False)  # logged (step, lr of its update)
     overflows: int
 
     @property
@@ -77,7 +81,7 @@ class RecordedRun:
     def error(self) -> float | None:
         """A finished run's error in %, the median over its final epochs.
 
-        None also where an older version counted other epochs and the log lacks an evaluation.
+        Also None if an older version counted other epochs and the log lacks an evaluation.
         """
         found = self.headline
         final = tuple(final_epochs(self.config))
@@ -85,7 +89,7 @@ class RecordedRun:
 
     @property
     def headline(self) -> Headline | None:
-        """A finished run's, as it was recorded or, of an older version's run, as it was logged."""
+        """A finished run's headline: the recorded one or, for older versions, one from the log."""
         if self.state != "finished":
             return None
         errors = {one.epoch: one.error for one in self.evaluations}
@@ -93,13 +97,13 @@ class RecordedRun:
 
     @property
     def world_sizes(self) -> list[int]:
-        """W of each launch, repetitions left out."""
+        """W of each launch, without consecutive repetitions."""
         sizes = [launch.line["world_size"] for launch in self.launches]
         return [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
 
     @property
     def hardware(self) -> str:
-        """The last launch's: a GPU's name, or the CPU's."""
+        """The name of the last launch's GPU or, without one, of its CPU."""
         found = self.environment.get("hardware", {})
         if found.get("gpu"):
             return str(found["gpu"])
@@ -107,31 +111,31 @@ class RecordedRun:
 
     @property
     def wall_s(self) -> float:
-        """Time within the launches, from each one's first log line to its last."""
+        """Seconds within launches, each from its first log line to its last."""
         return sum((launch.ended - launch.begun).total_seconds() for launch in self.launches)
 
     @property
     def images_per_s(self) -> float | None:
-        """Training images a second, all ranks together, over the whole run."""
+        """Training images per second of all ranks together, over the whole run."""
         seconds = [1 / epoch.images_per_s for epoch in self.epochs if epoch.images_per_s]
         return len(seconds) / sum(seconds) if seconds else None
 
     @property
     def teacher_error(self) -> float | None:
-        """The teacher's validation error in %, where there is one."""
+        """The teacher's validation error in %; None without a teacher."""
         errors = [line["error"] for line in self.events if line["event"] == "teacher"]
         return errors[-1] if errors else None
 
 
-def _launches(lines: Sequence[dict[str, Any]]) -> Iterator[Launch]:
+def _launches(lines: Sequence[JsonObject]) -> Iterator[Launch]:
     starts = [i for i, line in enumerate(lines) if line["event"] in ("start", "resume")]
     for start, end in zip(starts, [*starts, len(lines)][1:], strict=True):
         begun, ended = (datetime.fromisoformat(lines[i]["time"]) for i in (start, end - 1))
         yield Launch(lines[start], begun, ended, lines[end - 1]["step"])
 
 
-def _epochs(train: Sequence[dict[str, Any]], steps_per_epoch: int) -> Iterator[Epoch]:
-    """A train line tells of the steps since the one before; a line ends at each epoch's end."""
+def _epochs(train: Sequence[JsonObject], steps_per_epoch: int) -> Iterator[Epoch]:
+    """Average train lines over epochs. Each line covers the steps since the one before."""
     done = 0
     steps, errors, labelled, seconds, waited = 0, 0.0, 0, 0.0, 0.0
     for line in train:
@@ -140,7 +144,7 @@ def _epochs(train: Sequence[dict[str, Any]], steps_per_epoch: int) -> Iterator[E
         if line["error"] is not None:
             errors, labelled = errors + here * line["error"], labelled + here
         if line["images_per_s"]:
-            seconds += here / line["images_per_s"]  # if a step had one image
+            seconds += here / line["images_per_s"]  # as if a step had one image
             waited += line["data_wait"] * here / line["images_per_s"]
         if done % steps_per_epoch == 0:
             error = errors / labelled if labelled else None
@@ -150,10 +154,10 @@ def _epochs(train: Sequence[dict[str, Any]], steps_per_epoch: int) -> Iterator[E
 
 
 def find_run_folders(path: Path) -> list[tuple[Path, str]]:
-    """The run folders of RUN or STUDY, each with its variant: VARIANT of STUDY/VARIANT/SEED, ""
-    where the folder's name is no seed.
+    """Find the run folders of RUN or STUDY, each with its variant.
 
-    Raises UserError where there is none.
+    The variant is that of STUDY/VARIANT/SEED, or "" if the folder's name is not a seed.
+    Raises UserError if there is none.
     """
     if not path.exists():
         raise UserError(f"{path}: no such run folder or study")
@@ -183,7 +187,7 @@ def _is_run_folder(path: Path) -> bool:
 
 
 def read_run(folder: Path, variant: str = "") -> RecordedRun:
-    """Raises UserError for a folder that cannot be read."""
+    """Read a run folder; raise UserError if that is impossible."""
     config = load_config(folder / "config.yaml")
     environment, status = (
         _read_json(folder / f"{name}.json") for name in ("environment", "status")
@@ -213,7 +217,7 @@ def read_run(folder: Path, variant: str = "") -> RecordedRun:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         found = json.loads(path.read_text(errors="replace"))
     except FileNotFoundError:

@@ -6,21 +6,24 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.errors import UserError
 from harness.report.figures import Section, columns
+from harness.report.runs import JsonObject
 from harness.report.svg import Axis, Figure, Series
 
 RANKS = Axis("ranks", scale="log2")
 HOSTS = Axis("hosts", scale="log2")
-Point = dict[str, Any]
+Point = JsonObject
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """`points`: one network on more and more ranks; `hosts`: the same over links of set speed,
-    computing being a timed wait; `predictions`: the model's for each of the hosts' points."""
+    """Scaling results.
+
+    `points`: one network on 1, 2, … ranks. `hosts`: the same over links of set speed, where
+    computing is a timed wait. `predictions`: the step-time model's value for each point of `hosts`.
+    """
 
     points: list[Point]
     hosts: list[Point]
@@ -29,7 +32,7 @@ class Scaling:
 
 
 def read_scaling(path: Path) -> Scaling:
-    """Raises UserError for a file that holds no scaling results."""
+    """Read scaling results; raise UserError if the file holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         points, hosts = found["points"], found.get("hosts", [])
@@ -46,14 +49,14 @@ def read_scaling(path: Path) -> Scaling:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: holds no scaling results ({error!r}); give what "
-            "`python -m benchmarks.scaling --write` wrote"
+            f"{path}: no scaling results in it ({error!r}); give a file that "
+            "`python -m benchmarks.scaling --write` has written"
         ) from None
     return Scaling(points, hosts, predictions, conditions)
 
 
 def scaling_section(scaling: Scaling) -> Section:
-    """Time of a step, images/s and efficiency; the same over hosts where they were measured."""
+    """Plot step time, images/s and efficiency; and efficiency over hosts, if it was measured."""
     steps, speeds, shares = [], [], []
     for colour, kind in enumerate(dict.fromkeys(point["scaling"] for point in scaling.points)):
         points = [point for point in scaling.points if point["scaling"] == kind]
@@ -63,21 +66,19 @@ def scaling_section(scaling: Scaling) -> Section:
         shares.append(_line(name, colour, [(p["ranks"], 100 * p["efficiency"]) for p in points]))
         speeds += _ideal(points, name, colour)
     figures = [
-        _figure(
-            "scaling-step", "Time of a step", RANKS, Axis("time of a step", "ms", low=0), steps
-        ),
-        _figure("scaling-images", "Images a second", RANKS, Axis("images a second", low=0), speeds),
+        _figure("scaling-step", "Step time", RANKS, Axis("step time", "ms", low=0), steps),
+        _figure("scaling-images", "Throughput", RANKS, Axis("images per second", low=0), speeds),
         _figure("scaling-efficiency", "Efficiency", RANKS, Axis("efficiency", "%", low=0), shares),
     ]
     if scaling.hosts:
         figures.append(_hosts(scaling))
     note = (
-        "Medians; bars are quartiles. Weak scaling: the same images a rank; strong: the same "
-        "minibatch. Efficiency: a rank's images a second as a share of one rank's alone. "
+        "Medians; bars are quartiles. Weak scaling: the same images per rank; strong: the same "
+        "minibatch. Efficiency: images per second and rank, relative to a single rank. "
         f"Measured with: {scaling.conditions}. The paper's figures 7 and 8."
     )
     if scaling.hosts:
-        note += " Hosts: computing is a timed wait, the links have set speeds; dashed: the model."
+        note += " Hosts: computing is a timed wait, link speeds are set; dashed: the model."
     return Section("Scaling", note, tuple(figures))
 
 
@@ -90,7 +91,7 @@ def _line(name: str, colour: int, points: Sequence[tuple[float, float]]) -> Seri
 
 
 def _steps(points: Sequence[Point], name: str, colour: int) -> Series:
-    """Milliseconds, with quartiles."""
+    """Plot milliseconds per step, with quartiles."""
     line = _line(name, colour, [(p["ranks"], 1e3 * p["step_s"]["median"]) for p in points])
     low, high = (
         tuple(1e3 * p["step_s"][quartile] for p in points)
@@ -100,7 +101,7 @@ def _steps(points: Sequence[Point], name: str, colour: int) -> Series:
 
 
 def _ideal(points: Sequence[Point], name: str, colour: int) -> Iterator[Series]:
-    """One rank's images/s, times the ranks."""
+    """Plot one rank's images/s times the number of ranks."""
     for one in points:
         if one["ranks"] == 1:
             ideal = [(p["ranks"], one["images_per_s"] * p["ranks"]) for p in points]
@@ -109,7 +110,7 @@ def _ideal(points: Sequence[Point], name: str, colour: int) -> Iterator[Series]:
 
 
 def _hosts(scaling: Scaling) -> Figure:
-    """Efficiency over hosts, a line for each link."""
+    """Plot the efficiency over hosts, one line per link."""
     series = []
     links = dict.fromkeys((point["mbit_per_s"], point["delay_ms"]) for point in scaling.hosts)
     for colour, link in enumerate(links):

@@ -1,4 +1,4 @@
-"""Figures: what one holds, drawn as SVG and written as CSV."""
+"""Figures: their data, drawn as SVG and written as CSV."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 520, 330
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 30, 44  # margins around the plot
-FEW = 12  # points of a line; each is marked
-MANY = 24  # lines; more are drawn thinner
-COLOURS = 8  # of figure.css; then the same ones again, dashed
+FEW = 12  # points; on lines with at most this many, each is marked
+MANY = 24  # series; above this number they are drawn thinner
+COLOURS = 8  # in figure.css; further series repeat them, dashed
 CHARACTER = 6.4  # mean width of a legend's character
 STYLE = Markup((Path(__file__).parent / "figure.css").read_text(encoding="utf-8"))
 
@@ -25,7 +25,7 @@ Scale = Literal["linear", "log2", "log10"]
 
 @dataclass(frozen=True)
 class Axis:
-    """`low` and `high` are taken from the data where they are None."""
+    """An axis. `low` and `high` are taken from the data where they are None."""
 
     label: str
     unit: str = ""
@@ -36,23 +36,23 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name. `runs` are the numbers of the runs it shows: it is hidden with them."""
+    """Named points. `runs` are the numbers of the runs shown, whose switches hide the series."""
 
     name: str
     legend: str
     runs: tuple[int, ...]
-    colour: int | None  # None: the text's
+    colour: int | None  # None: the colour of text
     shape: Literal["line", "dashes", "dot", "small", "diamond"]
     x: tuple[float, ...]
     y: tuple[float, ...]
-    low: tuple[float, ...] = ()  # error bars' ends
-    high: tuple[float, ...] = ()
-    told: tuple[str, ...] = ()  # what hovering says of each point, if not its values
+    low: tuple[float, ...] = ()  # lower ends of the error bars
+    high: tuple[float, ...] = ()  # and their upper ends
+    hover: tuple[str, ...] = ()  # hover text of each point, instead of its values
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One pair of axes. `name` is its file's in --assets; `legend`: the page's does not do."""
+    """One pair of axes. `name` is its file name in --assets; `legend`: it has its own legend."""
 
     name: str
     title: str
@@ -63,7 +63,7 @@ class Figure:
 
     @property
     def description(self) -> str:
-        """In words: the alternative text."""
+        """The alternative text: axes and last values in words."""
         last: dict[str, list[float]] = {}
         for series in self.series:
             if series.y and series.legend and series.shape != "small":
@@ -77,7 +77,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ruler:
-    """An axis laid over pixels `start` to `end`."""
+    """The mapping of an axis onto the pixels from `start` to `end`."""
 
     scale: Scale
     low: float
@@ -94,7 +94,7 @@ class Ruler:
 
 
 def rulers(figure: Figure) -> tuple[Ruler, Ruler]:
-    """Of x and y."""
+    """Return the rulers of the x and the y axis."""
     xs = [x for s in figure.series for x in s.x]
     ys = [y for s in figure.series for y in (*s.y, *s.low, *s.high)]
     x = _ruler(figure.x, xs, LEFT, WIDTH - RIGHT, 6, tight=True)
@@ -120,7 +120,7 @@ def _ruler(
     else:
         ticks = _log_ticks(low, high, 2 if axis.scale == "log2" else 10)
         if axis.scale == "log2":
-            low, high = low / 1.25, high * 1.25  # room beside the outer points
+            low, high = low / 1.25, high * 1.25  # a margin beside the outer points
         else:
             low, high = min(low, ticks[0]), max(high, ticks[-1])
     return Ruler(axis.scale, low, high, start, end, tuple(ticks))
@@ -142,7 +142,7 @@ def _log_ticks(low: float, high: float, base: int) -> list[float]:
 
 
 def tick_text(value: float, scale: Scale) -> str:
-    """Such as 0.25, 90, 1.5k; powers of two as in the paper, 8192 as 8k."""
+    """Format a tick such as 0.25, 90 or 1.5k; powers of two as in the paper, 8192 as 8k."""
     if scale == "log2" and value >= 1024 and value % 1024 == 0:
         return f"{value / 1024:.0f}k"
     if abs(value) >= 1e6:
@@ -153,7 +153,7 @@ def tick_text(value: float, scale: Scale) -> str:
 
 
 def draw(figure: Figure, standalone: bool = False) -> Markup:
-    """The figure as an SVG element; `standalone` with title, legend and style, as a file."""
+    """Draw the figure as an SVG element; `standalone` adds title, legend and style for a file."""
     x, y = rulers(figure)
     series = Markup("\n").join(_series(s, x, y) for s in figure.series)
     own = standalone or figure.legend
@@ -225,7 +225,7 @@ def _axes(figure: Figure, x: Ruler, y: Ruler) -> Markup:
 
 
 def look(colour: int | None) -> str:
-    """The classes of a colour's number."""
+    """Return the CSS classes of a colour number."""
     if colour is None:
         return "plain"
     return f"c{colour % COLOURS}" + (f" again{min(colour // COLOURS, 3)}" * (colour >= COLOURS))
@@ -287,11 +287,11 @@ def _legend(figure: Figure) -> tuple[Markup, float]:
     return Markup("").join(parts), y + 14
 
 
-def plot_data(figure: Figure) -> dict[str, Any]:
-    """What the page's script needs to say the values of a figure, in the order of its series."""
+def plot_data(figure: Figure) -> dict[str, object]:
+    """Return what the page's script needs to show a figure's values, in the order of its series."""
     x, y = rulers(figure)
 
-    def axis(ruler: Ruler, of: Axis) -> dict[str, Any]:
+    def axis(ruler: Ruler, of: Axis) -> dict[str, object]:
         keys = ("scale", "low", "high", "start", "end")
         return {key: getattr(ruler, key) for key in keys} | {"label": of.label, "unit": of.unit}
 
@@ -300,7 +300,7 @@ def plot_data(figure: Figure) -> dict[str, Any]:
         "y": axis(y, figure.y),
         "series": [
             {"name": s.name, "x": _rounded(s.x), "y": _rounded(s.y)}
-            | ({"told": s.told} if s.told else {})
+            | ({"hover": s.hover} if s.hover else {})
             for s in figure.series
         ],
     }
@@ -311,7 +311,7 @@ def _rounded(values: Iterable[float]) -> list[float]:
 
 
 def csv_text(figure: Figure) -> str:
-    """The figure's points: name, x, y, and the ends of its error bar where it has one."""
+    """Write the points as CSV: name, x, y and, where it has one, the ends of the error bar."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     unit = f" ({figure.y.unit})" if figure.y.unit else ""

@@ -1,4 +1,4 @@
-"""Whether a group's error is the expected one: two-sided tests at 5 %, corrected by Holm."""
+"""Tests of a group's error against the expected one: two-sided, at 5 %, corrected by Holm."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from scipy import special  # Student's t; scipy.stats takes a second longer to i
 from harness.config.schema import NO_EXPECTATION
 from harness.report.groups import Group
 
-LEVEL = 0.05  # the probability of a false alarm amongst all rows of a report
+LEVEL = 0.05  # the probability of any false alarm among all rows of a report
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind`: within, lower or higher, or "" where there is none; `basis`: the test, or why."""
+    """The result of a test. `kind` is within, lower, higher or "" (untested); `basis` says why."""
 
     kind: str
     basis: str
 
 
 def verdicts(groups: Sequence[Group]) -> list[Verdict]:
-    """One for each group. Those that can be tested share the level of 5 %."""
+    """Return one verdict per group. The testable groups share the level of 5 %."""
     reasons = [_untestable(group) for group in groups]
     tested = [group for group, reason in zip(groups, reasons, strict=True) if not reason]
     alone = [_p_value(group) for group in tested]
@@ -37,7 +37,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
 
 
 def _untestable(group: Group) -> str:
-    """Why there is no verdict; "" where there is one."""
+    """Return why a group cannot be tested; "" if it can."""
     if group.expect is None:
         return NO_EXPECTATION
     if not group.errors:
@@ -52,32 +52,32 @@ def _p_value(group: Group) -> float:
 
 
 def _expected(group: Group) -> tuple[float, float, int]:
-    """Error, std and runs, of a group that can be tested."""
+    """Return the expected error, std and number of runs of a testable group."""
     expect = group.expect
     assert expect is not None and expect.std is not None and expect.runs is not None
     return expect.error, expect.std, expect.runs
 
 
 def image_points(group: Group) -> float:
-    """One validation image, in points of the error in %."""
+    """The weight of one validation image in percentage points."""
     return 100 / group.config.data.val_images
 
 
 def p_values(
     errors: ArrayLike, mean: ArrayLike, std: ArrayLike, m: int, image: float
 ) -> NDArray[np.float64]:
-    """Two-sided p of errors (…, n) of n runs against `mean` (…) and `std` (…) of m other runs.
+    """Return two-sided p-values of errors (…, n) against m runs with `mean` and `std` (…).
 
-    Two or more runs: Welch's t-test. One run: Student's t for a prediction, whose interval is mean
-    ± t · std · sqrt(1 + 1/m). A std of 0 says only that errors are counted in images: it counts as
-    one, which is `image` points. Of groups from one distribution Welch's test calls at most 7 %
-    different where m is at most 5, but 10 % of two runs against ten.
+    n > 1: Welch's t-test. n = 1: Student's t for a prediction, with the interval mean ± t · std ·
+    sqrt(1 + 1/m). A std of 0 only shows that errors are counted in images: it counts as one
+    image, which is `image` points. Among groups from one distribution, Welch's test calls
+    at most 7 % different if m is at most 5, but 10 % for two runs against ten.
     """
     errors = np.asarray(errors, dtype=np.float64)
     n, s = errors.shape[-1], _std_or_image(std, image)
     difference = errors.mean(-1) - np.asarray(mean)
     theirs = s**2 / m
-    if n == 1:  # its variance is taken to be theirs
+    if n == 1:  # a single run is assumed to have their variance
         variance, freedom = s**2 + theirs, m - 1.0
     else:
         ours = _std_or_image(errors.std(-1, ddof=1), image) ** 2 / n
@@ -87,11 +87,11 @@ def p_values(
 
 
 def _std_or_image(std: ArrayLike, image: float) -> NDArray[np.float64]:
-    return np.where(np.asarray(std) < 1e-9, image, std)  # equal errors: 0 but for rounding
+    return np.where(np.asarray(std) < 1e-9, image, std)  # equal errors give 0 up to rounding
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p, in the order given (Holm 1979): reject where it is at most the level."""
+    """Return adjusted p-values in the given order (Holm 1979): reject those at most the level."""
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         largest = max(largest, min((len(p) - rank) * p[i], 1.0))
@@ -114,7 +114,7 @@ def _verdict(group: Group, p: float, adjusted: float, rows: int) -> Verdict:
         reach = special.stdtrit(runs - 1, 1 - LEVEL / 2) * s * math.sqrt(1 + 1 / runs)
         low, high = max(expected - reach, 0), min(expected + reach, 100)
         basis += f"; 95 % prediction interval {low:.2f} to {high:.2f} %"
-        basis += "; one run: a wide interval, which misses small differences"
+        basis += "; one run gives a wide interval, which misses small differences"
     if std == 0 or group.std == 0:
         basis += f"; a std of 0 counts as one image, {image:.2g} points"
     return Verdict(kind, basis)

@@ -1,30 +1,30 @@
 import re
 
-from harness.report.events import happenings
+from harness.report.events import run_events
 from harness.report.runs import read_run
 from tests.report.test_runs import evaluation, start, train
 
 
-def told(folder) -> list[tuple[str, str]]:
-    return [(one.kind, one.text) for one in happenings(read_run(folder))]
+def events_of(folder) -> list[tuple[str, str]]:
+    return [(one.kind, one.text) for one in run_events(read_run(folder))]
 
 
 def test_a_run_that_went_straight_through_has_nothing_to_tell(study):
-    found = [text for _, text in told(study / "gradual" / "1") if "working tree" not in text]
+    found = [text for _, text in events_of(study / "gradual" / "1") if "working tree" not in text]
     assert found == []
 
 
 def test_a_kill_another_number_of_ranks_and_a_damaged_image(harmed):
-    found = dict(told(harmed))
+    found = dict(events_of(harmed))
     assert re.fullmatch(
-        r"resumed at step 5 after a pause of \d+ s; [3-9] steps done again", found["restart"]
+        r"resumed at step 5 after a pause of \d+ s; [3-9] steps repeated", found["restart"]
     )
     assert found["ranks"] == "W 1 → 2 from step 5 on"
     assert re.fullmatch(r"skipped 1 damaged image, \d+ times \(ids \d+\)", found["images"])
 
 
 def test_divergence_is_told_with_step_and_images(diverged):
-    kinds = told(diverged)
+    kinds = events_of(diverged)
     assert kinds[0][0] == "divergence" and "not finite at step 1" in kinds[0][1]
     assert re.match(r"diverged at step 1: the loss is not finite \(image ids \d+, ", kinds[1][1])
 
@@ -33,7 +33,7 @@ def test_other_rounding_a_lost_checkpoint_overflows_and_a_wrong_lr(written):
     lines = [start(0, 0), train(5, 1, 50.0, 9.0) | {"overflows": 3}, evaluation(5, 2, 1.0)]
     lines += [{"event": "checkpoint_failed", "step": 5, "time": lines[1]["time"], "why": "full"}]
     lines += [start(5, 62, "resume") | {"precision": "tf32", "loader": "dali"}]
-    found = told(written(lines, state="stopped", step=5, total_steps=15, reason="asked to"))
+    found = events_of(written(lines, state="stopped", step=5, total_steps=15, reason="asked to"))
     assert found == [
         ("state", "stopped at step 5 of 15: asked to"),
         ("restart", "resumed at step 5 after a pause of 61 s"),

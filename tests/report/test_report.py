@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_is_told_as_such_and_has_no_error_yet(written, tmp_pa
     run = written(lines, torn='{"event"', state="running", **status)
     assert main(["report", str(run), "--to", str(tmp_path / "r.html")]) == FINISHED
     page = (tmp_path / "r.html").read_text()
-    assert "running at step 5 of 15, last heard of " in page and "1 run (1 running)" in page
+    assert "running at step 5 of 15, last heartbeat " in page and "1 run (1 running)" in page
     assert "0 of 1" in page and "40.00 %" in page  # seeds finished; the last evaluation
 
 
@@ -89,7 +89,7 @@ def test_the_page_says_rule_verdict_and_its_basis(written, tmp_path):
     assert "top-1 validation error, epoch 3<br>" in text and "13.00 %" in text
     assert "20.00 ± 1.00 % (a test, 5 runs): difference −7.00" in text
     assert '<span class="verdict lower">lower than expected</span>' in text
-    assert "95 % prediction interval 16.96 to 23.04 %" in text and "one run: a wide" in text
+    assert "95 % prediction interval 16.96 to 23.04 %" in text and "one run gives a wide" in text
     text = page(expect__error=20.0)
     assert 'class="verdict ' not in text and "no verdict: expect has no std and no runs" in text
 
@@ -106,15 +106,15 @@ def test_a_page_without_any_expectation(written, tmp_path):
 def test_mistakes_are_told_in_a_line_and_nothing_is_written(study, tmp_path, monkeypatch, capsys):
     to = tmp_path / "r.html"
     (tmp_path / "no.json").write_text('{"points": 7}')
-    for paths, told in [
+    for paths, message in [
         (["absent"], "absent: no such run folder or study"),
         ([str(tmp_path)], "no run folder, and none below it"),
-        ([str(study), str(tmp_path / "no.json")], "holds no scaling results"),
+        ([str(study), str(tmp_path / "no.json")], "no scaling results in it"),
         ([str(tmp_path / "no.json")], "give a RUN or STUDY too"),
     ]:
         assert main(["report", *paths, "--to", str(to)]) == USER_ERROR
         error = capsys.readouterr().err
-        assert told in error and error.startswith("error: ") and error.count("\n") == 1
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert main(["report", str(study), "--to", str(study / "none")]) == USER_ERROR
     assert f"error: --to {study / 'none'}: " in capsys.readouterr().err
     # before the runs are read, and with no folder made
@@ -137,7 +137,7 @@ def test_a_run_that_cannot_be_read_is_told_and_left_out(written, tmp_path, capsy
     to = tmp_path / "r.html"
     assert main(["report", str(tmp_path / "study"), "--to", str(to)]) == FINISHED
     seen = capsys.readouterr()
-    assert "warning: left out: " in seen.err and "a/config.yaml" in seen.err
+    assert "warning: run skipped: " in seen.err and "a/config.yaml" in seen.err
     assert "(1 run)" in seen.out
 
 

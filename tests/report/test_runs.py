@@ -3,7 +3,7 @@ import json
 import pytest
 
 from harness.errors import UserError
-from harness.report.events import happenings
+from harness.report.events import run_events
 from harness.report.runs import find_run_folders, read_run
 from harness.runs.logging.jsonl import read_lines, read_log
 
@@ -58,8 +58,8 @@ def test_the_error_of_an_older_versions_run_is_computed_from_its_log(written):
     assert run.error == 13.0 and run.headline.epochs == (3,)
     lost = read_run(written(lines[:-1], "lost", error=60.0))
     assert lost.error is None and lost.headline.error == 60.0
-    (warning,) = [h for h in happenings(lost) if h.kind == "warning"]
-    assert "60.00 % (median of epochs 1 to 3), is of other epochs" in warning.text
+    (warning,) = [h for h in run_events(lost) if h.kind == "warning"]
+    assert "60.00 % (median of epochs 1 to 3), covers other epochs" in warning.text
 
 
 def test_a_line_torn_within_the_log_is_passed_over(tmp_path):

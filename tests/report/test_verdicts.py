@@ -51,7 +51,7 @@ def test_verdicts_by_hand(errors, expect, kind):
 def test_the_basis_names_test_runs_p_and_the_weakness_of_one_run():
     one = verdict_of([23.9]).basis
     assert one.startswith("1 run against 5: p = 0.18; 95 % prediction interval 23.47 to 24.01 %")
-    assert "one run: a wide interval" in one
+    assert "one run gives a wide interval" in one
     assert verdict_of([23.7, 23.9]).basis.startswith("Welch's t-test, 2 runs against 5: p = 0.")
     assert verdict_of([23.7], std=None).basis == "no verdict: expect has no std"
     assert verdict_of([23.7], std=None, runs=None).basis.endswith("no std and no runs")

@@ -14,7 +14,7 @@ import torch
 import harness
 from benchmarks.conditions import write_results
 from harness import load_config
-from harness.report.events import happenings
+from harness.report.events import run_events
 from harness.report.runs import read_run
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.environment import (
@@ -277,7 +277,7 @@ def test_a_run_resumed_under_other_code_says_so_everywhere(small, tmp_path, monk
     assert (event["step"], event["changes"]) == (5, "commit aaaaaaaaa → bbbbbbbbb")
     assert [line["code_digest"] for line in lines if "code_digest" in line] == [A, B, B]
     assert lines[0]["versions"]["torch"] == str(torch.__version__)
-    told = [(one.kind, one.text) for one in happenings(read_run(run))]
+    told = [(one.kind, one.text) for one in run_events(read_run(run))]
     said = "other code from step 5 on: commit aaaaaaaaa → bbbbbbbbb"
     assert ("warning", said) in told
     records_folder(run, "local").mkdir()
