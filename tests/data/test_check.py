@@ -206,7 +206,7 @@ def test_duplicates_are_equal_bytes(root: Path, jpeg: bytes, capsys) -> None:
     assert main(["data", "check", str(root)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        "nothing is damaged or left out, but val shares 2 images with what is trained on"
+        "nothing is damaged or left out, but val shares 2 images with the training data"
     )
 
 
@@ -353,7 +353,7 @@ def test_a_missing_folder_is_one_line(
     (root / missing).rename(root.with_name("away"))
     assert main(["data", "check", str(root)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no such folder; give the folder that holds train/ and val/" in line
+    assert "no such folder; give the folder that contains train/ and val/" in line
 
 
 # ---- processes

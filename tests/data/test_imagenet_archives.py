@@ -188,7 +188,7 @@ def test_imagenet_from_archives_packed_again(tmp_path: Path, prefix: str) -> Non
     twice = val_image(1)[0], b"another"
     write_archives(archives, val=tar(*images, twice))
     message = error_of(prepare_imagenet, tmp_path / "j", archives, expected=SMALL)
-    assert f"member {twice[0]!a} refused: there twice" in message
+    assert f"member {twice[0]!a} refused: it occurs twice" in message
 
 
 def test_imagenet_that_lost_files_is_completed(tmp_path: Path, archives: Path) -> None:
@@ -199,7 +199,7 @@ def test_imagenet_that_lost_files_is_completed(tmp_path: Path, archives: Path) -
     shutil.rmtree(tmp_path / "i" / "train" / WNIDS[2])
     (archives / "ILSVRC2012_img_train.tar").rename(tmp_path / "away.tar")
     message = error_of(call)
-    assert "has lost files: holds 7 training and 5 validation images of 2 classes" in message
+    assert "has lost files: 7 training and 5 validation images of 2 classes left" in message
     assert "of 12 training and 6 validation images of 3 classes; " in message
     assert "ILSVRC2012_img_train.tar missing" in message
     (tmp_path / "away.tar").rename(archives / "ILSVRC2012_img_train.tar")
@@ -258,14 +258,14 @@ def test_imagenet_refuses_a_member_that_comes_twice(tmp_path: Path) -> None:
     first = class_tar(WNIDS[0], twice), class_tar(WNIDS[1]), class_tar(WNIDS[2])
     archives = write_archives(tmp_path / "archives", train=tar(*first))
     call = partial(prepare_imagenet, tmp_path / "i", archives, expected=SMALL)
-    assert "n01440764.tar: member 'n01440764_0.JPEG' refused: there twice" in error_of(call)
+    assert "n01440764.tar: member 'n01440764_0.JPEG' refused: it occurs twice" in error_of(call)
 
 
 def test_imagenet_refuses_a_hostile_class_name_in_the_development_kit(tmp_path: Path) -> None:
     devkit = devkit_tar(ids={**IDS, 2: "../../n02105855"})
     archives = write_archives(tmp_path / "archives", devkit=devkit)
     message = error_of(prepare_imagenet, tmp_path / "i", archives, expected=SMALL)
-    assert "'../../n02105855', no WNID" in message
+    assert "'../../n02105855' is not a WNID" in message
     assert set(tmp_path.iterdir()) == {archives}
 
 
@@ -287,9 +287,9 @@ def test_imagenet_names_what_is_missing_in_archives(tmp_path: Path, archives: Pa
     short_class = f"{WNIDS[2]}.tar", tar(image(WNIDS[2], 0), image(WNIDS[2], 1))
     train = tar(class_tar(WNIDS[0]), class_tar(WNIDS[1]), short_class)
     write_archives(archives, train=train, val=tar(*(val_image(i) for i in range(1, 6))))
-    assert "n04418357.tar holds 2 images, the development kit says 4" in error_of(call)
+    assert "n04418357.tar contains 2 images, but the development kit lists 4" in error_of(call)
     write_archives(archives, train=tar(class_tar(WNIDS[0]), class_tar(WNIDS[1])))
-    assert "one of train and val only: n04418357" in error_of(call)
+    assert "in only one of train and val: n04418357" in error_of(call)
     write_archives(archives)  # the complete ones: the folder is mended
     assert "12 training and 6 validation" in call()
 
@@ -297,7 +297,7 @@ def test_imagenet_names_what_is_missing_in_archives(tmp_path: Path, archives: Pa
 def test_imagenet_counts_validation_images(tmp_path: Path) -> None:
     archives = write_archives(tmp_path / "a", val=tar(*(val_image(i) for i in range(1, 6))))
     message = error_of(prepare_imagenet, tmp_path / "i", archives, expected=SMALL)
-    assert "but 12 training and 5 validation images of 3 classes came out" in message
+    assert "but has 12 training and 5 validation images of 3 classes" in message
 
 
 @pytest.mark.parametrize("name", ["img_train.tar", "img_val.tar", "devkit_t12.tar.gz"])

@@ -186,7 +186,7 @@ def test_other_formats_become_pngs_of_the_same_pixels(
     assert main(["data", "import", str(source), str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "7 training and 7 validation images of 1 classes" in out[0]
-    assert out[1].startswith("left out: 2 files that are no images, such as ")
+    assert out[1].startswith("left out: 2 files that are not images, such as ")
     for name, expected in pixels.items():
         with Image.open(tmp_path / "new" / name) as stored:
             assert stored.format == ("JPEG" if name.endswith(".jpg") else "PNG")
@@ -222,19 +222,19 @@ def test_what_is_not_understood_is_one_line(tmp_path: Path, save: Save) -> None:
     call = partial(import_layout, source, tmp_path / "new")
     assert "no such folder" in error_of(call)
     source.mkdir()
-    assert "no layout that is known" in error_of(call)
+    assert "unknown layout" in error_of(call)
     for split in ("train", "val"):
         save(f"{split}/cat/1.jpg")
     for inside in (source, source / "new", tmp_path):
-        assert "must lie outside of" in error_of(import_layout, source, inside)
-    assert "has validation images; leave --val 0.5 out" in error_of(call, 0.5)
+        assert "must be outside" in error_of(import_layout, source, inside)
+    assert "has validation images; omit --val 0.5" in error_of(call, 0.5)
     faults: dict[str, tuple[bytes, str]] = {
         "train/cat/x.heic": (b"\0\0\0\x18ftypheic" + bytes(9), "HEIC, not JPEG, PNG, WebP"),
-        "train/cat/x.jpg": (b"", "no image format that is known"),
+        "train/cat/x.jpg": (b"", "unknown image format"),
         "train/cat/x.webp": (b"RIFF\x24\0\0\0WEBPVP8 cut", "cannot be decoded"),
-        "train/x.jpg": (b"x", "not in the folder of a class"),
-        "train/cat/more/x.jpg": (b"x", "a folder within a class"),
-        "train/dog/x.jpg": ((source / "val/cat/1.jpg").read_bytes(), "one of train and val only"),
+        "train/x.jpg": (b"x", "not in a class folder"),
+        "train/cat/more/x.jpg": (b"x", "a folder inside a class"),
+        "train/dog/x.jpg": ((source / "val/cat/1.jpg").read_bytes(), "in only one of train and val"),
     }
     for name, (content, reason) in faults.items():
         (source / name).parent.mkdir(exist_ok=True)
@@ -254,14 +254,14 @@ def test_too_little_room_is_found_before(
     for split in ("train", "val"):
         save(f"{split}/cat/1.bmp")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
-    assert "0 MB are free" in error_of(import_layout, tmp_path / "source", tmp_path / "new")
+    assert "0 MB free" in error_of(import_layout, tmp_path / "source", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     "files, advice",
     [
-        (["data/train-00000-of-00294.parquet"], "parquet is not read here"),
+        (["data/train-00000-of-00294.parquet"], "parquet is not supported"),
         (["train_images_0.tar.gz", "val_images.tar.gz"], "unpack train_images_*.tar.gz"),
         (["ILSVRC2012_img_train.tar"], "`harness data imagenet NEW --archives"),
     ],

@@ -76,7 +76,7 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     prepare_digits(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert "prepared before: 1,437 training" in prepare_digits(folder)
-    assert "holds digits, not cifar10" in error_of(prepare_cifar10, folder, None)
+    assert "contains digits, not cifar10" in error_of(prepare_cifar10, folder, None)
     assert "not digits, 0.5 labelled" in error_of(prepare_digits, folder, 0.5)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -93,7 +93,7 @@ def test_a_folder_that_lost_files_is_counted_and_completed(tmp_path: Path) -> No
             file.unlink()
     line = prepare_digits(folder, labelled=0.5)
     # halves of 142, 146, 141, 147, 144, 146, 145, 143, 139, 144: 719 stay; class 7 of val has 36
-    assert "has lost files: holds 714 training, 713 unlabelled and 324 validation images" in line
+    assert "has lost files: 714 training, 713 unlabelled and 324 validation images" in line
     assert line.endswith("719 training, 718 unlabelled and 360 validation images of 10 classes")
     assert tree(folder) == tree(whole)
     now = kept_file.stat()
@@ -112,7 +112,7 @@ def test_a_folder_that_files_were_added_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "digits" / "train" / "3" / "mine.png").touch()
     before = tree(tmp_path / "digits")
     message = error_of(prepare_digits, tmp_path / "digits")
-    assert "holds 1,438 training" in message and "files were added" in message
+    assert "has 1,438 training" in message and "files were added" in message
     assert tree(tmp_path / "digits") == before
 
 
@@ -266,7 +266,7 @@ def test_cifar10_refuses_other_counts_then_takes_the_right_archive(tmp_path: Pat
     official_cifar10(archive)
     message = error_of(prepare_cifar10, tmp_path / "c", archive)
     assert "50,000 training and 10,000 validation" in message
-    assert "but 100 training and 20 validation images of 10 classes" in message
+    assert "but has 100 training and 20 validation images of 10 classes" in message
     assert not (tmp_path / "c/train").exists()
     archive.write_bytes(tar(*((f"{s}/cat/{s}.jpg", b"x") for s in ("train", "test"))))
     prepare_cifar10(tmp_path / "c", archive, expected=Counts(1, 1, 1))
@@ -289,7 +289,7 @@ def test_cifar10_that_lost_files_takes_no_other_archive(tmp_path: Path) -> None:
     (tmp_path / "other.tar").write_bytes(tar(*files))
     for wrong in (tmp_path / "other.tar", tmp_path / "none.tar"):
         message = error_of(prepare_cifar10, folder, wrong, expected=SMALL_CIFAR10)
-        assert "has lost files: holds 99 training and 20 validation images of 10" in message
+        assert "has lost files: 99 training and 20 validation images of 10" in message
         assert tree(folder) == lossy  # no file of another archive is mixed in
     assert "no such archive" in message
     prepare_cifar10(folder, archive, expected=SMALL_CIFAR10)
@@ -321,7 +321,7 @@ def test_cifar10_refuses_a_file_too_large_for_the_memory(tmp_path: Path) -> None
     header.size = 2**28 + 1
     (tmp_path / "c.tar").write_bytes(header.tobuf())
     message = error_of(prepare_cifar10, tmp_path / "c", tmp_path / "c.tar")
-    assert "268,435,457 bytes, more than any official file" in message
+    assert "268,435,457 bytes exceed any official file" in message
 
 
 def test_cifar10_without_archive_or_connection(tmp_path: Path, monkeypatch) -> None:

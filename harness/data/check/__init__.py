@@ -1,1 +1,1 @@
-"""`harness data check`: what training refuses, leaves out or trips over."""
+"""`harness data check`: find files that training refuses, skips or fails on."""

@@ -1,4 +1,4 @@
-"""Images whose files are equal, byte for byte: within train and, worse, in train and val."""
+"""Images with identical files: within train or, worse, shared by train and val."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.data.check.findings import LEAKED, SAME_BYTES, TWO_CLASSES, Finding
 
 
 def find_duplicates(digests: Iterable[tuple[str, bytes]]) -> Iterator[Finding]:
-    """Findings on (path, SHA-256 of the file), one for each group of equal files.
+    """Yield a finding for each group of identical files among (path, SHA-256 of the file).
 
     Paths are SPLIT/CLASS/NAME, or unlabelled/NAME.
     """

@@ -1,4 +1,4 @@
-"""What is damaged or odd in one image file: a strict reading of it."""
+"""A strict check of one image file for damage and oddities."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from harness.data.sources.image_format import TRAINED_ON, format_of
 from harness.data.sources.scan import FORMATS
 from harness.errors import UserError
 
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
-# what libjpeg says of damaged pixels; its other warnings are about headers
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+# libjpeg's warnings about damaged pixels; its other warnings concern headers
 COMPLAINTS = ("Corrupt JPEG data", "Premature end", "Inconsistent progression")
 MODES = {"CMYK": CMYK, "L": GRAY, "LA": GRAY, "1": GRAY, "P": PALETTE}
 
 
 def examine(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
-    """Kinds of findings on an image file, each with its detail: what is wrong or odd with it."""
+    """Yield the kind and the detail of each finding on an image file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, about size and metadata
+        warnings.simplefilter("ignore")  # Pillow's, about size and metadata
         try:
-            decode(path)  # as training does
+            decode(path)  # exactly as in training
         except UserError as error:
             kind = format_of(content[:16])
             is_other = kind and kind not in TRAINED_ON
@@ -59,7 +59,7 @@ def examine(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _oddities(image: Image.Image, suffix: str, content: bytes) -> Iterator[tuple[str, str]]:
-    """From the header alone."""
+    """Yield what the header alone shows."""
     decoded_bytes = image.width * image.height * 3
     if decoded_bytes > HUGE_BYTES:
         mebibytes = decoded_bytes / 2**20
@@ -84,7 +84,7 @@ def _oddities(image: Image.Image, suffix: str, content: bytes) -> Iterator[tuple
 
 
 def _complaint(content: bytes) -> str:
-    """What a strict reading of an image that PIL decodes says against it; "" if nothing."""
+    """Return the complaint of a strict decoder about an image that PIL decodes; "" if none."""
     try:
         if not content.startswith(b"\xff\xd8"):
             Image.open(io.BytesIO(content)).verify()  # the checksums of a PNG
@@ -100,10 +100,10 @@ def _complaint(content: bytes) -> str:
 
 @contextmanager
 def _standard_error() -> Iterator[list[str]]:
-    """The lines written to standard error within, filled in at the end.
+    """Capture the lines written to standard error inside the block; the list is filled at its end.
 
-    libjpeg decodes damaged data to wrong pixels; PIL silences its warnings, torchvision lets it
-    print them, and that is the only trace.
+    libjpeg decodes damaged data to wrong pixels. PIL silences its warnings; torchvision lets it
+    print them, which is the only evidence.
     """
     lines: list[str] = []
     log, saved = _diversion()
@@ -120,6 +120,6 @@ def _standard_error() -> Iterator[list[str]]:
 
 @cache
 def _diversion() -> tuple[int, int]:
-    """Descriptors of a temporary file, and of the standard error of this process."""
+    """Return descriptors of a temporary file and of this process's standard error."""
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno()), os.dup(2)

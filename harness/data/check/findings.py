@@ -1,12 +1,12 @@
-"""The kinds of things that `harness data check` finds, and what each means for training."""
+"""The kinds of findings of `harness data check`, and what each means for training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-HUGE_BYTES = 64 * 2**20  # of the decoded RGB image: 22.4 million pixels
+HUGE_BYTES = 64 * 2**20  # size of the decoded RGB image: 22.4 million pixels
 
-# what a kind counts as; all but NOTED make the check fail
+# severities; all except NOTED make the check fail
 REFUSED, LEFT_OUT, DAMAGED, NOTED = "refused by training", "left out", "damaged", "noted"
 
 UNREADABLE = "cannot be read"
@@ -43,52 +43,52 @@ UNUSED_FOLDER = "folder that is not read"
 
 @dataclass(frozen=True)
 class Kind:
-    """`meaning`: for training. `counts_as`: one of the four above."""
+    """A kind of finding: what it means for training, and its severity (one of the four above)."""
 
     meaning: str
     counts_as: str = NOTED
 
 
-# every kind, in the order of the report
+# all kinds, in the order of the report
 KINDS = {
     UNREADABLE: Kind("make it readable", REFUSED),
     EMPTY_SPLIT: Kind("there is nothing to train or evaluate on", REFUSED),
     EMPTY_CLASS: Kind("add images (.jpg, .jpeg, .png) or remove the folder", REFUSED),
-    ONE_SIDED: Kind("both need the same classes, by the same names", REFUSED),
-    SAME_CLASS: Kind("they look alike and are two classes: merge or rename them", REFUSED),
-    OTHER_FORMAT: Kind("not trained on; `harness data import` makes PNGs", LEFT_OUT),
-    MISNAMED: Kind("name it .jpg, .jpeg or .png", LEFT_OUT),
-    BROKEN_LINK: Kind("mend or remove it", LEFT_OUT),
-    SUBFOLDER: Kind("images lie in the folder of their class itself: move them up", LEFT_OUT),
+    ONE_SIDED: Kind("both need the same classes under the same names", REFUSED),
+    SAME_CLASS: Kind("they look alike but are two classes: merge or rename them", REFUSED),
+    OTHER_FORMAT: Kind("not trained on; `harness data import` converts it to PNG", LEFT_OUT),
+    MISNAMED: Kind("rename it to .jpg, .jpeg or .png", LEFT_OUT),
+    BROKEN_LINK: Kind("repair or remove it", LEFT_OUT),
+    SUBFOLDER: Kind("images belong directly in the folder of their class: move them up", LEFT_OUT),
     LOOSE: Kind("move it into the folder of its class", LEFT_OUT),
     HIDDEN: Kind("its name begins with a dot: rename or remove it", LEFT_OUT),
     PACKED: Kind("unpack or remove it", LEFT_OUT),
     UNDECODABLE: Kind(
-        "training stops there, or takes another image with data.on_bad_image=skip", DAMAGED
+        "training stops there, or uses another image with data.on_bad_image=skip", DAMAGED
     ),
-    DAMAGED_INSIDE: Kind("trained on as it is: fetch it again", DAMAGED),
-    LEAKED: Kind("the validation error is partly measured on images that were trained on"),
+    DAMAGED_INSIDE: Kind("trained on as it is: download it again", DAMAGED),
+    LEAKED: Kind("the validation error is partly measured on training images"),
     TWO_CLASSES: Kind("one of the labels is wrong"),
     SAME_BYTES: Kind("an image that counts several times"),
-    SAME_BUT_CASE: Kind("one file on systems that do not tell case apart"),
-    SAME_BUT_FORM: Kind("NFC and NFD: one file on systems that do not tell them apart"),
-    HUGE: Kind(f"more than {HUGE_BYTES // 2**20} MiB as RGB: takes memory"),
+    SAME_BUT_CASE: Kind("one file on case-insensitive file systems"),
+    SAME_BUT_FORM: Kind("NFC and NFD: one file on systems that do not distinguish them"),
+    HUGE: Kind(f"more than {HUGE_BYTES // 2**20} MiB as RGB: uses much memory"),
     PNG_AS_JPEG: Kind("trained on"),
     JPEG_AS_PNG: Kind("trained on"),
     CMYK: Kind("converted to RGB"),
     GRAY: Kind("repeated as RGB"),
     PALETTE: Kind("converted to RGB"),
     ALPHA: Kind("alpha is dropped"),
-    DEEP: Kind("the upper 8 bits are taken"),
-    ROTATED: Kind("not rotated, as in PIL"),
+    DEEP: Kind("the upper 8 bits are used"),
+    ROTATED: Kind("the rotation is not applied, as in PIL"),
     NO_IMAGE: Kind("not read"),
-    UNUSED_FOLDER: Kind("only train/, val/ and unlabelled/ are, and no hidden or system folders"),
+    UNUSED_FOLDER: Kind("only train/, val/ and unlabelled/ are, without hidden or system folders"),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`path` within the data folder; `detail` may be empty."""
+    """One finding. `path` is relative to the data folder; `detail` may be empty."""
 
     kind: str
     path: str

@@ -1,4 +1,4 @@
-"""`harness data check`: what training refuses, leaves out or trips over, and how fast it reads."""
+"""The check of a data folder: what training refuses, skips or fails on, and the reading speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from tqdm import tqdm
 
@@ -31,54 +30,54 @@ from harness.data.check.survey import survey
 from harness.data.loaders.child_process import worker_processes
 from harness.data.prepare.layouts import SPLIT_BY_CLASS, Layout, recognise
 
-CHUNK = 8  # files that a process reads at a time
-LISTED = 20  # paths of a kind that a person is shown
-WIDTH = 100  # characters of a path's detail that a person is shown
+CHUNK = 8  # files that a process reads per task
+LISTED = 20  # paths shown for each kind
+WIDTH = 100  # characters shown of a path's detail
 
 
 @dataclass(frozen=True)
 class Report:
-    """Images by split and class, what was found, and the speed of reading and decoding."""
+    """Images by split and class, all findings, and the speed of reading and decoding."""
 
     folder: Path
-    classes: dict[str, dict[str, int]]  # split -> class -> images; unlabelled ones: class ""
+    classes: dict[str, dict[str, int]]  # split -> class -> images; unlabelled: class ""
     bytes: int
     seconds: float
     processes: int
     findings: dict[str, list[Finding]]
-    layout: Layout | None = None  # another than ours, which the folder has
+    layout: Layout | None = None  # the folder's layout, if it is not ours
 
     @property
     def images(self) -> dict[str, int]:
-        """By split."""
+        """Number of images by split."""
         return {split: sum(sizes.values()) for split, sizes in self.classes.items()}
 
     @property
     def counts(self) -> Counter[str]:
-        """How many findings are damaged, left out, refused by training, noted."""
+        """Number of findings by severity: damaged, left out, refused by training, noted."""
         return Counter(KINDS[k].counts_as for k, found in self.findings.items() for _ in found)
 
     @property
     def damaged(self) -> int:
-        """Files whose pixels are not what they should be."""
+        """Number of files with damaged pixels."""
         return self.counts[DAMAGED]
 
     @property
     def failed(self) -> bool:
-        """Whether anything is damaged or left out, or makes training refuse the folder."""
+        """True if anything is damaged or left out, or makes training refuse the folder."""
         return any(count for name, count in self.counts.items() if name != NOTED)
 
     @property
     def config(self) -> dict[str, int] | None:
-        """The keys of `data:` that count images and classes; None where training refuses them."""
+        """Keys of `data:` that count images and classes; None if training refuses the folder."""
         if self.counts[REFUSED]:
             return None
         keys = {f"{split}_images": count for split, count in self.images.items()}
         keys["classes"] = len(self.classes["train"])
         return keys
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything found, under plain keys."""
+    def as_json(self) -> dict[str, object]:
+        """Return the whole report as a JSON object."""
         total = sum(self.images.values())
         return {
             "folder": str(self.folder),
@@ -131,7 +130,7 @@ class Report:
             ]
             return f"FAILED: {', '.join(parts)}"
         leaked = len(self.findings[LEAKED])
-        warning = f", but val shares {leaked:,} images with what is trained on" if leaked else ""
+        warning = f", but val shares {leaked:,} images with the training data" if leaked else ""
         return f"nothing is damaged or left out{warning}"
 
 
@@ -147,9 +146,9 @@ def _lines_on(kind: str, found: list[Finding]) -> list[str]:
 
 
 def check_folder(folder: Path) -> Report:
-    """Reads and decodes every image below train/, val/ and, if it is there, unlabelled/.
+    """Read and decode every image below train/, val/ and, if present, unlabelled/.
 
-    With all cores, and a progress bar on a terminal. Raises UserError where train/ or val/ is
+    Uses all cores and shows a progress bar on a terminal. Raises UserError if train/ or val/ is
     missing.
     """
     surveyed = survey(folder)
@@ -184,7 +183,7 @@ def check_folder(folder: Path) -> Report:
 
 @dataclass(frozen=True)
 class _Examined:
-    """Some files; `digests` are (path, SHA-256) of those that decode."""
+    """The result of one chunk; `digests` are (path, SHA-256) of the files that decode."""
 
     size: int  # in bytes
     findings: list[Finding]

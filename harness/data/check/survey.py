@@ -1,4 +1,4 @@
-"""What a data folder holds: the images that training reads, and what it leaves out or refuses."""
+"""The inventory of a data folder: images that training reads, and what it skips or refuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from harness.data.sources.image_format import TRAINED_ON, image_format
 from harness.data.sources.listing import SUFFIXES, equal_but_for_form, image_names, is_class_name
 from harness.errors import UserError
 
-# by name, where the content says nothing (an empty file, a format without a signature)
+# recognised by name if the content is inconclusive (an empty file, no signature)
 OTHER_SUFFIXES: tuple[str, ...] = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif")
 OTHER_SUFFIXES += (".avif", ".jp2", ".jxl", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".dcm")
 PACKED_SUFFIXES: tuple[str, ...] = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
@@ -42,13 +42,13 @@ PACKED_SUFFIXES += (".parquet", ".arrow", ".npy", ".npz", ".h5", ".hdf5", ".tfre
 
 @dataclass(frozen=True)
 class Survey:
-    """Split -> class -> names of the images that training reads; unlabelled ones have class ""."""
+    """Images that training reads: split -> class -> names; unlabelled ones have class ""."""
 
     images: dict[str, dict[str, list[str]]]
     findings: list[Finding]
 
     def paths(self, split: str) -> list[str]:
-        """Relative to the data folder."""
+        """Return the paths of a split's images, relative to the data folder."""
         return [
             "/".join(filter(None, (split, class_name, name)))
             for class_name, names in self.images[split].items()
@@ -57,16 +57,16 @@ class Survey:
 
 
 def survey(folder: Path) -> Survey:
-    """Lists train/, val/ and, if it is there, unlabelled/.
+    """List train/, val/ and, if present, unlabelled/.
 
-    Raises UserError where train/ or val/ is missing.
+    Raises UserError if train/ or val/ is missing.
     """
     for split in ("train", "val"):
         if not (folder / split).is_dir():
             layout = recognise(folder) if folder.is_dir() else None
             hint = f"; {layout.advice(folder)}" if layout else ""
             where = f"{folder / split}: no such folder"
-            raise UserError(f"{where}; give the folder that holds train/ and val/{hint}")
+            raise UserError(f"{where}; give the folder that contains train/ and val/{hint}")
     images: dict[str, dict[str, list[str]]] = {}
     findings: list[Finding] = []
     for split in ("train", "val"):
@@ -86,7 +86,7 @@ def survey(folder: Path) -> Survey:
 
 
 def _survey_split(folder: Path, split: str) -> tuple[dict[str, list[str]], list[Finding]]:
-    """Class -> images, and findings."""
+    """Return the images by class, and the findings."""
     images: dict[str, list[str]] = {}
     findings: list[Finding] = []
     for entry in _entries(folder / split, split, findings):
@@ -109,7 +109,7 @@ def _survey_split(folder: Path, split: str) -> tuple[dict[str, list[str]], list[
 
 
 def _survey_folder(folder: Path, path: str) -> tuple[list[str], list[Finding]]:
-    """Images that lie in folder/path itself, as training takes them, and findings on the rest."""
+    """Return the images directly in folder/path, as training reads them, and other findings."""
     findings: list[Finding] = []
     entries = _entries(folder / path, path, findings)
     try:
@@ -133,7 +133,7 @@ def _survey_folder(folder: Path, path: str) -> tuple[list[str], list[Finding]]:
 
 
 def _left_out(entry: os.DirEntry[str], path: str, image_kind: str) -> Iterator[Finding]:
-    """Why a file is not read. image_kind: where it is an intact JPEG or PNG in sight."""
+    """Yield why a file is not read; `image_kind` is the kind for a visible, intact JPEG or PNG."""
     suffix = Path(entry.name).suffix.lower()
     try:
         is_file = entry.is_file()
@@ -150,9 +150,9 @@ def _left_out(entry: os.DirEntry[str], path: str, image_kind: str) -> Iterator[F
     if kind in TRAINED_ON:
         yield Finding(HIDDEN if hidden else image_kind, path)
     elif kind or (not hidden and suffix in OTHER_SUFFIXES):
-        yield Finding(OTHER_FORMAT, path, kind or f"{suffix} by its name")
+        yield Finding(OTHER_FORMAT, path, kind or f"{suffix} by name")
     elif not hidden and suffix in SUFFIXES:  # empty or damaged, and not in a class folder
-        yield Finding(image_kind, path, "and no image by its content")
+        yield Finding(image_kind, path, "but not an image by content")
     elif not hidden and suffix in PACKED_SUFFIXES:
         yield Finding(PACKED, path)
     else:
@@ -160,7 +160,7 @@ def _left_out(entry: os.DirEntry[str], path: str, image_kind: str) -> Iterator[F
 
 
 def _entries(place: Path, path: str, findings: list[Finding]) -> list[os.DirEntry[str]]:
-    """Sorted by name; none, and a finding, where the folder cannot be listed."""
+    """List a folder by name; add a finding and return nothing if that is impossible."""
     try:
         with os.scandir(place) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -172,18 +172,18 @@ def _entries(place: Path, path: str, findings: list[Finding]) -> list[os.DirEntr
 def _is_dir(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle, or into a folder that is closed
+    except OSError:  # a circular link, or one into a folder without permission
         return False
 
 
 def _images_below(folder: Path) -> int:
-    """By their names; at any depth."""
+    """Count the images below a folder by name, at any depth."""
     suffixes = SUFFIXES + OTHER_SUFFIXES
     return sum(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
 
 
 def _one_sided(images: dict[str, dict[str, list[str]]]) -> Iterator[Finding]:
-    """Classes of train or val alone, with the one that is perhaps the same."""
+    """Yield the classes in only one of train and val, each with its likely counterpart."""
     for split, other in (("train", "val"), ("val", "train")):
         by_key = {_folded(name): name for name in images[other]}
         for name in images[split]:
@@ -196,7 +196,7 @@ def _one_sided(images: dict[str, dict[str, list[str]]]) -> Iterator[Finding]:
 
 
 def _beside(folder: Path) -> Iterator[Finding]:
-    """What lies in the data folder itself."""
+    """Yield findings on the data folder's own entries besides the splits."""
     for entry in _entries(folder, ".", []):
         if entry.name.startswith(".") or entry.name in ("train", "val", "unlabelled"):
             continue
@@ -211,7 +211,7 @@ def _folded(name: str) -> str:
 
 
 def _alike(paths: Iterable[str]) -> Iterator[Finding]:
-    """Files that would be one on a system that does not tell case or Unicode forms apart."""
+    """Yield files that coincide on systems that ignore case or Unicode form."""
     groups: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         groups[_folded(path)].append(path)

@@ -1,1 +1,1 @@
-"""Image folders made from archives and well-known data sets."""
+"""Image folders created from archives and well-known data sets."""

@@ -7,7 +7,6 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,12 +24,12 @@ CIFAR10_CLASSES += ("dog", "frog", "horse", "ship", "truck")
 
 
 def prepare_cifar10(folder: Path, archive: Path | None, *, expected: Counts = CIFAR10) -> str:
-    """CIFAR-10 from torchvision's download (170 MB), or from an archive.
+    """Prepare CIFAR-10 from torchvision's download (170 MB) or from an archive.
 
-    archive: the official cifar-10-python.tar.gz (written as PNGs, named by their place in it), or
-    an archive of image folders train/CLASS/* and test/CLASS/* (copied as they are). val is made
-    from test. Returns the line to print. UserError: no connection, a damaged or hostile archive,
-    other counts than the official ones, a folder in use.
+    archive: the official cifar-10-python.tar.gz (written as PNGs, named by their position), or
+    an archive of image folders train/CLASS/* and test/CLASS/* (copied unchanged). val is made
+    from test. Returns the line to print. Raises UserError without a connection and for a damaged
+    or hostile archive, counts that differ from the official ones, or a folder in use.
     """
 
     def fill(prepared: PreparedFolder) -> Counts:
@@ -43,7 +42,7 @@ def prepare_cifar10(folder: Path, archive: Path | None, *, expected: Counts = CI
             for name, content in _cifar10_images(tar, path):
                 prepared.write(name, content)
                 bar.update()
-        os.sync()  # on the disk before the marker says so
+        os.sync()  # everything must be on disk before the marker
         return expected
 
     return prepare(folder, "cifar10", fill)
@@ -53,7 +52,7 @@ def _download_cifar10(folder: Path) -> Path:
     from torchvision.datasets import CIFAR10 as TORCHVISION
     from torchvision.datasets.utils import download_url
 
-    try:  # only the file, checked by its MD5: the dataset class would run its pickles
+    try:  # only the file, verified by its MD5: the dataset class would run its pickles
         download_url(TORCHVISION.url, folder, TORCHVISION.filename, TORCHVISION.tgz_md5)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -64,7 +63,7 @@ def _download_cifar10(folder: Path) -> Path:
 
 
 def _cifar10_images(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str, bytes]]:
-    """Names in the data folder and contents, from either layout."""
+    """Yield names in the data folder and contents, from either layout."""
     batch_name = re.compile(r"(?:.*/)?(?:data_batch_([1-5])|test_batch)")
     image_name = re.compile(
         rf"(?:[^/]+/)?(train|test)/({'|'.join(CIFAR10_CLASSES)})/([0-9A-Za-z_-]+\.(?:jpe?g|png))"
@@ -77,18 +76,18 @@ def _cifar10_images(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str,
             yield f"{split}/{label_name}/{file_name}", read(archive, path, member)
         elif match := batch_name.fullmatch(name):
             split = "train" if match[1] else "val"
-            first = 10_000 * (int(match[1] or 1) - 1)  # the tar's own order is another one
+            first = 10_000 * (int(match[1] or 1) - 1)  # the tar's own order differs
             images, labels = read_cifar10_batch(read(archive, path, member), f"{path}: {name}")
             for i, (image, label) in enumerate(zip(images, labels, strict=True), start=first):
                 yield f"{split}/{CIFAR10_CLASSES[label]}/{i:05d}.png", png_bytes(image)
         elif PurePosixPath(name).name not in ("batches.meta", "readme.html"):
-            raise refusal(path, member, "neither a batch of CIFAR-10 nor train|test/CLASS/IMAGE")
+            raise refusal(path, member, "it is no CIFAR-10 batch and not train|test/CLASS/IMAGE")
 
 
 def read_cifar10_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
-    """uint8 (N, 32, 32, 3) and N labels of an official batch, a pickle, without running it.
+    """Return uint8 (N, 32, 32, 3) and N labels of an official batch, a pickle, without running it.
 
-    where: for the UserError over anything but such a batch.
+    `where` names the batch in the UserError for any other content.
     """
     try:
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
@@ -96,34 +95,36 @@ def read_cifar10_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int
         pixels = np.frombuffer(data.content, np.uint8).reshape(len(labels), 3, 32, 32)
         if not all(type(label) is int and 0 <= label < 10 for label in labels):
             raise ValueError("a label outside 0 to 9")
-    except Exception as error:  # a hostile pickle can make nearly anything of its parts
-        raise UserError(f"{where}: no official batch of CIFAR-10 ({str(error)[:120]!a})") from error
+    except Exception as error:  # a hostile pickle can raise nearly anything
+        raise UserError(
+            f"{where}: not an official CIFAR-10 batch ({str(error)[:120]!a})"
+        ) from error
     return pixels.transpose(0, 2, 3, 1), labels
 
 
 class _PickledArray:
-    """Stands in for numpy's array: keeps its bytes and calls nothing."""
+    """A stand-in for numpy's array: keeps its bytes and calls nothing."""
 
     content = b""
 
     def __setstate__(self, state: tuple) -> None:
         _version, _shape, _dtype, fortran_order, self.content = state
         if fortran_order:
-            raise ValueError("an array in Fortran's order")
+            raise ValueError("an array in Fortran order")
 
 
 class _PickledDtype:
-    """Stands in for numpy's dtype; the length check of the pixels tells whether it was uint8."""
+    """A stand-in for numpy's dtype; the length check of the pixels shows whether it was uint8."""
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: object) -> None: ...
 
     def __setstate__(self, _: tuple) -> None: ...
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Admits the three names in an official batch, each answered by a stand-in of ours."""
+    """An unpickler that admits the names in an official batch only, each with a stand-in."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         names = {
             "numpy.core.multiarray._reconstruct": lambda *_: _PickledArray(),
             "numpy._core.multiarray._reconstruct": lambda *_: _PickledArray(),
@@ -131,5 +132,5 @@ class _BatchUnpickler(pickle.Unpickler):
             "numpy.dtype": _PickledDtype,
         }
         if f"{module}.{name}" not in names:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         return names[f"{module}.{name}"]

@@ -14,11 +14,12 @@ DIGITS = Counts(train=1_437, val=360, classes=10)
 
 
 def prepare_digits(folder: Path, labelled: float = 1.0) -> str:
-    """The 1,797 handwritten digits that scikit-learn carries, as 8-bit gray PNGs of 8x8 pixels.
+    """Prepare scikit-learn's 1,797 handwritten digits as 8-bit gray PNGs of 8x8 pixels.
 
     labelled: the share in (0, 1] of each class's training images that stays in train/<digit>/;
-    the rest goes to unlabelled/, under names that do not tell the class. Returns the line to
-    print. UserError: no scikit-learn, a share that leaves a class empty, a folder in use.
+    the rest goes to unlabelled/, under names that do not reveal the class. Returns the line to
+    print. Raises UserError without scikit-learn, for a share that leaves a class empty, and for a
+    folder in use.
     """
     if not 0 < labelled <= 1:
         raise UserError(f"--labelled {labelled}: must be above 0 and at most 1")
@@ -31,7 +32,7 @@ def prepare_digits(folder: Path, labelled: float = 1.0) -> str:
         for split, numbers in (("train", parts.train), ("val", parts.val)):
             for i in numbers:
                 prepared.write(f"{split}/{labels[i]}/{i:04d}.png", png_bytes(pixels[i]))
-        # numbered in the order of a hash: scikit-learn's order runs 0, 1, ... 9 in places
+        # numbered in the order of a hash, since scikit-learn's order is partly 0, 1, …, 9
         hashed = sorted(
             parts.unlabelled,
             key=lambda i: hashlib.sha256(b"%d " % i + pixels[i].tobytes()).digest(),
@@ -51,7 +52,7 @@ class _Split(NamedTuple):
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (1797, 8, 8) and int64 (1797,)."""
+    """Return pixels, uint8 (1797, 8, 8), and labels, int64 (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -61,9 +62,9 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_digits(labels: np.ndarray, labelled: float) -> _Split:
-    """Numbers of the images; by arithmetic, so that no library's generator can change it."""
+    """Split the images by arithmetic alone, so no library's generator can change the result."""
     by_class = np.argsort(labels, kind="stable")
-    val = by_class[::5]  # every fifth: 360 of 1797, a fifth of each class give or take one
+    val = by_class[::5]  # every fifth: 360 of 1797, a fifth of each class up to one image
     train: list[int] = []
     unlabelled: list[int] = []
     for label in range(10):

@@ -11,10 +11,11 @@ IMAGENET = Counts(train=1_281_167, val=50_000, classes=1_000)
 
 
 def prepare_imagenet(folder: Path, archives: Path, *, expected: Counts = IMAGENET) -> str:
-    """ImageNet from the folder that holds the official train, val and development kit archives.
+    """Prepare ImageNet from the folder with the official train, val and development kit archives.
 
-    Images keep their names and bytes. Goes on where an earlier call stopped. Returns the line to
-    print. UserError: a missing, damaged or hostile archive, other counts, a folder in use.
+    Images keep their names and bytes. Continues where an earlier call stopped. Returns the line to
+    print. Raises UserError for a missing, damaged or hostile archive, for unexpected counts and for
+    a folder in use.
     """
 
     def fill(prepared: PreparedFolder) -> Counts:

@@ -1,4 +1,4 @@
-"""`harness data import`: folders train/CLASS and val/CLASS made of another layout."""
+"""`harness data import`: create train/CLASS and val/CLASS from another layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NO_IMAGES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One image: `file` becomes `name` in the new folder, as it is or `decoded` to a PNG."""
+    """One image: `file` becomes `name` in the new folder, unchanged or `decoded` to a PNG."""
 
     file: Path
     split: str
@@ -49,31 +49,31 @@ class Entry:
 
 
 def import_layout(source: Path, folder: Path, val_share: float | None = None) -> str:
-    """Makes train/CLASS and val/CLASS in `folder` of the images of `source`, which is not changed.
+    """Create train/CLASS and val/CLASS in `folder` from `source`, which remains unchanged.
 
-    JPEG and PNG become hard links, or copies where there can be none; WebP, BMP, TIFF and GIF (its
-    first frame) become PNGs of the same pixels. Can be interrupted and given again.
-    val_share: the share in (0, 1) of each class to hold out where the source has no validation
-    images. Returns the lines to print. Raises UserError for what is not understood.
+    JPEG and PNG become hard links, or copies where links are impossible; WebP, BMP, TIFF and GIF
+    (its first frame) become PNGs with the same pixels. It can be interrupted and repeated.
+    val_share: the share in (0, 1) of each class to hold out if the source has no validation
+    images. Returns the lines to print. Raises UserError for a source that it cannot interpret.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
     here, there = source.resolve(), folder.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise UserError(f"{folder}: must lie outside of {source}, which is not changed")
+        raise UserError(f"{folder}: must be outside {source}, which remains unchanged")
     kind = f"import of {here}" + (f", {val_share} held out" if val_share is not None else "")
     left_out: list[str] = []
 
     def fill(prepared: PreparedFolder) -> Counts:
         files, formats = _labelled(source), {}
-        for one in tqdm(files, desc="looking at the files", unit=" files", disable=None):
+        for one in tqdm(files, desc="inspecting files", unit=" files", disable=None):
             formats[one] = _format(one.file)
         images = _with_val(source, [one for one in files if formats[one]], val_share)
         entries = _entries(images, {one.file: kind for one, kind in formats.items()})
-        _check_room(entries, prepared.folder)
+        _check_free_space(entries, prepared.folder)
         left_out.extend(_left_out(source, images, [f.file for f in files if not formats[f]]))
         _gather(prepared, entries)
-        os.sync()  # on the disk before the marker says so
+        os.sync()  # everything must be on disk before the marker
         splits = Counter(entry.split for entry in entries)
         classes = {entry.class_name for entry in entries}
         return Counts(splits["train"], splits["val"], len(classes))
@@ -82,10 +82,10 @@ def import_layout(source: Path, folder: Path, val_share: float | None = None) ->
 
 
 def _labelled(source: Path) -> list[LabelledFile]:
-    """All files of the layout, some of which may be no images."""
+    """List all files of the layout, some of which may not be images."""
     layout = recognise(source)
     if layout is None:
-        raise UserError(f"{source}: no layout that is known (README.md lists them)")
+        raise UserError(f"{source}: unknown layout (README.md lists the known ones)")
     if layout.files is None:
         raise UserError(f"{source}: {layout.advice(source)}")
     try:
@@ -95,16 +95,16 @@ def _labelled(source: Path) -> list[LabelledFile]:
 
 
 def _format(file: Path) -> str:
-    """The format of an image that can be taken; "" for a text or the like that is none."""
+    """Return the format of an importable image; "" for a text or similar file."""
     try:
         kind = image_format(file)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}; mend or remove it") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror}; repair or remove it") from None
     if not kind and file.suffix.lower() in NO_IMAGES:
         return ""
     if kind not in TRAINED_ON + IMPORTED:
         known = ", ".join(TRAINED_ON + IMPORTED)
-        what = kind or "no image format that is known"
+        what = kind or "unknown image format"
         raise UserError(f"{file}: {what}, not {known}; convert or remove it")
     return kind
 
@@ -112,10 +112,10 @@ def _format(file: Path) -> str:
 def _with_val(
     source: Path, files: Sequence[LabelledFile], val_share: float | None
 ) -> Sequence[LabelledFile]:
-    """`files`, of which `val_share` of each class are held out where none is for validation."""
+    """Return `files`, with `val_share` of each class held out if none are for validation."""
     has_val = any(one.split == "val" for one in files)
     if has_val and val_share is not None:
-        raise UserError(f"{source}: has validation images; leave --val {val_share} out")
+        raise UserError(f"{source}: has validation images; omit --val {val_share}")
     if has_val:
         return files
     if val_share is None:
@@ -126,7 +126,7 @@ def _with_val(
 
 
 def _hold_out(files: Sequence[LabelledFile], share: float) -> list[LabelledFile]:
-    """`share` of each class, at least one image, becomes val: by a hash of the names."""
+    """Move `share` of each class, at least one image, to val, chosen by a hash of the names."""
     if not 0 < share < 1:
         raise UserError(f"--val {share}: must be above 0 and below 1")
     classes: dict[str, list[LabelledFile]] = defaultdict(list)
@@ -135,7 +135,7 @@ def _hold_out(files: Sequence[LabelledFile], share: float) -> list[LabelledFile]
     result = []
     for name, members in classes.items():
         if len(members) < 2:
-            raise UserError(f"class {name!a} has one image only: none can be held out")
+            raise UserError(f"class {name!a} has only one image: none can be held out")
         members.sort(key=lambda one: hashlib.sha256(os.fsencode(one.file.name)).digest())
         held_out = min(max(round(share * len(members)), 1), len(members) - 1)
         for place, one in enumerate(members):
@@ -145,14 +145,14 @@ def _hold_out(files: Sequence[LabelledFile], share: float) -> list[LabelledFile]
 
 
 def _entries(files: Sequence[LabelledFile], formats: dict[Path, str]) -> list[Entry]:
-    """Raises UserError for names that cannot be taken."""
+    """Name the new files; raise UserError for invalid or conflicting names."""
     names = sorted({one.class_name for one in files})
     for name in names:
         if not name or {"/", "\0"} & {*name} or not is_class_name(name):
-            raise UserError(f"class {name!a}: cannot be the name of a folder; rename it")
+            raise UserError(f"class {name!a}: not usable as a folder name; rename it")
     for alike in equal_but_for_form(names):
         shown = " and ".join(map(ascii, alike))
-        raise UserError(f"classes {shown} differ in Unicode form only (NFC, NFD); merge them")
+        raise UserError(f"classes {shown} differ only in Unicode form (NFC, NFD); merge them")
     entries: dict[str, Entry] = {}
     for one in files:
         entry = _entry(one, formats[one.file])
@@ -172,14 +172,14 @@ def _entry(one: LabelledFile, kind: str) -> Entry:
     return Entry(one.file, one.split, one.class_name, place, decoded)
 
 
-def _check_room(entries: Sequence[Entry], folder: Path) -> None:
-    """Raises UserError where the copies, and the PNGs at their old size, have no room."""
+def _check_free_space(entries: Sequence[Entry], folder: Path) -> None:
+    """Raise UserError if the disk has no space for the copies and for PNGs at their old size."""
     device = folder.stat().st_dev
     states = ((entry, entry.file.stat()) for entry in entries)
     needed = sum(s.st_size for entry, s in states if entry.decoded or s.st_dev != device)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder}: {free / 1e6:,.0f} MB are free, it takes {needed / 1e6:,.0f}")
+        raise UserError(f"{folder}: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed")
 
 
 def _gather(prepared: PreparedFolder, entries: Sequence[Entry]) -> None:
@@ -199,15 +199,15 @@ def _gather(prepared: PreparedFolder, entries: Sequence[Entry]) -> None:
 
 
 def as_png(file: Path) -> bytes:
-    """The first frame as a PNG of the same pixels, EXIF orientation not applied, as in training.
+    """Return the first frame as a PNG with the same pixels, without applying EXIF orientation.
 
-    CMYK and what else a PNG cannot hold becomes RGB. Raises UserError where it cannot be decoded.
+    CMYK and other modes that PNG lacks become RGB. Raises UserError if it cannot be decoded.
     """
     stream = io.BytesIO()
     try:
         with Image.open(file, formats=IMPORTED) as image:
             if image.mode in ("F", "I"):
-                raise ValueError(f"pixels of 32 bits (mode {image.mode})")
+                raise ValueError(f"32-bit pixels (mode {image.mode})")
             if image.mode.startswith("I;16"):
                 image.convert("I").convert("I;16").save(stream, "PNG")
             else:
@@ -215,18 +215,18 @@ def as_png(file: Path) -> bytes:
                 plain.save(stream, "PNG", icc_profile=None, save_all=False)
     except MemoryError:
         raise
-    except Exception as error:  # PIL raises many kinds for what a broken file contains
+    except Exception as error:  # PIL raises many kinds of errors for broken files
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: cannot be decoded: {reason}; mend or remove it") from None
+        raise UserError(f"{file}: cannot be decoded: {reason}; repair or remove it") from None
     return stream.getvalue()
 
 
 def _left_out(source: Path, files: Sequence[LabelledFile], not_images: list[Path]) -> list[str]:
-    """Lines on what of the source is not in the new folder."""
+    """Describe the parts of the source that are not in the new folder, in lines."""
     used = {one.file.relative_to(source).parts[0] for one in files}
     unused = sorted(e.name for e in source.iterdir() if is_class_name(e.name) and e.is_dir())
     lines = [f"left out: {name}/" for name in unused if name not in used]
     if not_images:
         example = not_images[0].relative_to(source)
-        lines.append(f"left out: {len(not_images):,} files that are no images, such as {example}")
+        lines.append(f"left out: {len(not_images):,} files that are not images, such as {example}")
     return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 
-# in the order in which they are looked for
+# in order of preference
 FILE_COLUMNS: tuple[str, ...] = ("file_name", "filename", "file", "path", "image_path")
 FILE_COLUMNS += ("image_name", "image_id", "imageid", "image", "img", "id", "name")
 LABEL_COLUMNS: tuple[str, ...] = ("label", "labels", "class", "class_name", "classname")
@@ -17,9 +17,10 @@ LABEL_COLUMNS += ("category", "target", "breed", "species", "label_name", "class
 
 
 def read_labels(table: Path) -> dict[str, str]:
-    """Image name, as the table has it, -> class.
+    """Read a table: image name, as written there, -> class.
 
-    Raises UserError: no column of images or of classes, an empty one, two classes of one image.
+    Raises UserError for a missing or empty column of images or classes, and for an image with two
+    classes.
     """
     labels: dict[str, str] = {}
     columns: tuple[str, str] | None = None
@@ -31,7 +32,7 @@ def read_labels(table: Path) -> dict[str, str]:
         if labels.setdefault(image, label) != label:
             raise UserError(f"{table}: {image} has two classes, {labels[image]} and {label}")
     if not labels:
-        raise UserError(f"{table}: holds no images")
+        raise UserError(f"{table}: no images in it")
     return labels
 
 

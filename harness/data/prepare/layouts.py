@@ -1,4 +1,4 @@
-"""Well-known layouts of image data sets, recognised, and their images with their classes."""
+"""Well-known layouts of image data sets: how to recognise them, their images and classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.errors import UserError
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev", "test", "testing"),  # the first of them there
+    "val": ("val", "valid", "validation", "dev", "test", "testing"),  # the first that exists
 }
 TABLES = {
     "train": ("metadata.csv", "metadata.jsonl", "train.csv", "labels.csv", "train_labels.csv"),
@@ -29,7 +29,7 @@ WNID_AT_END = re.compile(r".+_(n[0-9]{8})\.JPEG")
 
 @dataclass(frozen=True)
 class LabelledFile:
-    """`split`: train or val."""
+    """An image with its class; `split` is train or val."""
 
     split: str
     class_name: str
@@ -38,23 +38,23 @@ class LabelledFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """`name` completes "this is …". `files` gives the images of a folder, or raises UserError.
+    """A layout. `name` completes "this is …"; `files` yields a folder's images or raises UserError.
 
-    `remedy`: what to do with a folder that has no `files`.
+    `remedy`: what to do with such a folder.
     """
 
     name: str
     is_layout_of: Callable[[Path], bool]
     files: Callable[[Path], Iterator[LabelledFile]] | None = None
-    remedy: str = "`harness data import {folder} NEW` makes train/CLASS and val/CLASS of it"
+    remedy: str = "`harness data import {folder} NEW` creates train/CLASS and val/CLASS from it"
 
     def advice(self, folder: Path) -> str:
-        """What the folder is, and what to do."""
+        """Describe the folder's layout, and what to do."""
         return f"this is {self.name}: {self.remedy.format(folder=folder)}"
 
 
 def recognise(folder: Path) -> Layout | None:
-    """The layout of `folder`; None where it is none that is known. Raises UserError."""
+    """Return the layout of `folder`, or None if it is unknown. Raises UserError."""
     try:
         return next((layout for layout in LAYOUTS if layout.is_layout_of(folder)), None)
     except OSError as error:
@@ -62,7 +62,7 @@ def recognise(folder: Path) -> Layout | None:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of train and val, whatever their names; without those that are not there."""
+    """Return the existing folders of train and val, whatever their names."""
     found = {entry.name.casefold(): entry for entry in folder.iterdir() if entry.is_dir()}
     return {
         split: next(found[name] for name in names if name in found)
@@ -76,7 +76,7 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Sorted; links that lead nowhere are among them."""
+    """List files by name, broken links included."""
     return sorted(e for e in folder.iterdir() if not e.name.startswith(".") and not e.is_dir())
 
 
@@ -116,7 +116,7 @@ def _is_flat_imagenet(folder: Path) -> bool:
 def _flat_imagenet(folder: Path) -> Iterator[LabelledFile]:
     base = _imagenet_base(folder)
     if not (base / "train").is_dir() or not (base / "val").is_dir():
-        raise UserError(f"{base}: holds no folders train/ and val/; unpack all of the archive")
+        raise UserError(f"{base}: train/ or val/ is missing; unpack the whole archive")
     for place in class_folders(base / "train"):
         for file in visible_files(place):
             yield LabelledFile("train", place.name, file)
@@ -131,14 +131,14 @@ def _flat_imagenet(folder: Path) -> Iterator[LabelledFile]:
             break
     else:
         raise UserError(
-            f"{base / 'val'}: the classes of its images are not known; put Kaggle's {VAL_SOLUTION} "
+            f"{base / 'val'}: the classes of its images are unknown; put Kaggle's {VAL_SOLUTION} "
             f"or image-net.org's {DEVKIT} into {folder}"
         )
     yield from labelled_files("val", base / "val", labels, table)
 
 
 def _val_solution(table: Path) -> dict[str, str]:
-    """ImageId,PredictionString: a class and a box, again for each object of that class."""
+    """Read rows of ImageId,PredictionString: a class and a box, repeated for each object."""
     lines = table.read_text().splitlines()[1:]
     rows = [line.replace(",", " ").split() for line in lines if line.strip()]
     if any(len(row) < 2 for row in rows):
@@ -147,7 +147,7 @@ def _val_solution(table: Path) -> dict[str, str]:
 
 
 def _some(folder: Path) -> Iterator[Path]:
-    """The first entries, enough to tell what a folder holds."""
+    """Yield the first entries, enough to recognise a folder's contents."""
     for number, entry in enumerate(folder.iterdir()):
         if number == 100:
             return
@@ -170,7 +170,7 @@ def _named_by_wnid(folder: Path) -> Iterator[LabelledFile]:
         for file in visible_files(place):
             match = WNID_AT_END.fullmatch(file.name)
             if match is None:
-                raise UserError(f"{file}: its name does not end in _WNID.JPEG; move it away")
+                raise UserError(f"{file}: its name does not end in _WNID.JPEG; move it elsewhere")
             yield LabelledFile(split, match[1], file)
 
 
@@ -206,7 +206,7 @@ def _labelled_by_tables(folder: Path) -> Iterator[LabelledFile]:
 
 
 def _by_split(folder: Path, split: str, labels: dict[str, str]) -> dict[str, dict[str, str]]:
-    """One table beside train/ and test/ holds the images of both: `labels` by their folder."""
+    """Split the labels of one table beside train/ and test/ by the folder of their images."""
     splits = {place.name: name for name, place in split_folders(folder).items()}
     parts: dict[str, dict[str, str]] = {}
     for name, label in labels.items():
@@ -215,7 +215,7 @@ def _by_split(folder: Path, split: str, labels: dict[str, str]) -> dict[str, dic
 
 
 def _named_file(place: Path, name: str) -> Path | None:
-    """Tables often leave the suffix out."""
+    """Find the file of a name in a table, which often omits the suffix."""
     for suffix in ("", ".jpg", ".jpeg", ".png", ".JPEG", ".JPG", ".webp", ".bmp", ".tif", ".tiff"):
         if (file := place / f"{name}{suffix}").is_file():
             return file
@@ -225,27 +225,27 @@ def _named_file(place: Path, name: str) -> Path | None:
 def labelled_files(
     split: str, place: Path, labels: dict[str, str], table: Path
 ) -> Iterator[LabelledFile]:
-    """The images of `labels` (name, perhaps without a suffix -> class) in `place`.
+    """Yield the images of `labels` (name, perhaps without a suffix -> class) in `place`.
 
-    UserError: a name that leads out, an image that is not there or that has no class.
+    Raises UserError for a name that points outside, a missing image and an image without a class.
     """
     found = set()
     for name, class_name in labels.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{table}: {name!a} leads out of {place}")
+            raise UserError(f"{table}: {name!a} points outside {place}")
         file = _named_file(place, name)
         if file is None:
-            raise UserError(f"{table}: {name!a} is not in {place}; unpack all of the images")
+            raise UserError(f"{table}: {name!a} is not in {place}; unpack all images")
         found.add(file)
         yield LabelledFile(split, class_name, file)
     rest = [file for file in visible_files(place) if file not in found and image_format(file)]
     if rest:
         raise UserError(
-            f"{rest[0]} (and {len(rest) - 1} more): has no class in {table}; move it away"
+            f"{rest[0]} (and {len(rest) - 1} more): has no class in {table}; move it elsewhere"
         )
 
 
-# ---- class folders, below train and val under whatever names, or without any
+# ---- class folders, below train and val under various names, or without splits
 
 
 def _is_split_by_class(folder: Path) -> bool:
@@ -265,10 +265,10 @@ def _is_by_class(folder: Path) -> bool:
 
 def _by_class(split: str, folder: Path) -> Iterator[LabelledFile]:
     if loose := visible_files(folder):
-        raise UserError(f"{loose[0]}: not in the folder of a class; move it there or away")
+        raise UserError(f"{loose[0]}: not in a class folder; move it into one or elsewhere")
     for place in class_folders(folder):
         if below := class_folders(place):
-            raise UserError(f"{below[0]}: a folder within a class; move its images up or away")
+            raise UserError(f"{below[0]}: a folder inside a class; move its images up or elsewhere")
         for file in visible_files(place):
             yield LabelledFile(split, place.name, file)
 
@@ -277,7 +277,7 @@ def _holds(pattern: str) -> Callable[[Path], bool]:
     return lambda folder: any(True for _ in folder.glob(pattern))
 
 
-# ours, but for the names of the splits and the formats of the images
+# ours, except for the names of the splits and the formats of the images
 SPLIT_BY_CLASS = Layout(
     "a set of class folders in train/ and val/", _is_split_by_class, _split_by_class
 )
@@ -285,35 +285,35 @@ LAYOUTS = (
     Layout(
         "a folder of ImageNet's official archives",
         lambda folder: (folder / TRAIN).is_file(),
-        remedy="`harness data imagenet NEW --archives {folder}` makes train/CLASS and val/CLASS of "
-        "them",
+        remedy="`harness data imagenet NEW --archives {folder}` creates train/CLASS and val/CLASS "
+        "from them",
     ),
     Layout(
-        "ImageNet as Kaggle has it, ILSVRC/Data/CLS-LOC, or with a flat val/",
+        "ImageNet as Kaggle provides it, ILSVRC/Data/CLS-LOC, or with a flat val/",
         _is_flat_imagenet,
         _flat_imagenet,
     ),
     Layout(
-        "ImageNet as Hugging Face has it, in archives",
+        "ImageNet as Hugging Face provides it, in archives",
         lambda folder: any(map(_holds("*_images*.tar.gz"), (folder, folder / "data"))),
         remedy="unpack train_images_*.tar.gz into a folder train/ and val_images.tar.gz into val/ "
-        "beside it, then give the folder that holds them to `harness data import`",
+        "beside it, then give the folder that contains them to `harness data import`",
     ),
     Layout(
         "tiny-imagenet's layout, train/CLASS/images/ and val/val_annotations.txt",
         _is_tiny_imagenet,
         _tiny_imagenet,
     ),
-    Layout("ImageNet as Hugging Face has it, unpacked", _is_named_by_wnid, _named_by_wnid),
+    Layout("ImageNet as Hugging Face provides it, unpacked", _is_named_by_wnid, _named_by_wnid),
     Layout(
-        "a set of images with a table of their classes, as Kaggle and Hugging Face have them",
+        "a set of images with a table of their classes, as on Kaggle and Hugging Face",
         lambda folder: bool(_tables(folder)),
         _labelled_by_tables,
     ),
     Layout(
-        "a data set of Hugging Face in parquet files",
+        "a Hugging Face data set in parquet files",
         lambda folder: any(map(_holds("*.parquet"), (folder, folder / "data"))),
-        remedy="parquet is not read here; save each image as train/CLASS/NAME and val/CLASS/NAME "
+        remedy="parquet is not supported; save each image as train/CLASS/NAME and val/CLASS/NAME "
         "with the library `datasets`",
     ),
     SPLIT_BY_CLASS,

@@ -1,4 +1,4 @@
-"""Write pixels as a PNG file."""
+"""Pixels encoded as PNG files."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W) or (H, W, 3) -> a PNG file."""
+    """Encode uint8 (H, W) or (H, W, 3) as the bytes of a PNG file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

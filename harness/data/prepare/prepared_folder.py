@@ -1,4 +1,4 @@
-"""A folder of images in the making: nothing shows in it before all of it is there."""
+"""A folder of images under construction: nothing appears in it before it is complete."""
 
 import fcntl
 import json
@@ -12,14 +12,14 @@ from pathlib import Path
 from harness.data.sources.listing import image_names, is_class_name
 from harness.errors import UserError
 
-MARKER = ".harness-data.json"  # written last: what a finished folder holds
-PARTIAL = ".harness-data.partial"  # all that is unfinished; gone from a finished folder
+MARKER = ".harness-data.json"  # written last: the contents of a finished folder
+PARTIAL = ".harness-data.partial"  # all unfinished files; removed from a finished folder
 SPLITS = ("train", "val", "unlabelled")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Images of each split, and classes."""
+    """Numbers of images in each split, and of classes."""
 
     train: int
     val: int
@@ -33,11 +33,11 @@ class Counts:
 
 
 class PreparedFolder:
-    """Takes files for `train/CLASS/`, `val/CLASS/` and `unlabelled/` of one data folder.
+    """Collects files for `train/CLASS/`, `val/CLASS/` and `unlabelled/` of one data folder.
 
-    They gather under PARTIAL, a finished file or class kept through any interruption, until
-    `finish` moves them into place; a folder that has lost files gets those back. Names are
-    relative to the data folder and must be the caller's own, never an archive's.
+    They are gathered under PARTIAL, where finished files and classes survive any interruption,
+    until `finish` moves them into place. A folder that has lost files is completed. Names are
+    relative to the data folder and must come from the caller, never from an archive.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class PreparedFolder:
         self.partial = folder / PARTIAL
 
     def holds(self, name: str, size: int | None = None) -> bool:
-        """Whether the file is in place or gathered, with `size` bytes where that is known."""
+        """Return True if the file is in place or gathered, with `size` bytes if that is given."""
         for root in (self.folder, self.partial):
             with suppress(FileNotFoundError, NotADirectoryError):
                 if (root / name).stat().st_size == size or size is None:
@@ -53,7 +53,7 @@ class PreparedFolder:
         return False
 
     def write(self, name: str, content: bytes) -> None:
-        """The file appears under its name whole or not at all."""
+        """Write a file, which appears under its name completely or not at all."""
         if self.holds(name, len(content)):
             return
         half = self.partial / "half"
@@ -61,7 +61,7 @@ class PreparedFolder:
         half.replace(self._gathered(name))
 
     def link(self, name: str, file: Path) -> None:
-        """The file `file` under another name: a hard link, or a copy where there can be none."""
+        """Add `file` under another name: as a hard link or, where that is impossible, a copy."""
         if self.holds(name, file.stat().st_size):
             return
         half = self.partial / "half"
@@ -78,33 +78,33 @@ class PreparedFolder:
         return place
 
     def rename(self, name: str, new_name: str) -> None:
-        """Renames a folder that is still gathered, making the new one's parents."""
+        """Rename a folder that is still being gathered, creating the new parents."""
         new = self.partial / new_name
         new.parent.mkdir(parents=True, exist_ok=True)
         (self.partial / name).rename(new)
 
     def discard(self) -> None:
-        """Begins anew (a small data set, or one whose archive may have changed)."""
+        """Discard gathered files (of a small data set, or one whose archive may have changed)."""
         for split in SPLITS:
             if (self.partial / split).exists():
                 shutil.rmtree(self.partial / split)
 
     def finish(self, source: str, expected: Counts) -> Counts:
-        """Checks the counts, moves the splits into place and writes the marker.
+        """Check the counts, move the splits into place and write the marker.
 
-        UserError: other counts than expected, or other classes in val than in train.
+        Raises UserError for unexpected counts, or if train and val have different classes.
         """
         train, val = self.class_sizes("train"), self.class_sizes("val")
         if train.keys() != val.keys():
             odd = ", ".join(sorted(train.keys() ^ val.keys())[:5])
             raise UserError(
-                f"{self.folder}: in one of train and val only: {odd}; what they are made from "
-                "does not belong together or is not complete"
+                f"{self.folder}: in only one of train and val: {odd}; their sources "
+                "do not belong together or are incomplete"
             )
         counts = self.count()
         if counts != expected:
             raise UserError(
-                f"{self.folder}: {source} should have {expected}, but {counts} came out: "
+                f"{self.folder}: {source} should have {expected}, but has {counts}: "
                 "give the complete source to the same command, or delete the folder"
             )
         for split in SPLITS:
@@ -115,7 +115,7 @@ class PreparedFolder:
         return counts
 
     def _publish(self, split: str) -> None:
-        """Moves what was gathered into place: the whole split, or what the folder lacks of it."""
+        """Move gathered files into place: the whole split, or the files that the folder lacks."""
         if not (self.folder / split).exists():
             (self.partial / split).rename(self.folder / split)
             return
@@ -126,13 +126,13 @@ class PreparedFolder:
                 file.replace(place)
 
     def count(self, gathered: bool = True) -> Counts:
-        """Images in place and, with `gathered`, those that `finish` would move there."""
+        """Count the images in place and, with `gathered`, those that `finish` would move there."""
         train, val = (self.class_sizes(split, gathered) for split in ("train", "val"))
         flat = self.images("unlabelled", gathered)
         return Counts(sum(train.values()), sum(val.values()), len(train.keys() & val.keys()), flat)
 
     def class_sizes(self, split: str, gathered: bool = True) -> dict[str, int]:
-        """Images by class."""
+        """Count images by class."""
         places = [self.folder / split, *([self.partial / split] if gathered else [])]
         classes = {
             name
@@ -144,17 +144,17 @@ class PreparedFolder:
         return {name: self.images(f"{split}/{name}", gathered) for name in classes}
 
     def images(self, name: str, gathered: bool = True) -> int:
-        """Images in the folder `name` itself."""
+        """Count the images directly in the folder `name`."""
         places = [self.folder / name, *([self.partial / name] if gathered else [])]
         return len({image for p in places if p.is_dir() for image in image_names(p)})
 
 
 def prepare(folder: Path, source: str, fill: Callable[[PreparedFolder], Counts]) -> str:
-    """Fills the folder, or completes one that has lost files; returns what to print.
+    """Fill the folder, or complete one that has lost files; return the line to print.
 
-    fill: gathers the images and returns the counts that should have come out.
-    UserError: a folder of anything else, another process at work in it, other counts, or what
-    the system refuses (disk full, no permission).
+    fill: gathers the images and returns the expected counts.
+    Raises UserError for a folder with other contents, another process at work in it, unexpected
+    counts, and errors of the system (disk full, no permission).
     """
     prepared, loss = PreparedFolder(folder), ""
     try:
@@ -168,7 +168,7 @@ def prepare(folder: Path, source: str, fill: Callable[[PreparedFolder], Counts])
             counts = _complete(prepared, source) or _fill(prepared, source, fill)
     except OSError as error:
         where = error.filename2 or error.filename or folder
-        reason = f"{where}: {error.strerror or error}; mend that and give the same command again"
+        reason = f"{where}: {error.strerror or error}; fix that and repeat the command"
         raise UserError(loss + reason) from error
     except UserError as error:
         raise UserError(f"{loss}{error}") from error
@@ -176,9 +176,9 @@ def prepare(folder: Path, source: str, fill: Callable[[PreparedFolder], Counts])
 
 
 def _complete(prepared: PreparedFolder, source: str) -> Counts | None:
-    """What a finished folder holds, counted; None where it is not finished or has lost files.
+    """Count the contents of a finished folder; None if it is unfinished or has lost files.
 
-    UserError: files were added.
+    Raises UserError if files were added.
     """
     recorded = _finished(prepared.folder, source)
     if recorded is None:
@@ -186,19 +186,19 @@ def _complete(prepared: PreparedFolder, source: str) -> Counts | None:
     found = prepared.count(gathered=False)
     if any(here > before for here, before in zip(astuple(found), astuple(recorded), strict=True)):
         raise UserError(
-            f"{prepared.folder}: holds {found}, but {source} has {recorded}: files were added; "
-            "take them out, or name another folder"
+            f"{prepared.folder}: has {found}, but {source} has {recorded}: files were added; "
+            "remove them, or name another folder"
         )
     return recorded if found == recorded else None
 
 
 def _loss(prepared: PreparedFolder, source: str) -> str:
-    """What a finished folder lacks, to begin a message with; "" where it is not finished."""
+    """Return the start of a message on the files that a finished folder lacks; "" if unfinished."""
     recorded = _finished(prepared.folder, source)
     if recorded is None:
         return ""
     found = prepared.count(gathered=False)
-    return f"{prepared.folder}: has lost files: holds {found} of {recorded}; "
+    return f"{prepared.folder}: has lost files: {found} left of {recorded}; "
 
 
 def _fill(
@@ -209,7 +209,7 @@ def _fill(
     try:
         return prepared.finish(source, fill(prepared))
     except UserError:
-        # a mistake found before anything was gathered does not bind the folder to its source
+        # an error before anything was gathered does not bind the folder to its source
         untouched = set(os.listdir(partial)) <= {"lock", "source.json", "half"}
         if untouched or (folder / MARKER).exists():
             shutil.rmtree(partial)
@@ -219,7 +219,7 @@ def _fill(
 
 
 def _finished(folder: Path, source: str) -> Counts | None:
-    """What a finished folder's marker says; None where it is new, empty or only begun."""
+    """Return the counts in a finished folder's marker; None if it is new, empty or unfinished."""
     if not folder.exists():
         return None
     if not folder.is_dir():
@@ -228,12 +228,12 @@ def _finished(folder: Path, source: str) -> Counts | None:
     record = finished or _read_json(folder / PARTIAL / "source.json")
     if record is None and (strangers := sorted(set(os.listdir(folder)) - {PARTIAL})):
         raise UserError(
-            f"{folder}: not empty ({', '.join(map(ascii, strangers[:3]))}) and not begun by "
+            f"{folder}: not empty ({', '.join(map(ascii, strangers[:3]))}) and not created by "
             "harness data; name a new folder"
         )
     if record is not None and record.get("source") != source:
         raise UserError(
-            f"{folder}: holds {record.get('source')}, not {source}; name another folder, "
+            f"{folder}: contains {record.get('source')}, not {source}; name another folder, "
             "or delete this one"
         )
     try:
@@ -263,7 +263,7 @@ def _read_json(path: Path) -> dict | None:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{path}: damaged; delete the folder that it is in")
+        raise UserError(f"{path}: damaged; delete the folder it is in")
     return record
 
 
