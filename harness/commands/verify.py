@@ -1,4 +1,4 @@
-"""`harness verify`: show that other numbers of ranks change nothing."""
+"""`harness verify`: prove that the number of ranks does not change the curve."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from harness.errors import (
 
 def add(commands: Subparsers) -> None:
     """Add the command to the parser."""
-    verify = commands.add_parser("verify", help="show that other numbers of ranks change nothing")
+    verify = commands.add_parser("verify", help="prove that the number of ranks changes nothing")
     add_config(verify)
     verify.add_argument("--ranks", default="1,2,4", metavar="W,…", help="default: 1,2,4")
     verify.add_argument("--steps", type=int, default=50, metavar="S", help="default: 50")
-    verify.add_argument("--json", action="store_true")
+    verify.add_argument("--json", action="store_true", help="print the comparisons as JSON")
     verify.set_defaults(command=run)
 
 
@@ -32,11 +32,11 @@ def run(options: argparse.Namespace) -> int:
         ranks = [int(world_size) for world_size in options.ranks.split(",") if world_size.strip()]
     except ValueError:
         raise UserError(f"--ranks {options.ranks}: give whole numbers, such as 1,2,4") from None
-    config = load_config(options.config, options.overrides)  # a mistake is told before torch loads
+    config = load_config(options.config, options.overrides)  # reports mistakes before torch loads
     from harness.verify import verify
     from harness.verify.table import as_mapping, print_lines
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the ranks, removes the files
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the ranks, removes files
     lines = verify(config, ranks, options.steps)
     if not options.json:
         return FINISHED if print_lines(config, ranks, options.steps, lines) else FAILED

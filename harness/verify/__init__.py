@@ -1,8 +1,8 @@
-"""`harness verify`: shows on this machine, with the user's model, data and loader, that a config
+"""`harness verify`: a proof on this machine, with the user's model, data and loader, that a config
 gives one curve on any number of ranks, with any micro-batch, and through an interruption.
 
-Ranks are real processes (rank.py, started by launch.py). Each number of them is compared with one
-rank (compare.py), in the order of cause and effect: the first line that fails is where to look.
+Ranks are real processes (rank.py, started by launch.py). Each number of ranks is compared with one
+rank (compare.py), in the order of cause and effect: the first failing line is where to look.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from harness.config.schema import Config
 from harness.verify.compare import Line, compare, compare_alone, compare_curves, run_ended
 from harness.verify.launch import RANK_PROGRAM, Crashed, launch_ranks
+from harness.verify.results import Results
 from harness.verify.setting import Setting, check_setting, plural
 
 
 def verify(
     config: Config, ranks: Sequence[int], steps: int, rank_program: Sequence[str] = RANK_PROGRAM
 ) -> Iterator[Line]:
-    """Yields each comparison as soon as it is made. `rank_program` is the command of a rank.
+    """Yield each comparison as soon as it is made. `rank_program` is the command of a rank.
 
-    Raises UserError for what cannot be verified, before any rank is started.
+    Raises UserError before any rank starts if the config cannot be verified.
     """
     with tempfile.TemporaryDirectory(prefix="harness-verify-") as folder:
         setting = check_setting(config, ranks, steps, Path(folder), rank_program)
         print(setting.work(), file=sys.stderr, flush=True)
         try:
             yield from _lines(setting)
-        except Crashed as crash:  # of what everything is compared with
+        except Crashed as crash:  # without one rank there is nothing to compare with
             yield run_ended("1 rank", crash)
 
 
@@ -41,10 +41,8 @@ def _lines(setting: Setting) -> Iterator[Line]:
     tasks = ["known_sum", "curve", *own, "float64_steps"]
     one = launch_ranks(setting, "1 rank", 1, ["states", *tasks])
     yield from compare_alone(setting, "1 rank", one)
-    # only where a trajectory differs by more than the promise
-    twin = cache(
-        partial(launch_ranks, setting, "1 rank, first weights a rounding off", 1, ["twin"])
-    )
+    # computed only if a trajectory differs by more than FLOAT64_BOUND
+    twin = cache(partial(launch_ranks, setting, "1 rank, initial weights rounded", 1, ["twin"]))
     images = setting.other_micro_batch
     launches: list[tuple[str, int, int | None]] = [
         (f"1 rank, micro-batches of {images}", 1, images)
@@ -62,10 +60,8 @@ def _lines(setting: Setting) -> Iterator[Line]:
         yield from _interrupted(setting, one, twin)
 
 
-def _interrupted(
-    setting: Setting, one: dict[str, Any], twin: Callable[[], dict[str, Any]]
-) -> Iterator[Line]:
-    """Stopped on the most ranks, resumed on the next fewer, against straight on one."""
+def _interrupted(setting: Setting, one: Results, twin: Callable[[], Results]) -> Iterator[Line]:
+    """Compare a run stopped on most ranks and resumed on fewer with an uninterrupted one."""
     before, after = setting.ranks[-1], setting.ranks[-2]
     where = f"stopped in mid-epoch on {plural(before)}, resumed on {after}"
     try:

@@ -1,21 +1,21 @@
-"""What two launches did, compared line by line.
+"""Comparison of the results of two launches, line by line.
 
-What was fed, and counts, are equal without any tolerance. The rest is relative, within a bound:
+Images and counts must be exactly equal. Other values may differ by a relative bound:
 
 - FLOAT64_BOUND in float64, for single steps from equal weights and for trajectories. Two orders of
-  summation differ by some 1e-15 a step there, so it leaves room for that to grow, and none for an
-  error of the mathematics. Some recipes make it grow further: batch norm over a few values, or a
-  learning rate at the brink of divergence. Where a trajectory differs by more, one rank makes it
-  once more as a twin, from first weights that are a rounding off, and GROWN times the distance of
-  the twin is the bound, which the line then says. Single steps have no such excuse.
-- In the run's own precision, steps from equal weights, since trajectories of low precision part
-  sooner or later: where an activation lies within rounding of 0, ReLU takes one side or the other.
-  What rounding does is measured on one rank first: how far it moves a step's gradient (and the
-  running statistics) from those in float64, ‖g - g64‖ / ‖g64‖. Each order of summation is about as
-  far from float64 as another, so two may differ from each other by ROUNDINGS times that. For the
-  gradient, which jumps where a ReLU turns, the middle one of the steps counts; for loss and
-  statistics the largest. The loss is held to the gradient's bound: it is a mean over the same
-  images, with fewer roundings. Steps that overflow in float16 must overflow for all.
+  summation differ by about 1e-15 per step there, so the bound allows for some growth, but for no
+  mathematical error. Some recipes make rounding errors grow further: batch norm over few values,
+  or a learning rate on the verge of divergence. If a trajectory differs by more, one rank computes
+  it again as a twin, from initial weights changed by one rounding, and the bound is GROWN times
+  the twin's distance, as the line then says. Single steps have no such excuse.
+- In the run's own precision, steps from equal weights, since trajectories in low precision diverge
+  sooner or later: for an activation within rounding of 0, ReLU may take either side.
+  The effect of rounding is first measured on one rank: how far it moves a step's gradient (and the
+  running statistics) from those in float64, ‖g - g64‖ / ‖g64‖. Each order of summation is about
+  equally far from float64, so two may differ from each other by ROUNDINGS times that. For the
+  gradient, which jumps where a ReLU switches, the median over the steps counts; for loss and
+  statistics, the maximum. The loss is held to the gradient's bound: it is a mean over the same
+  images, with fewer roundings. Steps that overflow in float16 must overflow in all launches.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.config.schema import Config
+from harness.verify.results import Results, StepResult
 from harness.verify.setting import Setting, plural
 
-FLOAT64_BOUND = 1e-10  # the promise
+FLOAT64_BOUND = 1e-10  # the promised bound
 ROUNDINGS = 4.0
-GROWN = 100.0  # a step has many roundings, the twin's first weights one
+GROWN = 100.0  # a step has many roundings, the twin's initial weights one
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "tf32": 2.0**-11, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 TINY = 1e-300  # instead of 0 in a denominator
-KEYS = "gradient", "loss", "statistics"  # of a single step
+Quantity = Literal["gradient", "loss", "statistics"]  # of a single step
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 
 @dataclass(frozen=True)
 class Line:
-    """One comparison. `over`: how much was compared. `difference` counts unequal things where
-    `bound` is 0, else it is relative. `detail`: where and how it failed.
+    """One comparison. `over`: how much was compared. `difference` counts unequal items if
+    `bound` is 0, otherwise it is relative. `detail`: where and how it failed.
     """
 
     where: str
@@ -57,8 +59,8 @@ class Line:
 
 
 def run_ended(where: str, crash: Exception) -> Line:
-    """The line of a launch that did not come to its end."""
-    return Line(where, "ran to its end", "", None, None, False, str(crash))
+    """Return the line of a launch that failed."""
+    return Line(where, "ran to completion", "", None, None, False, str(crash))
 
 
 def _equality(where: str, what: str, over: str, differ: int, detail: str) -> Line:
@@ -72,8 +74,8 @@ def _nearness(
     return Line(where, what, over, difference, bound, passed, "" if passed else detail)
 
 
-def compare_alone(setting: Setting, where: str, found: dict[str, Any]) -> Iterator[Line]:
-    """What is known without anything to compare it with."""
+def compare_alone(setting: Setting, where: str, found: Results) -> Iterator[Line]:
+    """Check the results of a single launch against known values."""
     yield _known_sum(setting, where, found)
     yield _counted(where, found)
 
@@ -81,13 +83,13 @@ def compare_alone(setting: Setting, where: str, found: dict[str, Any]) -> Iterat
 def compare(
     setting: Setting,
     where: str,
-    one: dict[str, Any],
-    found: dict[str, Any],
-    twin: Callable[[], dict[str, Any]],
+    one: Results,
+    found: Results,
+    twin: Callable[[], Results],
 ) -> Iterator[Line]:
-    """All lines of a launch against those of one rank, causes before effects.
+    """Compare a launch with one rank, causes before effects.
 
-    `twin` gives the trajectory of one rank from first weights that are a rounding off.
+    `twin` returns the trajectory of one rank from initial weights changed by one rounding.
     """
     yield _recipes(where, one, found)
     yield from _fed(setting.config, where, one["fed"], found["fed"])
@@ -102,7 +104,7 @@ def compare(
     yield _equality(where, "evaluation counts", f"{setting.val_images} images", differ, detail)
 
 
-def _recipes(where: str, one: dict[str, Any], found: dict[str, Any]) -> Line:
+def _recipes(where: str, one: Results, found: Results) -> Line:
     (expected,) = one["recipes"]
     unequal = [
         f"rank {rank}: another {key}" + (f", {held[key]}" if key == "seed" else "")
@@ -117,7 +119,7 @@ def _recipes(where: str, one: dict[str, Any], found: dict[str, Any]) -> Line:
 def _fed(
     config: Config, where: str, one: dict[str, Tensor], found: dict[str, Tensor]
 ) -> Iterator[Line]:
-    """The images at each place of each step; of each image its window and pixels, at any place."""
+    """Compare the images at each place of each step, and the window and pixels of each image."""
     moved = np.flatnonzero(one["ids"] != found["ids"])
     detail = ""
     if len(moved):
@@ -147,55 +149,54 @@ def _fed(
 
 
 def _place(config: Config, flat: int) -> str:
-    """A place of a (steps, kn) array in words."""
+    """Describe a place of a (steps, kn) array."""
     step, place = divmod(int(flat), config.recipe.minibatch)
     epoch = step // config.steps_per_epoch + 1
     return f"step {step} (epoch {epoch}), worker {place // config.recipe.worker_batch}"
 
 
 def _same_images(config: Config, one: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Flat places in `found` (steps, kn), and those of the same images and epochs in `one`."""
+    """Return flat places in `found` (steps, kn), and those of the same images in `one`."""
     epochs = np.arange(len(one))[:, None] // config.steps_per_epoch
-    known, wanted = ((ids + epochs * config.images).ravel() for ids in (one, found))
+    known, sought = ((ids + epochs * config.images).ravel() for ids in (one, found))
     order = np.argsort(known, kind="stable")
-    at = np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)
-    places = np.flatnonzero(known[order[at]] == wanted)
+    at = np.minimum(np.searchsorted(known, sought, sorter=order), len(known) - 1)
+    places = np.flatnonzero(known[order[at]] == sought)
     return places, order[at][places]
 
 
-def _known_sum(setting: Setting, where: str, found: dict[str, Any]) -> Line:
-    """The gradient of the fc bias where fc is zero: each class then has the probability 1/K, so it
-    is (1 - ε) (1/K - count_c / kn) for class c, by the labels of the step alone."""
+def _known_sum(setting: Setting, where: str, found: Results) -> Line:
+    """Compare the gradient of the fc bias, with fc at zero, with the one that the labels imply.
+
+    Each class then has the probability 1/K, so the gradient is (1 - ε) (1/K - count_c / kn) for
+    class c.
+    """
     recipe, classes = setting.config.recipe, setting.config.data.classes
     labels = setting.train.labels[found["fed"]["ids"][0].numpy()]
     counts = torch.from_numpy(np.bincount(labels, minlength=classes)).double()
     known = (1 - recipe.label_smoothing) * (1 / classes - counts / recipe.minibatch)
     gradient = found["known_sum"].double()
-    # of balanced classes the sum is 0; one image's part of it is about 1 / kn
+    # for balanced classes the sum is 0; one image contributes about 1 / kn
     difference = float((gradient - known).norm() / (known.norm() + 1 / recipe.minibatch))
     factor = float(gradient @ known / (known @ known).clamp(min=TINY))
-    detail = f"it is {factor:.4g} times what the labels say"
+    detail = f"it is {factor:.4g} times the value that the labels imply"
     over = f"{classes} classes"
     return _nearness(where, "gradient of a known sum", over, difference, FLOAT64_BOUND, detail)
 
 
-def _float64_steps(
-    setting: Setting, where: str, one: dict[str, Any], found: dict[str, Any]
-) -> Line:
-    """Steps from equal weights in float64: gradient, loss and running statistics."""
+def _float64_steps(setting: Setting, where: str, one: Results, found: Results) -> Line:
+    """Compare float64 steps from equal weights: gradient, loss and running statistics."""
     apart = _relative_by_step(one["float64_steps"], found["float64_steps"])
-    largest = {key: max(apart[key], key=_nan_first) for key in KEYS}
-    worst = max(KEYS, key=lambda key: _nan_first(largest[key]))
+    largest = {key: max(apart[key], key=_nan_first) for key in QUANTITIES}
+    worst = max(QUANTITIES, key=lambda key: _nan_first(largest[key]))
     step = setting.starts[apart[worst].index(largest[worst])]
     what, over = "float64: steps from equal weights", f"{len(setting.starts)} steps"
     detail = f"{worst} at step {step}"
     return _nearness(where, what, over, largest[worst], FLOAT64_BOUND, detail)
 
 
-def own_steps(
-    setting: Setting, where: str, one: dict[str, Any], found: dict[str, Any]
-) -> Iterator[Line]:
-    """Steps from equal weights, against what rounding does on one rank."""
+def own_steps(setting: Setting, where: str, one: Results, found: Results) -> Iterator[Line]:
+    """Compare steps from equal weights within a multiple of the rounding error on one rank."""
     precision = str(setting.own_precision)
     finite, also = (
         [bool(step["gradient"].isfinite().all()) for step in launched["own_steps"]]
@@ -216,26 +217,20 @@ def own_steps(
     least = UNIT_ROUNDOFF[precision]
     gradient_bound = ROUNDINGS * max(median(rounding["gradient"]), least)
     statistics_bound = ROUNDINGS * max(least, *rounding["statistics"])
-    for what, key, difference, bound in (
-        ("gradient (middle step)", "gradient", median(apart["gradient"]), gradient_bound),
-        ("loss", "loss", max(apart["loss"], key=_nan_first), gradient_bound),
-        (
-            "running statistics",
-            "statistics",
-            max(apart["statistics"], key=_nan_first),
-            statistics_bound,
-        ),
-    ):
-        largest = max(apart[key], key=_nan_first)
-        detail = f"at most {largest:.1e}, at step {starts[apart[key].index(largest)]}"
+    names = "gradient (middle step)", "loss", "running statistics"
+    bounds = gradient_bound, gradient_bound, statistics_bound
+    for what, by_step, bound in zip(names, map(apart.__getitem__, QUANTITIES), bounds, strict=True):
+        largest = max(by_step, key=_nan_first)
+        difference = median(by_step) if by_step is apart["gradient"] else largest
+        detail = f"at most {largest:.1e}, at step {starts[by_step.index(largest)]}"
         over = f"{len(starts)} steps"
         yield _nearness(where, f"{precision}: {what}", over, difference, bound, detail)
 
 
 def _relative_by_step(
-    expected: list[dict[str, Any]], found: list[dict[str, Any]]
-) -> dict[str, list[float]]:
-    """‖found - expected‖ / ‖expected‖ of gradient, loss and running statistics, step by step."""
+    expected: list[StepResult], found: list[StepResult]
+) -> dict[Quantity, list[float]]:
+    """Return ‖found - expected‖ / ‖expected‖ of each quantity, step by step."""
 
     def relative(a: Tensor, b: Tensor) -> float:
         return float((b - a).norm() / a.norm().clamp(min=TINY))
@@ -245,23 +240,23 @@ def _relative_by_step(
             relative(torch.as_tensor(a[key]).double(), torch.as_tensor(b[key]).double())
             for a, b in zip(expected, found, strict=True)
         ]
-        for key in KEYS
+        for key in QUANTITIES
     }
 
 
 def _nan_first(value: float) -> tuple[bool, float]:
-    """A key by which NaN is the largest."""
+    """Return a sort key by which NaN is the largest value."""
     return math.isnan(value), value
 
 
 def compare_curves(
     setting: Setting,
     where: str,
-    one: dict[str, Any],
-    found: dict[str, Any],
-    twin: Callable[[], dict[str, Any]],
+    one: Results,
+    found: Results,
+    twin: Callable[[], Results],
 ) -> Iterator[Line]:
-    """Losses, and the state after the last step."""
+    """Compare the losses, and the state after the last step."""
     apart, last = _apart(one, found), setting.steps - 1
     grown = {}
     if not all(difference <= FLOAT64_BOUND for difference, _ in apart.values()):
@@ -272,7 +267,7 @@ def compare_curves(
         detail = "" if passed else most
         if bound > FLOAT64_BOUND:
             detail += "; " if detail else ""
-            detail += f"a rounding of the first weights alone grows to {grown[what]:.1e}"
+            detail += f"one rounding of the initial weights alone grows to {grown[what]:.1e}"
         name, over = (
             f"float64: {what} after step {last}",
             f"{len(one['state'].get(what, ()))} tensors",
@@ -282,12 +277,12 @@ def compare_curves(
         yield Line(where, name, over, difference, bound, passed, detail)
 
 
-def _apart(one: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[float, str]]:
-    """Of loss, weights, momentum and running statistics the largest difference, and where it is.
+def _apart(one: Results, found: Results) -> dict[str, tuple[float, str]]:
+    """Return the largest difference of loss, weights, momentum and statistics, and its location.
 
-    Losses relative to each, tensors to their largest value.
+    Losses are relative to each loss, tensors to their largest value.
     """
-    first = len(one["losses"]) - len(found["losses"])  # where it was resumed
+    first = len(one["losses"]) - len(found["losses"])  # the step at which it was resumed
     pairs = zip(one["losses"][first:], found["losses"], strict=True)
     losses = [abs(a - b) / max(abs(a), TINY) for a, b in pairs]
     beyond = [first + i for i, value in enumerate(losses) if not value <= FLOAT64_BOUND]
@@ -304,8 +299,8 @@ def _apart(one: dict[str, Any], found: dict[str, Any]) -> dict[str, tuple[float,
     return apart
 
 
-def _counted(where: str, found: dict[str, Any]) -> Line:
-    """Every validation image is evaluated once."""
+def _counted(where: str, found: Results) -> Line:
+    """Check that every validation image was evaluated once."""
     counted = found["counted"]
     wrong = torch.nonzero(counted != 1).flatten().tolist()
     detail = f"image {wrong[0]}: {int(counted[wrong[0]])} times" if wrong else ""

@@ -1,4 +1,4 @@
-"""Starts ranks as real processes, waits for them, and tells why they failed."""
+"""Ranks as real processes: starting them, waiting for them, finding why they failed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from harness.config.loading import dump_config
 from harness.distributed import lost_rank
 from harness.errors import USER_ERROR, UserError
+from harness.verify.results import Results
 from harness.verify.setting import SHARED_GPU, Request, Setting
 
-# python -m harness.verify.rank, started quickly
+# python -m harness.verify.rank, but faster to start
 RANK = """
 import sys
 from harness.startup import import_quickly
@@ -34,24 +34,24 @@ sys.exit(main(sys.argv[1:]))
 """
 RANK_PROGRAM = (sys.executable, "-c", RANK)
 POLL_S = 0.1
-LAST_WORDS_S = 10.0  # of the other ranks, once one has failed
+LAST_WORDS_S = 10.0  # time for the other ranks to report once one has failed
 
 
 class Crashed(Exception):
-    """The ranks did not come to their end; the message is one line, of the rank to blame."""
+    """The ranks failed; the message is one line, from the rank at fault."""
 
 
 def launch_ranks(
     setting: Setting, where: str, world_size: int, tasks: list[str], micro_batch: int | None = None
-) -> dict[str, Any]:
-    """Has `world_size` ranks do `tasks`, methods of `rank.Rank`; returns what rank 0 kept.
+) -> Results:
+    """Let `world_size` ranks do `tasks`, methods of `rank.Rank`; return rank 0's results.
 
-    `micro_batch` in images, instead of the config's. Raises Crashed, and a rank's UserError.
+    `micro_batch` (images) replaces the config's. Raises Crashed, or a rank's UserError.
     """
     folder = Path(tempfile.mkdtemp(dir=setting.folder))
     config = setting.config
     if micro_batch is None and setting.shares_gpus(world_size):
-        micro_batch = config.recipe.worker_batch  # the ranks share a GPU's memory too
+        micro_batch = config.recipe.worker_batch  # the ranks also share a GPU's memory
     if micro_batch is not None:
         run = config.run.model_copy(update={"micro_batch": micro_batch})
         config = config.model_copy(update={"run": run})
@@ -76,7 +76,7 @@ def launch_ranks(
 def _ranks(
     setting: Setting, folder: Path, world_size: int
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The processes, whose output goes into files; none is left at the end."""
+    """Start the processes, with output to files; kill those still alive at the end."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -102,7 +102,7 @@ def _ranks(
 
 
 def _environment(setting: Setting, rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun would set on this machine; more ranks than GPUs are dealt out to them."""
+    """Return torchrun's variables for this machine; surplus ranks are distributed over the GPUs."""
     shared = setting.shares_gpus(world_size)
     local_ranks = torch.cuda.device_count() if shared else world_size
     threads = max(len(os.sched_getaffinity(0)) // world_size, 1)
@@ -120,7 +120,7 @@ def _environment(setting: Setting, rank: int, world_size: int, port: int) -> dic
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, where: str) -> None:
-    """Until all ranks have ended; tells how far they are. Raises Crashed and UserError."""
+    """Wait for all ranks and show their progress. Raises Crashed or UserError."""
     progress, last_words_s = Progress(folder / "progress.txt", where), None
     while None in (codes := [process.poll() for process in processes]):
         if any(codes):
@@ -138,7 +138,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, where: str) ->
 
 
 class Progress:
-    """One line on standard error that is written over; where that is no terminal, one a launch."""
+    """One line on standard error, overwritten; without a terminal, one line per launch."""
 
     def __init__(self, file: Path, where: str) -> None:
         self._file, self._where, self._terminal = file, where, sys.stderr.isatty()
@@ -158,17 +158,17 @@ class Progress:
 
 
 def _why_failed(codes: list[int | None], folder: Path) -> tuple[int, str]:
-    """The rank that failed by itself, before those that only lost it, and its last line."""
+    """Return the rank that failed first-hand, not one that only lost it, and its last line."""
     reasons = []
     for rank, code in enumerate(codes):
         if not code:
             continue
         errors = (folder / f"rank-{rank}.err").read_text(errors="replace").splitlines()
-        said = [line.strip() for line in errors if line.strip()]
-        said = [line for line in said if line.startswith("error: ")] or said[-1:]
-        why = said[0] if said else f"exit code {code}"
+        lines = [line.strip() for line in errors if line.strip()]
+        lines = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+        why = lines[0] if lines else f"exit code {code}"
         if code < 0:
-            why = f"ended by {signal.Signals(-code).name}"
+            why = f"killed by {signal.Signals(-code).name}"
         reasons.append((bool(lost_rank(RuntimeError(why))), rank, why))
     _, rank, why = min(reasons)
     return rank, why

@@ -51,7 +51,7 @@ from harness.training.loop import run_steps
 from harness.training.run import Run, choose_checkpoint
 from harness.training.setup import on_device, prepare
 from harness.training.step import Step
-from harness.verify.loaders import Fed, Interrupting, summed
+from harness.verify.loaders import FedImages, InterruptingLoader, summed
 from harness.verify.results import Results, StepResult
 from harness.verify.setting import SHARED_GPU, Request
 from harness.verify.snapshot import fc, global_state, recipe_digests, record_gradients
@@ -85,7 +85,8 @@ class Rank:
         """Record a float64 trajectory from step 0, its images, and an evaluation at its end."""
         step = self._step("float64")
         self.results["recipes"] = self._gather(recipe_digests(self.config))
-        fed = Fed(self.feed, self.config, self.request.steps, self.world.device.type == "cuda")
+        channels_last = self.world.device.type == "cuda"
+        fed = FedImages(self.feed, self.config, self.request.steps, channels_last)
         self._run(step, 0, fed.watch(self.loader.train(0)), "float64")
         self.results["fed"] = fed.over_ranks(self.control)
         self._evaluate(step)
@@ -135,7 +136,7 @@ class Rank:
     def stop(self) -> None:
         """Train with the real loop until one rank gets SIGTERM and all stop with a checkpoint."""
         run = self._open_run()
-        run.loader = Interrupting(self.loader, self._interrupts_at())
+        run.loader = InterruptingLoader(self.loader, self._interrupts_at())
         with closing(run):
             try:
                 run_steps(run)

@@ -1,10 +1,9 @@
-"""The comparisons as a table, for people who see it for the first time."""
+"""The table of comparisons."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from harness.config.schema import Config
 from harness.verify.compare import Line
@@ -13,7 +12,7 @@ WIDTHS = 44, 18, 12, 10
 
 
 def print_lines(config: Config, ranks: Sequence[int], steps: int, lines: Iterable[Line]) -> bool:
-    """Prints the table line by line as they come; whether all passed."""
+    """Print the table line by line as the comparisons finish; return True if all passed."""
     printed: list[Line] = []
     for line in lines:
         if not printed:
@@ -28,8 +27,8 @@ def print_lines(config: Config, ranks: Sequence[int], steps: int, lines: Iterabl
 
 def as_mapping(
     config: Config, ranks: Sequence[int], steps: int, lines: Iterable[Line]
-) -> dict[str, Any]:
-    """The same for --json."""
+) -> dict[str, object]:
+    """Return the comparisons as the JSON object of --json."""
     found = list(lines)
     return {
         "model": config.model.name,
@@ -43,7 +42,7 @@ def as_mapping(
 
 
 def render_heading(config: Config, ranks: Sequence[int], steps: int) -> str:
-    """What is compared with what, and the columns."""
+    """Return the heading: what is compared, and the columns."""
     recipe = config.recipe
     others = ", ".join(str(world_size) for world_size in sorted({*ranks} - {1}))
     what, over, difference, bound = WIDTHS
@@ -56,7 +55,7 @@ def render_heading(config: Config, ranks: Sequence[int], steps: int) -> str:
 
 
 def render_line(line: Line) -> str:
-    """One line; what differs stands below it."""
+    """Return one line, with details below it if it failed."""
     numbers = [line.difference, line.bound]
     texts = ["" if n is None else str(n) if line.bound == 0 else f"{n:.1e}" for n in numbers]
     what, over, difference, bound = WIDTHS
@@ -68,11 +67,11 @@ def render_line(line: Line) -> str:
 
 
 def render_verdict(lines: Sequence[Line]) -> str:
-    """One line: whether all passed, or what failed first."""
+    """Return the last line: all passed, or what failed first."""
     failed = [line for line in lines if not line.passed]
     if not failed:
         return f"pass: all {len(lines)} lines"
     first = failed[0]
     text = f"FAIL: {len(failed)} of {len(lines)} lines; first: {first.what}, {first.where}"
     text += f": {first.detail}" if first.detail else ""
-    return text + ("; what fails after it may follow from it" if len(failed) > 1 else "")
+    return text + ("; later failures may be its consequences" if len(failed) > 1 else "")

@@ -124,7 +124,7 @@ LAST_STATISTICS = f"float64: running statistics after step {STEPS - 1}"
         (WINDOWS_SEEDED_BY_RANK, "windows and flips", "first at step 0 (epoch 1), worker 4"),
         # reversed from the second epoch's first step on, at the places of rank 1's four workers
         (ORDER_OF_ONE_EPOCH, "images of each step", "first at step 5 (epoch 2), worker 4"),
-        (LOSS_OVER_LOCAL_IMAGES, "gradient of a known sum", "it is 2 times what the labels say"),
+        (LOSS_OVER_LOCAL_IMAGES, "gradient of a known sum", "it is 2 times the value that the labels imply"),
         (BUFFERS_SENT_BY_RANK_0, LAST_STATISTICS, "running_"),
         (LOST_VALIDATION_IMAGE, "validation images, each once", "image 0: 2 times"),
     ],
@@ -186,7 +186,7 @@ def test_a_recipe_that_makes_roundings_grow_is_held_to_its_twin(config_file, tmp
     assert loss.passed and loss.bound == 1e-10 and not loss.detail
     assert weights.passed and weights.bound == pytest.approx(1e-7)
     assert weights.difference == pytest.approx(1e-8)
-    assert "a rounding of the first weights alone grows to 1.0e-09" in weights.detail
+    assert "one rounding of the initial weights alone grows to 1.0e-09" in weights.detail
     _, weights = compare_curves(setting, "2 ranks", one, found, lambda: one)
     assert not weights.passed and weights.bound == 1e-10 and weights.detail == "most in w"
 
@@ -216,7 +216,7 @@ def test_a_rank_that_fails_is_a_line_with_its_last_words(config_file, tmp_path, 
     raising = [sys.executable, "-c", "raise RuntimeError('no room')"]
     lines = list(verify(load_config(config_file), [2], STEPS, raising))
     assert [(line.where, line.what, line.passed) for line in lines] == [
-        ("1 rank", "ran to its end", False)
+        ("1 rank", "ran to completion", False)
     ]
     assert lines[0].detail == "rank 0: RuntimeError: no room"
     monkeypatch.setattr("harness.verify.launch.LAST_WORDS_S", 0.5)
@@ -226,14 +226,14 @@ def test_a_rank_that_fails_is_a_line_with_its_last_words(config_file, tmp_path, 
     setting = replace(
         setting_with(config_file, tmp_path), rank_program=[sys.executable, "-c", killed]
     )
-    with pytest.raises(Crashed, match="rank 1: ended by SIGKILL"):
+    with pytest.raises(Crashed, match="rank 1: killed by SIGKILL"):
         launch_ranks(setting, "2 ranks", 2, ["curve"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", "1"], "nothing to be compared with"),
+        (["--ranks", "1"], "nothing to compare one rank with"),
         (["--ranks", "1,9"], "only 8 workers"),
         (["--ranks", "0,2"], "--ranks 0"),
         (["--ranks", "two"], "whole numbers"),
