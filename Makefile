@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test coverage soak test-fresh test-cluster cluster cluster-stop check bench bench-check clean
+.PHONY: help install quickstart test coverage reference soak test-fresh test-cluster cluster cluster-stop check bench bench-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -45,6 +45,10 @@ check: $(VENV)/.test  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: $(VENV)/.quickstart  ## write docs/config.md and configs/schema.json from the config's schema
+	$(BIN)/harness config --markdown > docs/config.md
+	$(BIN)/harness config --json-schema > configs/schema.json
 
 bench: $(VENV)/.bench  ## what this machine can measure (IMAGES=FOLDER of JPEGs for the loaders)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m benchmarks $(if $(IMAGES),--images $(IMAGES))

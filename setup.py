@@ -19,6 +19,7 @@ PYTEST = [
     "coverage>=7.10",  # follows processes and os._exit
     "pytest>=8",
     "hypothesis>=6.100",
+    "jsonschema>=4.20",
     "selenium>=4.20",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",

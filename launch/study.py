@@ -13,7 +13,8 @@ from pydantic import Field, Strict
 
 from harness.config.errors import config_error, found
 from harness.config.loading import keep_expectation, load_config, read_mapping
-from harness.config.schema import Config, ExpectConfig, Section, Text
+from harness.config.schema import Config, ExpectConfig
+from harness.config.section import Section, Text
 from harness.config.stages import TEACHERS, changes_teacher
 from launch.run_spec import RunSpec, with_teachers
 from launch.slurm.cluster_file import Cluster, Whole, validate, with_cluster

@@ -70,7 +70,7 @@ def found(value: Any) -> str:
 def _problem(key: str, items: list[Any], known: Sequence[str]) -> str:
     kind, value = items[0]["type"], items[0]["input"]
     if kind == "extra_forbidden":
-        return f"unknown key{_nearest_key(key, known)}"
+        return f"unknown key{nearest_key(key, known)}"
     if kind == "missing":
         return "missing, and has no default; add it"
     expected = " or ".join(_expected(item) for item in items)
@@ -94,7 +94,7 @@ def _choices(item: Any) -> list[str]:
     )
 
 
-def _nearest_key(key: str, known: Sequence[str]) -> str:
+def nearest_key(key: str, known: Sequence[str]) -> str:
     """In the same section first, then anywhere: `minibach` is nearest to recipe.minibatch."""
     section, _, last = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == section]

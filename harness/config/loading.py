@@ -13,16 +13,9 @@ from pydantic import (
 )
 
 from harness.config.errors import ConfigError, config_error, explain, found
-from harness.config.schema import (
-    Config,
-    DataConfig,
-    DistillConfig,
-    ExpectConfig,
-    ModelConfig,
-    RecipeConfig,
-    RunConfig,
-    Section,
-)
+from harness.config.reference import key_names, sections
+from harness.config.schema import Config
+from harness.config.section import Effect
 from harness.config.yaml import read_yaml, write_yaml
 
 
@@ -89,7 +82,7 @@ def config_from_mapping(
     try:
         return Config.model_validate(mapping)
     except ValidationError as error:
-        raise config_error(source, explain(error, _known_keys())) from None
+        raise config_error(source, explain(error, key_names())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -98,7 +91,7 @@ def dump_config(config: Config) -> str:
 
 
 def curve_differences(a: Config, b: Config) -> list[str]:
-    """`key: value in a -> value in b` for every key outside `run:` and `expect:` that differs."""
+    """Return `key: value in a -> value in b` for every key of the curve that differs."""
     old, new = _curve_values(a), _curve_values(b)
     return [
         f"{key}: {found(old.get(key))} -> {found(new.get(key))}"
@@ -107,9 +100,10 @@ def curve_differences(a: Config, b: Config) -> list[str]:
     ]
 
 
-def _curve_values(config: Config) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, section in config.model_dump(mode="json", exclude={"run", "expect"}).items():
+def _curve_values(config: Config) -> dict[str, object]:
+    values: dict[str, object] = {}
+    beside = {name for name, section in sections().items() if section.effect is not Effect.CURVE}
+    for name, section in config.model_dump(mode="json", exclude=beside).items():
         nested = isinstance(section, dict)
         values |= {f"{name}.{k}": v for k, v in section.items()} if nested else {name: section}
     return values
@@ -142,15 +136,3 @@ def _with_override(mapping: dict[str, Any], override: str) -> dict[str, Any]:
     else:
         inner[last] = value
     return mapping
-
-
-def _known_keys() -> list[str]:
-    """All sections, and all keys as section.key."""
-    sections: dict[str, type[Section]] = {
-        "expect": ExpectConfig,
-        "data": DataConfig,
-        "model": ModelConfig,
-    }
-    sections |= {"recipe": RecipeConfig, "distill": DistillConfig, "run": RunConfig}
-    keys = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
-    return [*Config.model_fields, *keys]

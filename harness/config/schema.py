@@ -7,76 +7,57 @@ never corrects itself: every mistake is a ConfigError of one line that names fil
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    Strict,
-    model_serializer,
-    model_validator,
+from pydantic import Field, model_validator
+
+from harness.config.run_section import PROFILE_TRACED, PROFILE_WARM_UP, Precision, RunConfig
+from harness.config.section import (
+    LARGEST_FLOAT32,
+    LARGEST_SIDE,
+    AsList,
+    Count,
+    CountOrZero,
+    Effect,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+    key,
 )
 
-# Numbers beyond these mean nothing here, and would overflow the integers and floats of PyTorch
-LARGEST_COUNT, LARGEST_SIDE, LARGEST_FLOAT32 = 2**31 - 1, 2**15, 3.4e38
 # Within these the soft loss is finite in float32 for all logits that float16 can hold: its largest,
 # T · 2 · 65504 an image, is 1.3e8 at T = 1000. A larger T rounds the gradient, as the softened
 # logits of the classes come nearer to each other than float32 resolves.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 1000.0
 
-Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
-CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-# YAML has lists only, so these tuples take them; their items stay strict
-Areas = Annotated[tuple[Positive, Positive], Strict(False)]
-Ratio = Annotated[float, Field(ge=0.001, le=1000)]  # width to height
-Ratios = Annotated[tuple[Ratio, Ratio], Strict(False)]
-# of pixels from 0 to 1: figures for pixels from 0 to 255 are refused
-Colour = Annotated[tuple[Fraction, Fraction, Fraction], Strict(False)]
+Areas = Annotated[tuple[Positive, Positive], AsList]
+Ratio = Annotated[float, Field(ge=0.001, le=1000)]
+Ratios = Annotated[tuple[Ratio, Ratio], AsList]
+# For pixels from 0 to 1: figures for pixels from 0 to 255 are refused.
+Colour = Annotated[tuple[Fraction, Fraction, Fraction], AsList]
 Deviation = Annotated[float, Field(ge=0.001, le=1)]
-ColourScale = Annotated[tuple[Deviation, Deviation, Deviation], Strict(False)]
-Epochs = Annotated[tuple[Count, ...], Strict(False)]
-Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
+ColourScale = Annotated[tuple[Deviation, Deviation, Deviation], AsList]
+Epochs = Annotated[tuple[Count, ...], AsList]
 
-# steps of run.profile_steps: before those that are timed, and traced after them at most
-PROFILE_WARM_UP, PROFILE_TRACED = 5, 3
 NO_EXPECTATION = "no expectation for this recipe"
 SMALL_RESNETS = ("resnet8", "resnet20", "resnet32", "resnet56")
 
 
-class Section(BaseModel):
-    """A frozen group of keys; unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-    def meaningless(self) -> dict[str, str]:
-        """Keys that another value makes meaningless, and that value: they may not be written."""
-        return {}
-
-    def problems(self) -> Iterator[str]:
-        """Impossible combinations, each as `key: what is wrong; what to change`."""
-        for key, reason in self.meaningless().items():
-            if key in self.model_fields_set:
-                yield f"{key}: has no meaning with {reason}; remove it"
-
-    @model_serializer(mode="wrap")
-    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # what is dumped can be loaded: meaningless keys are left out and take their defaults
-        return {key: value for key, value in handler(self).items() if key not in self.meaningless()}
-
-
 class ExpectConfig(Section):
-    """The error to be met, in %, with its spread and where the figure comes from."""
+    """The error that the recipe should reach, its spread, and the source of the figure."""
 
-    error: Annotated[float, Field(ge=0, le=100)]
-    std: NotNegative | None = None  # over `runs`, n - 1; a verdict needs both
-    runs: Count | None = None
-    source: Text
+    effect: ClassVar[Effect] = Effect.NONE
+
+    error: Annotated[float, Field(ge=0, le=100)] = key(
+        "Expected validation error (mean over `runs`).", unit="%"
+    )
+    std: NotNegative | None = key(
+        "Sample standard deviation over `runs`; a verdict needs both.", None, unit="% points"
+    )
+    runs: Count | None = key("Number of runs, each with its own seed, behind `error`.", None)
+    source: Text = key("Where the figure comes from.")
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -90,23 +71,45 @@ class ExpectConfig(Section):
 
 
 class DataConfig(Section):
-    """The images, and how a crop is made of one. Sizes in pixels."""
+    """The images, and how a crop is made of one."""
 
-    train_images: Count  # checked against the index; lets the dry run work without data
-    val_images: Count
-    classes: Annotated[int, Field(ge=1, le=2**20)]
-    unlabelled_images: CountOrZero = 0
-    crop: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] = 224
-    # short side at evaluation: by default as 256 is to a crop of 224 (section 5.1)
-    resize: Annotated[int, Field(ge=1, le=2 * LARGEST_SIDE)] = Field(
-        default_factory=lambda data: round(data["crop"] * 256 / 224)
+    train_images: Count = key(
+        "Number of labelled training images; training checks it against the data.", unit="images"
     )
-    crop_area: Areas = (0.08, 1.0)
-    crop_ratio: Ratios = (0.75, 1.3333333333333333)
-    flip: bool = True
-    mean: Colour = (0.485, 0.456, 0.406)
-    std: ColourScale = (0.229, 0.224, 0.225)
-    on_bad_image: Literal["fail", "skip"] = "fail"
+    val_images: Count = key("Number of validation images, checked likewise.", unit="images")
+    classes: Annotated[int, Field(ge=1, le=2**20)] = key("Number of classes, checked likewise.")
+    unlabelled_images: CountOrZero = key(
+        "Number of training images without labels, for distillation only.", 0, unit="images"
+    )
+    crop: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] = key(
+        "Side of the square crop, in training and evaluation.", 224, unit="pixels"
+    )
+    resize: Annotated[int, Field(ge=1, le=2 * LARGEST_SIDE)] = key(
+        "Short side of an image at evaluation, before its central crop; by default in the "
+        "paper's ratio of 256 to a crop of 224 (section 5.1).",
+        unit="pixels",
+        computed=lambda data: round(data["crop"] * 256 / 224),
+    )
+    crop_area: Areas = key(
+        "Smallest and largest share of an image's area that a training crop covers.", (0.08, 1.0)
+    )
+    crop_ratio: Ratios = key(
+        "Smallest and largest ratio of width to height of a training crop before it is resized.",
+        (0.75, 1.3333333333333333),
+    )
+    flip: bool = key("Flip half of the training images horizontally, at random.", True)
+    mean: Colour = key(
+        "Mean of red, green and blue for pixels from 0 to 1; subtracted.", (0.485, 0.456, 0.406)
+    )
+    std: ColourScale = key(
+        "Standard deviation of red, green and blue for pixels from 0 to 1; divided by.",
+        (0.229, 0.224, 0.225),
+    )
+    on_bad_image: Literal["fail", "skip"] = key(
+        "What to do with a training image that cannot be decoded: end the run, or train on the "
+        "next one in its place and log it.",
+        "fail",
+    )
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -121,10 +124,16 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network and its initialization."""
 
-    name: Text
-    last_gamma: Annotated[int, Field(ge=0, le=1)] = 0  # table 2b
-    weights: Text | None = None  # start from a state dict (fine-tuning)
-    width: Annotated[int, Field(ge=1, le=1024)] = 16  # small ResNets only
+    name: Text = key("Name of the network; docs/networks.md lists them and shows how to add one.")
+    last_gamma: Annotated[int, Field(ge=0, le=1)] = key(
+        "Initial γ of each residual block's last batch norm (section 5.1, table 2b).", 0
+    )
+    weights: Text | None = key(
+        "State dict to start from (.pt, .pth or .safetensors), for fine-tuning.", None
+    )
+    width: Annotated[int, Field(ge=1, le=1024)] = key(
+        "Channels of the first stage; only the small ResNets have it.", 16, unit="channels"
+    )
 
     def meaningless(self) -> dict[str, str]:
         small = self.name in SMALL_RESNETS
@@ -134,21 +143,44 @@ class ModelConfig(Section):
 class RecipeConfig(Section):
     """The paper's recipe: minibatch, learning rate, momentum, decay."""
 
-    minibatch: Count  # kn
-    worker_batch: Count = 32  # n
-    epochs: Count
-    reference_lr: Positive = 0.1  # at reference_minibatch
-    reference_minibatch: Count = 256
-    scaling: Literal["linear", "sqrt", "none"] = "linear"
-    warmup: Literal["gradual", "constant", "none"] = "gradual"
-    warmup_epochs: Count = 5
-    decay: Literal["steps", "cosine"] = "steps"
-    milestones: Epochs = (30, 60, 80)
-    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = True
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT32)] = 0.0001  # not on batch norm
-    label_smoothing: Fraction = 0.0
+    minibatch: Count = key("Images of one optimizer step, the paper's kn.", unit="images")
+    worker_batch: Count = key(
+        "Images of one worker, the paper's n: batch norm's statistics are over them (section 2.3).",
+        32,
+        unit="images",
+    )
+    epochs: Count = key("Length of the training; an epoch has floor(images / kn) steps.")
+    reference_lr: Positive = key("Learning rate at `reference_minibatch`.", 0.1)
+    reference_minibatch: Count = key(
+        "Minibatch for which `reference_lr` was tuned.", 256, unit="images"
+    )
+    scaling: Literal["linear", "sqrt", "none"] = key(
+        "How the learning rate follows the minibatch (section 2.1, table 2a).", "linear"
+    )
+    warmup: Literal["gradual", "constant", "none"] = key(
+        "Warm-up to the scaled learning rate (section 2.2): a constant increase every step, the "
+        "reference learning rate throughout, or none.",
+        "gradual",
+    )
+    warmup_epochs: Count = key(
+        "Length of the warm-up; there is none where nothing is scaled up.", 5, unit="epochs"
+    )
+    decay: Literal["steps", "cosine"] = key(
+        "How the learning rate falls: by `decay_factor` at each milestone, or along a cosine.",
+        "steps",
+    )
+    milestones: Epochs = key(
+        "Epochs after which the learning rate falls, warm-up included.", (30, 60, 80), unit="epochs"
+    )
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = key(
+        "Factor of the learning rate at each milestone.", 0.1
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = key("Momentum m of SGD.", 0.9)
+    nesterov: bool = key("Use Nesterov's momentum.", True)
+    weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT32)] = key(
+        "Weight decay λ, not applied to batch norm's γ and β (section 5.1).", 0.0001
+    )
+    label_smoothing: Fraction = key("Label smoothing of the cross entropy.", 0.0)
 
     def meaningless(self) -> dict[str, str]:
         keys = dict.fromkeys(("milestones", "decay_factor"), "decay: cosine")
@@ -165,7 +197,7 @@ class RecipeConfig(Section):
             yield "nesterov: needs a momentum above 0; set nesterov: false or raise momentum"
         if self.reference_lr * max(kn / self.reference_minibatch, 1) > LARGEST_FLOAT32:
             yield f"reference_lr: {self.reference_lr:g}, scaled, is no float32 number; lower it"
-        if self._warmup_end() > self.epochs:
+        if self.warmup_end > self.epochs:
             yield (
                 f"warmup_epochs: {self.warmup_epochs} is past the end (epochs: {self.epochs}); "
                 "lower warmup_epochs or raise epochs"
@@ -173,14 +205,17 @@ class RecipeConfig(Section):
         if self.decay == "steps":
             yield from self._milestone_problems()
 
-    def _warmup_end(self) -> int:
-        """Epoch at which the warm-up ends; 0 without one, as where the peak is not above the
-        reference lr, that is where nothing is scaled up."""
+    @property
+    def warmup_end(self) -> int:
+        """Epoch at which the warm-up ends; 0 where there is none, or nothing to warm up to.
+
+        Section 5.1: the ramp from 0.1 is for kn > 256, that is a peak above the reference lr.
+        """
         scaled_up = self.scaling != "none" and self.minibatch > self.reference_minibatch
         return self.warmup_epochs if scaled_up and self.warmup != "none" else 0
 
     def _milestone_problems(self) -> Iterator[str]:
-        start, end = self._warmup_end(), self.epochs
+        start, end = self.warmup_end, self.epochs
         if early := [m for m in self.milestones if m < start]:
             yield f"milestones: {early} inside the warm-up; take epochs from {start} on"
         if late := [m for m in self.milestones if m >= end]:
@@ -192,13 +227,24 @@ class RecipeConfig(Section):
 class DistillConfig(Section):
     """The teacher of a student's run."""
 
-    teacher: Text  # a config, a run folder, or a state dict
-    teacher_model: Text | None = None  # name, for a bare state dict
-    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)] = 4.0
-    hard_weight: Fraction = 0.1
-    soft_weight: Annotated[float, Field(ge=0, le=1e6)] | None = None  # None: 1 - hard_weight
-    precision: Precision = "bfloat16"  # the teacher's
-    cache: Text | None = None  # folder written by `harness cache CONFIG --epochs E`
+    teacher: Text = key(
+        "The teacher: a config, which is trained first, a run folder, or a state dict."
+    )
+    teacher_model: Text | None = key(
+        "Name of the teacher's network, where `teacher` is a state dict.", None
+    )
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)] = key(
+        "Temperature T that softens the logits of teacher and student.", 4.0
+    )
+    hard_weight: Fraction = key("Weight of the cross entropy with the labels.", 0.1)
+    soft_weight: Annotated[float, Field(ge=0, le=1e6)] | None = key(
+        "Weight of T² times the cross entropy with the soft targets; null is 1 - hard_weight.",
+        None,
+    )
+    precision: Precision = key("Number format of the teacher's forward pass.", "bfloat16")
+    cache: Text | None = key(
+        "Folder of soft targets written by `harness cache CONFIG --epochs E`.", None
+    )
 
     @property
     def teacher_config(self) -> str | None:
@@ -217,29 +263,12 @@ class DistillConfig(Section):
             yield "soft_weight: 0, as hard_weight is: no loss is left; raise one of them"
 
 
-class RunConfig(Section):
-    """The machine: may change on resume, and changes no curve but by rounding."""
-
-    data_root: Text = "data/imagenet"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision = "float32"
-    micro_batch: Count | Literal["auto"] = "auto"  # images that a rank pushes at once
-    compile: bool | Literal["auto"] = "auto"
-    gradient_precision: Literal["float32", "bfloat16"] = "float32"
-    loader: Literal["auto", "dali", "reference", "memory"] = "auto"
-    loader_threads: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
-    evaluate_every_epochs: Count = 1
-    log_every_steps: Count = 20
-    checkpoint_every_minutes: Positive = 10.0  # and at every epoch's end
-    keep_checkpoints: Count = 3  # and the best
-    hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 300.0
-    profile_steps: CountOrZero = 0
-
-
 class Config(Section):
     """A whole config, checked; the sections and keys are those of the YAML file."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = key(
+        "Seed of initialization, shuffling and augmentation.", 1
+    )
     expect: ExpectConfig | None = None
     data: DataConfig
     model: ModelConfig
@@ -261,6 +290,11 @@ class Config(Section):
     def steps_per_epoch(self) -> int:
         """floor(N / kn): the last N mod kn places of an epoch's shuffling are not used."""
         return self.images // self.recipe.minibatch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up, 0 where there is none."""
+        return self.recipe.warmup_end * self.steps_per_epoch
 
     @property
     def total_steps(self) -> int:

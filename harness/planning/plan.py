@@ -20,7 +20,7 @@ from harness.planning.runtime import Hardware, predict, render_prediction
 from harness.recipe.initialization import last_batch_norm, residual_blocks
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
-from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr, warmup_steps
+from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr
 
 FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
 SIGMAS = 6  # a measured std may be this many of its own standard errors off
@@ -136,7 +136,7 @@ def _plan_lr(config: Config) -> dict[str, Any]:
     return {
         "peak_lr": peak,
         "peak_lr_arithmetic": arithmetic[recipe.scaling],
-        "warmup_steps": warmup_steps(recipe, config.steps_per_epoch),
+        "warmup_steps": config.warmup_steps,
         "lr_corners": corners,
         "lr_scale": "log" if recipe.decay == "steps" and min(curve) > 0 else "linear",
         "lr_curve": curve,
@@ -146,7 +146,7 @@ def _plan_lr(config: Config) -> dict[str, Any]:
 def _corners(config: Config) -> dict[int, str]:
     """Step -> what happens to the lr there; all of it, where several corners share a step."""
     recipe = config.recipe
-    warmup = warmup_steps(recipe, config.steps_per_epoch)
+    warmup = config.warmup_steps
     cosine = recipe.decay == "cosine"
     decays = [] if cosine else [epoch * config.steps_per_epoch for epoch in recipe.milestones]
     corners: dict[int, list[str]] = defaultdict(list)

@@ -23,16 +23,6 @@ def peak_lr(recipe: RecipeConfig) -> float:
     return recipe.reference_lr * factor
 
 
-def warmup_steps(recipe: RecipeConfig, steps_per_epoch: int) -> int:
-    """Steps of warm-up: 0 where there is none, or nothing to warm up to.
-
-    Section 5.1: the ramp from 0.1 is for kn > 256, that is a peak above the reference lr.
-    """
-    if recipe.warmup == "none" or peak_lr(recipe) <= recipe.reference_lr:
-        return 0
-    return recipe.warmup_epochs * steps_per_epoch
-
-
 def lr_at(config: Config, step: int) -> float:
     """The learning rate of the update `step`, counted from 0 to config.total_steps - 1.
 
@@ -41,7 +31,7 @@ def lr_at(config: Config, step: int) -> float:
     if not 0 <= step < config.total_steps:
         raise ValueError(f"step {step} is not in [0, {config.total_steps})")
     recipe = config.recipe
-    peak, warm = peak_lr(recipe), warmup_steps(recipe, config.steps_per_epoch)
+    peak, warm = peak_lr(recipe), config.warmup_steps
     if step < warm:
         if recipe.warmup == "constant":
             return recipe.reference_lr  # section 2.2, "Constant warmup"
@@ -64,7 +54,7 @@ def final_epochs(config: Config) -> range:
     changes up to the end (cosine, a warm-up that is the whole run), the last epoch alone.
     """
     recipe = config.recipe
-    settled = warmup_steps(recipe, 1)  # epochs after which the learning rate stays
+    settled = recipe.warmup_end  # epochs after which the learning rate stays
     if recipe.decay == "cosine":
         settled = recipe.epochs
     elif recipe.milestones and recipe.decay_factor < 1:

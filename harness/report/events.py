@@ -6,11 +6,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from harness.config.reference import names_with
+from harness.config.section import Effect
 from harness.recipe.schedule import lr_at
 from harness.report.runs import JsonObject, RecordedRun
 from harness.runs.environment import recorded_code_changes
 
-KEPT = ("device", "precision", "loader", "micro_batch")  # of a start; a resume may change them
+# Keys that a resume may change and that change rounding; each launch logs those it ran with.
+ROUNDING = tuple(name.removeprefix("run.") for name in names_with(Effect.ROUNDING, Effect.HARDWARE))
 LR_TOLERANCE = 1e-6  # relative difference between the logged lr and the config's
 
 
@@ -82,9 +85,9 @@ def _restarts(run: RecordedRun) -> Iterator[Event]:
 
 def _changed(before: JsonObject, after: JsonObject) -> str:
     return ", ".join(
-        f"{key} {before.get(key)} → {after.get(key)}"
-        for key in KEPT
-        if before.get(key) != after.get(key)
+        f"{key} {before[key]} → {after[key]}"
+        for key in ROUNDING
+        if key in before and key in after and before[key] != after[key]
     )
 
 

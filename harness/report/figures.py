@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from harness.config.schema import Config
-from harness.recipe.schedule import lr_at, warmup_steps
+from harness.recipe.schedule import lr_at
 from harness.report.groups import Group, sweeps
 from harness.report.runs import RecordedRun
 from harness.report.svg import Axis, Figure, Series
@@ -184,7 +184,7 @@ def _distillation(groups: Sequence[Group]) -> Section:
 
 
 def _learning_rate(groups: Sequence[Group]) -> Section:
-    warm = [warmup_steps(g.config.recipe, g.config.steps_per_epoch) for g in groups]
+    warm = [g.config.warmup_steps for g in groups]
     end = max(
         (1.6 * steps / g.config.steps_per_epoch for g, steps in zip(groups, warm, strict=True)),
         default=0.0,
@@ -224,7 +224,7 @@ def _learning_rate(groups: Sequence[Group]) -> Section:
 def _schedule(config: Config) -> Points:
     """Return (epochs, lr) at the corners of the schedule and as finely as is visible between."""
     recipe, total, epoch = config.recipe, config.total_steps, config.steps_per_epoch
-    warm = warmup_steps(recipe, epoch)
+    warm = recipe.warmup_end * epoch
     jumps = {m * epoch for m in recipe.milestones} if recipe.decay == "steps" else set()
     jumps |= {warm} if recipe.warmup == "constant" and 0 < warm < total else set()
     steps = {0, warm, total - 1, *jumps, *(total * i // 120 for i in range(120))}

@@ -18,12 +18,13 @@ from typing import Any
 
 from harness.atomic_file import write_atomically
 from harness.config.loading import curve_differences, dump_config, load_config
+from harness.config.reference import names_with, value_of
 from harness.config.schema import Config
+from harness.config.section import Effect
 from harness.errors import UserError
 from harness.runs.checkpoint import list_checkpoints
 from harness.runs.ownership import Fenced, Launch, RunOwnership
 
-ROUNDING = ("precision", "compile", "gradient_precision", "loader")  # keys of run: they change it
 HEARTBEAT_S = 10.0
 NEWS_S = 1.0  # so old may the step in status.json be
 
@@ -106,12 +107,12 @@ class RunFolder:
             return {}
 
     def _check_rounding(self, stored: Config, config: Config, typed: set[str]) -> None:
-        for key in ROUNDING:
-            old, new = getattr(stored.run, key), getattr(config.run, key)
-            if old != new and f"run.{key}" not in typed:
+        for name in names_with(Effect.ROUNDING):
+            old, new = value_of(stored, name), value_of(config, name)
+            if old != new and name not in typed:
                 raise UserError(
-                    f"{self.path}: ran with run.{key} {old}, this resume has {new}, which changes "
-                    f"rounding; type run.{key}={new} to go on under it, or run.{key}={old}"
+                    f"{self.path}: ran with {name} {old}, this resume has {new}, which changes "
+                    f"rounding; type {name}={new} to go on under it, or {name}={old}"
                 )
 
     def open(self, config: Config, environment: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from harness.atomic_file import write_atomically
-from harness.config.schema import PROFILE_TRACED, PROFILE_WARM_UP
+from harness.config.run_section import PROFILE_TRACED, PROFILE_WARM_UP
 from harness.distributed import World
 from harness.training.run_logger import RunLogger
 from harness.training.step import Step, no_span

@@ -13,7 +13,9 @@ from pydantic import BeforeValidator, Field, Strict, ValidationError, model_vali
 
 from harness.config.errors import config_error, explain, found
 from harness.config.loading import load_config, read_mapping
-from harness.config.schema import Config, Count, Positive, RunConfig, Section, Text
+from harness.config.run_section import RunConfig
+from harness.config.schema import Config
+from harness.config.section import Count, Positive, Section, Text
 from harness.errors import UserError
 
 SET_BY = {  # sbatch's options that the launcher sets, and the key that they come from

@@ -234,7 +234,10 @@ def test_what_is_not_understood_is_one_line(tmp_path: Path, save: Save) -> None:
         "train/cat/x.webp": (b"RIFF\x24\0\0\0WEBPVP8 cut", "cannot be decoded"),
         "train/x.jpg": (b"x", "not in a class folder"),
         "train/cat/more/x.jpg": (b"x", "a folder inside a class"),
-        "train/dog/x.jpg": ((source / "val/cat/1.jpg").read_bytes(), "in only one of train and val"),
+        "train/dog/x.jpg": (
+            (source / "val/cat/1.jpg").read_bytes(),
+            "in only one of train and val",
+        ),
     }
     for name, (content, reason) in faults.items():
         (source / name).parent.mkdir(exist_ok=True)

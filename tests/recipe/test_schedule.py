@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from harness.config.loading import config_from_mapping
-from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr, warmup_steps
+from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr
 
 IMAGENET = {"train_images": 1281167, "val_images": 50000, "classes": 1000}
 
@@ -27,7 +27,7 @@ def test_steps_an_epoch():
     # 1281167 / 8192 = 156.4 -> 156; 156 * 90 = 14040
     config = imagenet()
     assert (config.steps_per_epoch, config.total_steps) == (156, 14040)
-    assert warmup_steps(config.recipe, 156) == 780  # 5 * 156
+    assert config.warmup_steps == 780  # 5 * 156
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_constant_warmup_jumps():
 
 def test_no_warmup_starts_at_the_peak():
     config = imagenet(warmup="none")
-    assert warmup_steps(config.recipe, 156) == 0
+    assert config.warmup_steps == 0
     assert [lr_at(config, step) for step in (0, 779, 780)] == pytest.approx([3.2] * 3)
 
 
@@ -82,7 +82,7 @@ def test_no_ramp_where_the_peak_is_not_above_the_reference(warmup, minibatch, pe
     # section 5.1: warm-up is for kn > 256
     config = imagenet(minibatch, warmup=warmup)
     steps = config.steps_per_epoch
-    assert warmup_steps(config.recipe, steps) == 0
+    assert config.warmup_steps == 0
     assert [lr_at(config, step) for step in (0, 1, 5 * steps)] == pytest.approx([peak] * 3)
 
 

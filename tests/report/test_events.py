@@ -1,5 +1,7 @@
 import re
 
+import pytest
+
 from harness.report.events import run_events
 from harness.report.runs import read_run
 from tests.report.test_runs import evaluation, start, train
@@ -43,3 +45,16 @@ def test_other_rounding_a_lost_checkpoint_overflows_and_a_wrong_lr(written):
         # gradual warm-up over 5 steps from 0.1 to 0.8: step 4 has 0.1 + 0.7 * 4 / 5
         ("warning", "lr 0.1 at step 4, where the config says 0.66"),
     ]
+
+
+@pytest.mark.parametrize("key", ["compile", "gradient_precision", "micro_batch", "device"])
+def test_every_key_that_changes_rounding_is_shown_when_a_resume_changes_it(written, key):
+    lines = [start(0, 0) | {key: "old"}, start(5, 62, "resume") | {key: "new"}]
+    found = events_of(written(lines, state="stopped", step=5, total_steps=15, reason="asked to"))
+    assert ("warning", f"{key} old → new from step 5 on") in found
+
+
+def test_a_log_from_before_a_key_was_logged_shows_no_change_of_it(written):
+    lines = [start(0, 0), start(5, 62, "resume") | {"compile": True}]
+    found = events_of(written(lines, state="stopped", step=5, total_steps=15, reason="asked to"))
+    assert [kind for kind, _ in found] == ["state", "restart"]

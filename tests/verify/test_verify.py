@@ -124,7 +124,11 @@ LAST_STATISTICS = f"float64: running statistics after step {STEPS - 1}"
         (WINDOWS_SEEDED_BY_RANK, "windows and flips", "first at step 0 (epoch 1), worker 4"),
         # reversed from the second epoch's first step on, at the places of rank 1's four workers
         (ORDER_OF_ONE_EPOCH, "images of each step", "first at step 5 (epoch 2), worker 4"),
-        (LOSS_OVER_LOCAL_IMAGES, "gradient of a known sum", "it is 2 times the value that the labels imply"),
+        (
+            LOSS_OVER_LOCAL_IMAGES,
+            "gradient of a known sum",
+            "it is 2 times the value that the labels imply",
+        ),
         (BUFFERS_SENT_BY_RANK_0, LAST_STATISTICS, "running_"),
         (LOST_VALIDATION_IMAGE, "validation images, each once", "image 0: 2 times"),
     ],

@@ -1,0 +1,75 @@
+"""The config's section `run`: the machine, and how a run is watched and kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from harness.config.section import Count, CountOrZero, Effect, Positive, Section, Text, key
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
+
+# Steps that run.profile_steps adds: before the timed ones, and at most so many traced after them.
+PROFILE_WARM_UP, PROFILE_TRACED = 5, 3
+
+
+class RunConfig(Section):
+    """The machine: may change on resume, and changes no curve but by rounding."""
+
+    effect: ClassVar[Effect] = Effect.NONE
+
+    data_root: Text = key("Folder of the images, with train/ and val/.", "data/imagenet")
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "Device of each rank; auto takes GPUs where there are any.", "auto", effect=Effect.HARDWARE
+    )
+    precision: Precision = key(
+        "Number format of forward and backward pass; master weights are float32 or float64.",
+        "float32",
+        effect=Effect.ROUNDING,
+    )
+    micro_batch: Count | Literal["auto"] = key(
+        "Images that a rank pushes through the network at once, a multiple of "
+        "recipe.worker_batch; auto measures the fastest.",
+        "auto",
+        unit="images",
+        effect=Effect.HARDWARE,
+    )
+    compile: bool | Literal["auto"] = key(
+        "Compile residual blocks with torch.compile; auto does so on GPUs.",
+        "auto",
+        effect=Effect.ROUNDING,
+    )
+    gradient_precision: Literal["float32", "bfloat16"] = key(
+        "Number format in which gradients are summed over the ranks.",
+        "float32",
+        effect=Effect.ROUNDING,
+    )
+    loader: Literal["auto", "dali", "reference", "memory"] = key(
+        "What decodes images; auto takes DALI where it is installed.",
+        "auto",
+        effect=Effect.ROUNDING,
+    )
+    loader_threads: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = key(
+        "Decoding threads or processes of a rank; auto shares the machine's cores.",
+        "auto",
+        effect=Effect.SPEED,
+    )
+    evaluate_every_epochs: Count = key(
+        "Epochs between evaluations; those that a run's error is made of are always evaluated.",
+        1,
+        unit="epochs",
+    )
+    log_every_steps: Count = key("Steps between lines of the log.", 20, unit="steps")
+    checkpoint_every_minutes: Positive = key(
+        "Time between checkpoints, besides those at the end of each epoch.", 10.0, unit="minutes"
+    )
+    keep_checkpoints: Count = key("Newest checkpoints to keep, besides the best.", 3)
+    hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = key(
+        "Time without progress after which a rank counts as hung and all ranks end.",
+        300.0,
+        unit="seconds",
+    )
+    profile_steps: CountOrZero = key(
+        "Steps to profile after the first few; 0 profiles none.", 0, unit="steps"
+    )
