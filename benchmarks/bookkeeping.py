@@ -141,7 +141,7 @@ class Loop:
             threads_s = self.meter.threads_s()
             for _ in range(steps):
                 with self.meter("agreement"):
-                    watchdog.at(self.done, Phase.LOADING)
+                    watchdog.enter_phase(self.done, Phase.LOADING)
                 self.step(self.done, watched)
                 self.done += 1
                 with self.meter("agreement"):

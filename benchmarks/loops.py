@@ -43,7 +43,7 @@ from harness.resilience.watchdog import Watchdog
 from harness.runs.run_folder import RunFolder
 from harness.training.loop import run_steps
 from harness.training.run import Run
-from harness.training.setup import on_device, settle_graphs
+from harness.training.setup import on_device, tune_cuda_graphs
 from harness.training.step import Step
 from harness.training.tuning.malloc import keep_freed_memory
 
@@ -106,7 +106,7 @@ def harness_loop(
         folder = RunFolder(Path(name) / "run")
         folder.open(config, {})
         step = Step(config, model, world, feed.micro_batches)
-        settle_graphs(step, feed, None, watchdog)
+        tune_cuda_graphs(step, feed, None, watchdog)
         run = Run(config, world, folder, step, feed, Given(batches), None, stop, watchdog)
         folder.write_status("running")
         run.open_journal()

@@ -48,7 +48,7 @@ from harness.planning.step_time_model import MIB
 from harness.recipe.minibatch import Minibatch
 from harness.slurm_step import use_slurm_rendezvous
 from harness.training.step import BUFFER_SYNC, Step
-from harness.training.tuning.cuda_graph_trial import try_graphs
+from harness.training.tuning.cuda_graphs import try_graphs
 from harness.training.tuning.malloc import keep_freed_memory
 
 Block = Callable[[int], None]  # so many steps

@@ -135,7 +135,7 @@ def group_timeout(hang_timeout_s: float) -> timedelta:
     return timedelta(seconds=2 * hang_timeout_s + 60)
 
 
-def lost_rank(error: Exception) -> str:
+def describe_peer_loss(error: Exception) -> str:
     """What an error says of a rank that is gone, or silent beyond the time-out; else ""."""
     # Gloo has no error type of its own, but each of its messages begins with its source file
     told_by_gloo = re.search(r"gloo/[^\]]*\] (.*)", str(error))
@@ -158,7 +158,7 @@ def min_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def greatest_of_ranks(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+def max_over_ranks(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
     """Of each value the greatest over the group's ranks; `values` as they are for a single rank."""
     greatest = torch.tensor(values, dtype=torch.float64)
     if group is not None:
@@ -166,7 +166,7 @@ def greatest_of_ranks(values: Sequence[float], group: dist.ProcessGroup | None) 
     return [float(value) for value in greatest]
 
 
-def first_ranks(value: T, group: dist.ProcessGroup | None) -> T:
+def broadcast_from_rank0(value: T, group: dist.ProcessGroup | None) -> T:
     """Rank 0's `value`, on all ranks."""
     values = [value]
     if group is not None:

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from harness.config.schema import NO_EXPECTATION
 
     import_quickly("harness.training.setup")
-    from harness.distributed import lost_rank
+    from harness.distributed import describe_peer_loss
     from harness.resilience.stopping import Stopped
     from harness.training.setup import train_stages
 
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        if lost := lost_rank(error):  # before the run had begun
+        if lost := describe_peer_loss(error):  # before the run had begun
             complain(f"another rank ended or is silent: {lost}")
             return FAILED
         if first:  # a bug: its traceback is wanted

@@ -13,7 +13,7 @@ def run_steps(run: Run) -> None:
     agreement = Agreement(run.control, run.ask_every_s)
     batches = run.batches()
     for step in range(run.first_step, config.total_steps):
-        run.watchdog.at(step, Phase.LOADING)
+        run.watchdog.enter_phase(step, Phase.LOADING)
         run.step(step, batches)
         done = run.done = step + 1
         run.profile.after_step(done)  # synchronises, in its few steps

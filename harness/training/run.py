@@ -19,7 +19,7 @@ from harness.data.batch import Batch, Loader
 from harness.data.batch_plan import BatchPlan
 from harness.data.sources.digest import first_difference
 from harness.distillation.teacher import AnyTeacher
-from harness.distributed import World, first_ranks, first_reason
+from harness.distributed import World, broadcast_from_rank0, first_reason
 from harness.errors import RunFailed, UserError
 from harness.execution.evaluation import evaluate
 from harness.models.running_statistics import global_running_statistics
@@ -137,7 +137,7 @@ class Run:
 
     def log_line(self, done: int) -> None:
         """Reads the metrics since the last line. Synchronises. Raises Diverged, on all ranks."""
-        self.watchdog.at(done, Phase.LOGGING)
+        self.watchdog.enter_phase(done, Phase.LOGGING)
         self._report_checkpoints()
         reading = self.step.metrics.read(len(self.step.replaced))
         if reading.replaced:
@@ -210,7 +210,7 @@ class Run:
 
     def save(self, done: int) -> None:
         """Hands a copy of finite weights to the thread that writes checkpoints. Synchronises."""
-        self.watchdog.at(done, Phase.SAVING)
+        self.watchdog.enter_phase(done, Phase.SAVING)
         network = self.step.network
         if not bool(torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all()):
             raise self._diverged(done - 1, "the weights are not finite")
@@ -223,7 +223,7 @@ class Run:
 
     def saved(self, done: int) -> str:
         """What became of the checkpoint of step `done`, once the disk has it or refused it."""
-        self.watchdog.at(done, Phase.SAVING)
+        self.watchdog.enter_phase(done, Phase.SAVING)
         self._report_checkpoints(finish=True)
         if not self.not_written:
             return "checkpoint written"
@@ -329,7 +329,7 @@ def load_alike(path: Path, control: dist.ProcessGroup | None) -> dict[str, Any]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (DamagedCheckpoint, OSError) as error:
         reason = f"{error} (on {socket.gethostname()})"
-    if digest != first_ranks(digest, control) and not reason:
+    if digest != broadcast_from_rank0(digest, control) and not reason:
         reason = f"{path}: is another file on {socket.gethostname()} than for rank 0"
     if reason := first_reason(reason, control):
         raise UserError(f"{reason}; keep the run folder where all ranks share it")

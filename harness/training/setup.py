@@ -31,9 +31,9 @@ from harness.distillation.logit_cache import crop_epochs, open_teacher, write_ca
 from harness.distributed import (
     World,
     barrier,
-    first_ranks,
+    broadcast_from_rank0,
     idle_gpus,
-    lost_rank,
+    describe_peer_loss,
     process_group,
     world_from_environment,
 )
@@ -51,7 +51,7 @@ from harness.training.loop import run_steps
 from harness.training.objective import build_objective
 from harness.training.run import Run, choose_checkpoint
 from harness.training.step import Step
-from harness.training.tuning.cuda_graph_trial import try_graphs
+from harness.training.tuning.cuda_graphs import try_graphs
 from harness.training.tuning.malloc import keep_freed_memory
 from harness.training.tuning.micro_batch import fastest_micro_batch
 
@@ -113,7 +113,7 @@ def train(
         watchdog = opened.enter_context(Watchdog(world, timeout_s, stop))
         control = opened.enter_context(process_group(world, call.store, timeout_s))
         watchdog.join_ranks()
-        checkpoint = first_ranks(checkpoint, control)
+        checkpoint = broadcast_from_rank0(checkpoint, control)
         if checkpoint is None:
             load_start_weights(model, config)
         model = on_device(model, config, world.device)
@@ -125,8 +125,8 @@ def train(
         if measured:
             keep = resuming and "run.micro_batch" not in typed
             kept = folder.recorded_micro_batch(environment) if keep else None
-            config = settle_micro_batch(config, kept, step, feed, world, control, watchdog)
-        settle_graphs(step, feed, control, watchdog)
+            config = tune_micro_batch(config, kept, step, feed, world, control, watchdog)
+        tune_cuda_graphs(step, feed, control, watchdog)
         run = Run(config, world, folder, step, feed, loader, control, stop, watchdog, teacher)
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -235,7 +235,7 @@ def prepare(config: Config, world: World) -> tuple[BatchPlan, Config]:
     return BatchPlan(config, train_index, val_index, *ranks, micro_batch, cuda, crops), config
 
 
-def settle_micro_batch(
+def tune_micro_batch(
     config: Config,
     kept: int | None,
     step: Step,
@@ -248,7 +248,7 @@ def settle_micro_batch(
 
     Sets it in `step` and `feed`.
     """
-    images, how = first_ranks(kept, control), "as recorded by this run"
+    images, how = broadcast_from_rank0(kept, control), "as recorded by this run"
     if images is None:
         how = "measured as the fastest"
         images = fastest_micro_batch(
@@ -256,7 +256,7 @@ def settle_micro_batch(
             feed.minibatch,
             world.world_size,
             control,
-            lambda tried: watchdog.at(0, Phase.STARTING, tried),
+            lambda tried: watchdog.enter_phase(0, Phase.STARTING, tried),
         )
     feed.use_micro_batch(images)
     step.micro_batches = len(feed.micro_batches)
@@ -270,12 +270,12 @@ def settle_micro_batch(
     return config.model_copy(update={"run": run})
 
 
-def settle_graphs(
+def tune_cuda_graphs(
     step: Step, feed: BatchPlan, control: dist.ProcessGroup | None, watchdog: Watchdog
 ) -> None:
     """On GPUs, where `run.compile` is on: passes are replayed if that is faster."""
     if step.device.type == "cuda" and step.config.run.compile is True:
-        watchdog.at(0, Phase.STARTING, 2 * feed.micro_batch)  # after what settle_micro_batch tried
+        watchdog.enter_phase(0, Phase.STARTING, 2 * feed.micro_batch)  # after what tune_micro_batch tried
         try_graphs(step, feed.sizes, control)
 
 
@@ -315,7 +315,7 @@ def status_kept(run: Run, resume_command: str) -> Iterator[Callable[..., object]
     if run.world.rank == 0:
         record = run.folder.write_status
         run.watchdog.record = partial(record_hang, run.folder, resume_command)
-        heartbeat = run.folder.heartbeat(lambda why: run.watchdog.end(FAILED, why))
+        heartbeat = run.folder.heartbeat(lambda why: run.watchdog.terminate(FAILED, why))
     with heartbeat:
         try:
             yield record
@@ -337,9 +337,9 @@ def record_hang(folder: RunFolder, resume_command: str, state: str, why: str) ->
 
 def why_it_ended(run: Run, error: Exception) -> Exception:
     """A lost rank is named; while the run was to stop anyway, it is no failure."""
-    if not (lost := lost_rank(error)):
+    if not (lost := describe_peer_loss(error)):
         return error
-    code, why = run.watchdog.explain(lost)
+    code, why = run.watchdog.diagnose(lost)
     if code == STOPPED:
         return Stopped(why)
     if run.stop.signal is not None:

@@ -23,7 +23,7 @@ from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
 from harness.training.metrics import Metrics
 from harness.training.objective import Objective, build_objective
-from harness.training.tuning.cuda_graphs import Capture, GraphedModel
+from harness.training.graphed_model import Capture, GraphedModel
 
 # DDP's name of it: the older one is deprecated since torch 2.15
 BUFFER_SYNC = (
@@ -122,11 +122,11 @@ class Step:
             logits: Tensor = self.model(images)
         return logits
 
-    def rehearse(self, pixels: Tensor, local: bool = True) -> None:
+    def dry_pass(self, pixels: Tensor, local: bool = True) -> None:
         """Forward and backward pass of images (B, 3, H, W) uint8, which no other rank hears of.
 
         Not `local`: gradients are summed over the ranks, which all rehearse at once.
-        After `forget_rehearsal` the run is as if it had not been.
+        After `forget_dry_passes` the run is as if it had not been.
         """
         with self._gradients_stay_local(local):
             logits = self._logits(pixels)
@@ -141,7 +141,7 @@ class Step:
         with compiler_settings(self.config.run.compile is True):
             self.graphed.capture(self.pixels(pixels), capture, precision)
 
-    def forget_rehearsal(self) -> None:
+    def forget_dry_passes(self) -> None:
         """Drops the gradients and sums that rehearsals have left."""
         self.optimizer.zero_grad(set_to_none=True)
         self.running_statistics.forget()

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from harness.config.loading import dump_config
-from harness.distributed import lost_rank
+from harness.distributed import describe_peer_loss
 from harness.errors import USER_ERROR, UserError
 from harness.verify.results import Results
 from harness.verify.setting import SHARED_GPU, Request, Setting
@@ -169,6 +169,6 @@ def _why_failed(codes: list[int | None], folder: Path) -> tuple[int, str]:
         why = lines[0] if lines else f"exit code {code}"
         if code < 0:
             why = f"killed by {signal.Signals(-code).name}"
-        reasons.append((bool(lost_rank(RuntimeError(why))), rank, why))
+        reasons.append((bool(describe_peer_loss(RuntimeError(why))), rank, why))
     _, rank, why = min(reasons)
     return rank, why

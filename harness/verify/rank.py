@@ -32,7 +32,7 @@ from harness.data.sources.folder import Index
 from harness.distributed import (
     World,
     barrier,
-    first_ranks,
+    broadcast_from_rank0,
     group_timeout,
     process_group,
     world_from_environment,
@@ -160,7 +160,7 @@ class Rank:
                 folder.ownership.wait_until_free(self.stopping)
                 checkpoint = choose_checkpoint(folder)
             folder.open(config, describe_environment(self.world.device, self.world.world_size))
-        checkpoint = first_ranks(checkpoint, self.control)
+        checkpoint = broadcast_from_rank0(checkpoint, self.control)
         ways = self.feed, self.loader, self.control, self.stopping, self.watchdog
         # ranks agree after every step, so the stop falls in mid-epoch
         run = Run(config, self.world, folder, step, *ways, ask_every_s=0.0)
@@ -190,7 +190,7 @@ class Rank:
 
     def _one_step(self, step: Step, number: int, batches: Iterator[Batch]) -> float:
         """Make step `number`; return its loss over all ranks."""
-        self.watchdog.at(number, Phase.COMPUTING)
+        self.watchdog.enter_phase(number, Phase.COMPUTING)
         step(number, batches)
         return step.metrics.read().loss
 

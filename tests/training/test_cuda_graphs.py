@@ -10,8 +10,8 @@ from harness import load_config
 from harness.models.registry import build_model
 from harness.runs.logging.jsonl import read_log
 from harness.training.step import Step
-from harness.training.tuning.cuda_graph_trial import try_graphs
-from harness.training.tuning.cuda_graphs import CudaCapture, GraphedModel
+from harness.training.tuning.cuda_graphs import try_graphs
+from harness.training.graphed_model import CudaCapture, GraphedModel
 from tests.conftest import free_port
 from tests.faults import start
 from tests.recorded_graph import RecordedCapture
@@ -39,7 +39,7 @@ def test_replayed_passes_are_the_same_steps(small, precision):
     step.graphed.replays = True
     for images in (2 * N, N):  # whatever the trial found to be faster
         step.capture(torch.zeros(images, 3, 8, 8, dtype=torch.uint8), recorded)
-    step.forget_rehearsal()
+    step.forget_dry_passes()
     before = recorded.replays
     replayed = states(step, 3)
     assert recorded.replays - before == 3 * 3 * 2  # steps, micro-batches, forward and backward
@@ -76,15 +76,15 @@ def timed(monkeypatch, plain_s, replayed_s):
     """A clock by which a step's passes take so long."""
     clock = {"s": 0.0}
     monkeypatch.setattr(
-        "harness.training.tuning.cuda_graph_trial.time.perf_counter", lambda: clock["s"]
+        "harness.training.tuning.cuda_graphs.time.perf_counter", lambda: clock["s"]
     )
-    rehearse = Step.rehearse
+    rehearse = Step.dry_pass
 
     def slowly(step, pixels, local=True):
         rehearse(step, pixels, local)
         clock["s"] += (replayed_s if step.graphed.replays else plain_s) / len(SIZES)
 
-    monkeypatch.setattr(Step, "rehearse", slowly)
+    monkeypatch.setattr(Step, "dry_pass", slowly)
 
 
 @pytest.mark.parametrize(
@@ -234,12 +234,12 @@ def test_without_a_trial_there_are_none(small):
 
 
 REPLAYED = """
-import harness.training.tuning.cuda_graph_trial as trial
+import harness.training.tuning.cuda_graphs as trial
 import harness.training.setup
 from tests.training.test_cuda_graphs import RecordedCapture, Refused
 trial.GAIN = -1e9  # what only pretends to be a graph is slower
 capture = Refused() if rank == {refused} else RecordedCapture()
-harness.training.setup.settle_graphs = lambda step, feed, control, watchdog: trial.try_graphs(
+harness.training.setup.tune_cuda_graphs = lambda step, feed, control, watchdog: trial.try_graphs(
     step, feed.sizes, control, capture
 )
 """

@@ -46,14 +46,14 @@ class Timed:
             "harness.training.tuning.micro_batch.time.perf_counter", lambda: self.clock_s
         )
 
-    def rehearse(self, pixels):
+    def dry_pass(self, pixels):
         images = len(pixels)
         self.asked.append(images)
         if images not in self.ms_an_image:
             raise torch.OutOfMemoryError("out of memory")
         self.clock_s += images * self.ms_an_image[images] / 1000
 
-    def forget_rehearsal(self):
+    def forget_dry_passes(self):
         self.forgotten += 1
 
 
@@ -95,7 +95,7 @@ def test_only_the_size_that_was_found_is_compiled(small, monkeypatch):
     step = Step(config, build_model(config), ALONE, [range(8)])
     images = fastest_micro_batch(step, Minibatch(8, 32), 1, None, lambda images: None)
     assert not graphs
-    step.rehearse(random_pixels(images, 8, step.device))
+    step.dry_pass(random_pixels(images, 8, step.device))
     assert len(graphs) == 3  # ResNet-8's blocks
 
 
@@ -105,9 +105,9 @@ def test_a_rehearsal_leaves_no_trace(small):
     step = Step(config, model, ALONE, [range(8)])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for images in (32, 64):
-        step.rehearse(random_pixels(images, 8, step.device))
+        step.dry_pass(random_pixels(images, 8, step.device))
     assert any(p.grad is not None for p in model.parameters())
-    step.forget_rehearsal()
+    step.forget_dry_passes()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(buffer.any() for name, buffer in model.named_buffers() if "sums" in name)

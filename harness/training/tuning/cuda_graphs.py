@@ -1,147 +1,146 @@
-"""CUDA graphs: a network's forward and backward pass, captured once a size and replayed each step.
+"""Whether passes are replayed as CUDA graphs: captured, checked and timed before the first step.
 
-A step of a small network is hundreds of kernels that take longer to launch than to run; a replay
-launches them at once, on the same memory. Loss, sum over the ranks, optimizer and data stay
-outside, so that micro-batches, the teacher, float16's scaler and DDP's hooks are as without.
+They are used where each size of micro-batch gives the gradients that it gives without, and a step's
+passes with their sum over the ranks are faster on the slowest rank: DDP sums beside a backward pass
+only without. Nothing else of the trial stays in the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-T = TypeVar("T")
-Replay = Callable[[], None]
-WARM_UPS = 3  # passes before a capture: compilers and libraries choose their kernels
+from harness.distributed import first_reason, max_over_ranks
+from harness.training.step import Step
+from harness.training.graphed_model import Capture, CudaCapture
+from harness.training.tuning.micro_batch import random_pixels, too_little_memory
 
-
-class Capture(Protocol):
-    """What makes graphs. Those of one `Capture` share their memory: a forward pass is followed by
-    its backward pass before another is replayed."""
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        """Runs what is to be captured, for the first time."""
-        ...
-
-    def __call__(self, work: Callable[[], T]) -> tuple[T, Replay]:
-        """The result of the work, in memory that stays, and what fills it anew from the same
-        inputs' memory. The result holds nothing before the first replay."""
-        ...
+REPEATS = 5
+GAIN = 0.02  # by which a step has to be faster
+# of a gradient's norm: the same kernels round alike, and a stale input or a sum that is counted
+# twice is far above
+TOLERANCE = 0.01
 
 
-class CudaCapture:
-    """Graphs on the current CUDA device."""
+def try_graphs(
+    step: Step,
+    sizes: Sequence[int],
+    control: dist.ProcessGroup | None,
+    capture: Capture | None = None,
+) -> None:
+    """Leaves in `step` the passes that are worth replaying, and in `step.graphs` what was found.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def __call__(self, work: Callable[[], T]) -> tuple[T, Replay]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads, the loader's and NCCL's, may use the device meanwhile
-        capturing = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        # torch.cuda.graph stays in its stream where a refused capture raises as it ends
-        with torch.cuda.stream(torch.cuda.current_stream()), capturing:
-            result = work()
-        return result, graph.replay
-
-
-@dataclass(frozen=True)
-class Passes:
-    """A captured forward and backward pass; the tensors are where their kernels read and write."""
-
-    images: Tensor
-    logits: Tensor
-    logits_gradient: Tensor
-    gradients: Sequence[Tensor]  # of the parameters that are trained
-    forward: Replay
-    backward: Replay
+    `sizes`: the images of each of this rank's micro-batches, in order. All ranks call it at once,
+    and come to the same end. `capture`: CUDA's where None.
+    """
+    faster = False
+    if why := first_reason(_captured(step, sizes, capture), control):
+        step.graphs = f"not used: {why}"
+    else:
+        plain_ms, replayed_ms = max_over_ranks(_step_ms(step, sizes), control)
+        faster = replayed_ms < plain_ms * (1 - GAIN)
+        found = f"{replayed_ms:.2f} ms a step's passes, {plain_ms:.2f} ms without"
+        step.graphs = f"used: {found}" if faster else f"not used: no faster, {found}"
+    step.graphed.replays = True
+    if not faster:
+        step.graphed.drop()
+    _return_memory(step.device)
 
 
-class _Replayed(torch.autograd.Function):
-    """The passes as one operation of the parameters, whose gradients reach DDP as always."""
-
-    @staticmethod
-    def forward(ctx: Any, passes: Passes, images: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.passes = passes
-        passes.images.copy_(images)
-        passes.forward()
-        return passes.logits.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, logits_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        passes: Passes = ctx.passes
-        passes.logits_gradient.copy_(logits_gradient)
-        passes.backward()
-        # held here too, so autograd copies or adds them: it never makes one a parameter's .grad,
-        # which the next replay would overwrite
-        return None, None, *passes.gradients
+def _captured(step: Step, sizes: Sequence[int], capture: Capture | None) -> str:
+    """Captures each size and checks it; empty where all is well, else why not, in a line."""
+    try:
+        capture = capture or CudaCapture()
+        for images in sorted(set(sizes), reverse=True):  # the largest first: others fit its memory
+            step.capture(_pixels(step, images, 0), capture)
+            if not (apart := _difference(step, images)) <= TOLERANCE:
+                return f"gradients of {images} images differ by {apart:.2g} of their norm"
+        _return_memory(step.device)  # that the passes took without replaying
+        if too_little_memory(step.device):
+            return "less than 15 % of the memory would be free"
+    except RuntimeError as error:  # torch.OutOfMemoryError too
+        return f"not captured: {(str(error).splitlines() or [repr(error)])[0]}"
+    finally:
+        step.forget_dry_passes()
+    return ""
 
 
-class GraphedModel(nn.Module):
-    """`network`, by replay where training's passes of that many images have been captured."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.replays = True  # False: as if nothing had been captured
-        self._passes: dict[torch.Size, Passes] = {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        passes = self._passes.get(images.shape)
-        if passes is None or not (self.replays and self.network.training):
-            return self.network(images)
-        return _Replayed.apply(passes, images, *_trained(self.network))
-
-    def capture(
-        self,
-        images: Tensor,
-        capture: Capture,
-        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        """Captures the passes of images (B, 3, H, W); `precision` gives a forward pass's context.
-
-        What buffers have added up is to be dropped after. Raises RuntimeError where a pass does
-        something that a graph cannot hold, or does not fit in memory.
-        """
-        parameters = _trained(self.network)
-
-        def run() -> Tensor:
-            with precision():  # a new one for each pass: autocast keeps cast weights to its end
-                logits: Tensor = self.network(images)
-                return logits
-
-        def warm_up() -> None:
-            logits = run()
-            torch.autograd.grad(logits, parameters, torch.zeros_like(logits))
-
-        images = images.clone()
-        for _ in range(WARM_UPS):
-            capture.warm_up(warm_up)
-        logits, forward = capture(run)
-        gradient = torch.zeros_like(logits)
-        gradients, backward = capture(lambda: torch.autograd.grad(logits, parameters, gradient))
-        self._passes[images.shape] = Passes(
-            images, logits.detach(), gradient, gradients, forward, backward
-        )
-
-    def drop(self) -> None:
-        """Forgets what was captured, and frees its memory."""
-        self._passes.clear()
+def _difference(step: Step, images: int) -> float:
+    """The greatest relative difference of a gradient, or of a batch norm's sums, with and without
+    replaying: after two micro-batches, with images and weights other than those captured."""
+    found = []
+    with _other_weights(step.network):
+        for replays in (False, True):
+            step.graphed.replays = replays
+            step.forget_dry_passes()
+            for seed in (1, 2):
+                step.dry_pass(_pixels(step, images, seed))
+            gradients = [p.grad for p in step.network.parameters() if p.grad is not None]
+            left = gradients, step.running_statistics.sums
+            found.append([[tensor.double() for tensor in tensors] for tensors in left])
+    return max(_apart(*pair) for pair in zip(*found, strict=True))
 
 
-def _trained(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+@contextmanager
+def _other_weights(network: nn.Module) -> Iterator[None]:
+    """Within: all weights are a little larger, those too that begin at 0."""
+    weights: list[Tensor] = list(network.parameters())
+    own = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        torch._foreach_add_(weights, 0.01)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, own)
+
+
+def _apart(plain: Sequence[Tensor], replayed: Sequence[Tensor]) -> float:
+    """The greatest of |a - b| / |a|; infinite where only one of two numbers is finite."""
+    both = list(zip(plain, replayed, strict=True))
+    if not all(torch.equal(a.isfinite(), b.isfinite()) for a, b in both):
+        return math.inf
+    pairs = [
+        [torch.nan_to_num(t, 0.0, 0.0, 0.0) for t in pair]  # float16 overflows in both
+        for pair in both
+    ]
+    everything = math.sqrt(sum(float(a.norm()) ** 2 for a, _ in pairs))
+    # one that is all rounding is held against all of them
+    least = max(TOLERANCE * everything, torch.finfo(torch.float64).tiny)
+    return max((float((a - b).norm()) / max(float(a.norm()), least) for a, b in pairs), default=0.0)
+
+
+def _step_ms(step: Step, sizes: Sequence[int]) -> tuple[float, float]:
+    """Passes of a whole step with their sum over the ranks, plain and replayed: the best of a few
+    that alternate, in milliseconds."""
+    pixels = {images: _pixels(step, images, 0) for images in set(sizes)}
+
+    def ms(replays: bool) -> float:
+        step.graphed.replays = replays
+        start_s = time.perf_counter()
+        for number, images in enumerate(sizes, 1):
+            step.dry_pass(pixels[images], local=number < len(sizes))
+        if step.device.type == "cuda":
+            torch.cuda.synchronize(step.device)
+        seconds = time.perf_counter() - start_s
+        step.forget_dry_passes()
+        return 1000 * seconds
+
+    pairs = [(ms(False), ms(True)) for _ in range(REPEATS + 2)][2:]  # DDP makes its buckets anew
+    plain, replayed = zip(*pairs, strict=True)
+    return min(plain), min(replayed)
+
+
+def _return_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _pixels(step: Step, images: int, seed: int) -> Tensor:
+    return random_pixels(images, step.config.data.crop, step.device, seed)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from harness.distributed import greatest_of_ranks
+from harness.distributed import max_over_ranks
 from harness.errors import RunFailed
 from harness.execution.compilation import uncompiled
 from harness.recipe.minibatch import Minibatch
@@ -46,7 +46,7 @@ def fastest_micro_batch(
         tries(images)
         with uncompiled(step.config):
             own_s = seconds_an_image(step, images), time.monotonic() - begun_s
-        image_s, spent_s = greatest_of_ranks(own_s, control)
+        image_s, spent_s = max_over_ranks(own_s, control)
         if image_s >= best_s * (1 - GAIN):
             break  # no faster, or it does not fit
         best_s, best = image_s, images
@@ -76,10 +76,10 @@ def seconds_an_image(step: Step, images: int) -> float:
     seconds = []
     try:
         pixels = random_pixels(images, step.config.data.crop, step.device)
-        step.rehearse(pixels)  # chooses algorithms
+        step.dry_pass(pixels)  # chooses algorithms
         for _ in range(REPEATS):
             start_s = time.perf_counter()
-            step.rehearse(pixels)
+            step.dry_pass(pixels)
             if cuda:
                 torch.cuda.synchronize(step.device)
             seconds.append(time.perf_counter() - start_s)
@@ -88,7 +88,7 @@ def seconds_an_image(step: Step, images: int) -> float:
     except torch.OutOfMemoryError:
         return math.inf
     finally:
-        step.forget_rehearsal()
+        step.forget_dry_passes()
         if cuda:
             torch.cuda.empty_cache()
     return min(seconds) / images
