@@ -40,6 +40,7 @@ from harness.resilience.stopping import Agreement, StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.runs.run_folder import RunFolder
 from harness.training.metrics import Metrics
+from harness.training.replica import Replica
 from harness.training.run_logger import RunLogger
 from harness.training.step import Step
 
@@ -118,7 +119,7 @@ class Loop:
         ranks = world.rank, world.world_size
         micro_batches = minibatch.micro_batches(*ranks, int(self.config.run.micro_batch))
         model = build_model(self.config).to(world.device)
-        self.step = Step(self.config, model, world, micro_batches)
+        self.step = Step(self.config, Replica(self.config, model, world), micro_batches)
         self.counted = MeteredMetrics(world.device, self.config.recipe.minibatch)
         self.counted.meter = self.meter
         self.uncounted = NoMetrics(world.device, self.config.recipe.minibatch)
@@ -129,7 +130,7 @@ class Loop:
         if world.rank == 0:
             self.folder.open(self.config, {})
             self.folder.write_status("running")
-        self.journal = RunLogger(self.folder.path if world.rank == 0 else None, self.config, 0)
+        self.logger = RunLogger(self.folder.path if world.rank == 0 else None, self.config, 0)
         self.stop, self.done = StopRequest(), 0
 
     def with_all(self, steps: int) -> None:
@@ -169,7 +170,7 @@ class Loop:
 
     def _log_line(self) -> None:
         reading, lr = self.counted.read(), lr_at(self.config, self.done)
-        self.journal.train_line(self.done, reading, lr, self.step.data_wait_s)
+        self.logger.train_line(self.done, reading, lr, self.step.take_data_wait_s())
         if self.world.rank == 0:
             self.folder.report(step=self.done, total_steps=self.config.total_steps)
 

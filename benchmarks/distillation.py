@@ -41,7 +41,8 @@ from harness.execution.evaluation import Evaluation
 from harness.execution.precision import set_precision
 from harness.models.registry import build_model
 from harness.training.objective import build_objective
-from harness.training.setup import prepare
+from harness.training.ready_rank import prepare
+from harness.training.replica import Replica
 from harness.training.step import Step
 
 STEPS_A_BLOCK = 2
@@ -137,7 +138,8 @@ def _step_block(config: Config, teacher: AnyTeacher | None, device: torch.device
         teacher.to(device)
     model = build_model(config, channels_last=device.type == "cuda").to(device)
     world = World(0, 1, 0, 1, "alone", device)
-    step = Step(config, model, world, [range(4)], build_objective(config, teacher))
+    replica = Replica(config, model, world)
+    step = Step(config, replica, [range(4)], build_objective(config, teacher))
     following, numbers = _numbered(config), itertools.count()
 
     def block(steps: int) -> None:

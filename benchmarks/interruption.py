@@ -34,6 +34,7 @@ from harness.runs.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from harness.training.replica import Replica
 from harness.training.step import Step
 
 INTERVALS_S = (0.5, 2.0, 8.0)
@@ -44,7 +45,8 @@ def checkpoint_of_resnet50(repetitions: int, folder: Path) -> dict[str, Any]:
     config = case_config("resnet50", 64, 32, 1, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, 1, 0, 1, "alone", device)
-    step = Step(config, build_model(config).to(device), world, [range(1)])
+    replica = Replica(config, build_model(config).to(device), world)
+    step = Step(config, replica, [range(1)])
     step(0, iter(make_batches(config)))
     path = checkpoint_path(folder, 1, 1)
     copy_s: list[float] = []

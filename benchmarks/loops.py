@@ -42,9 +42,12 @@ from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Watchdog
 from harness.runs.run_folder import RunFolder
 from harness.training.loop import run_steps
+from harness.training.profiling import Profile
+from harness.training.replica import Replica
 from harness.training.run import Run
-from harness.training.setup import on_device, tune_cuda_graphs
+from harness.training.setup import on_device
 from harness.training.step import Step
+from harness.training.tuning.cuda_graphs import tune_cuda_graphs
 from harness.training.tuning.malloc import keep_freed_memory
 
 OURS, BARE = "this project", "bare PyTorch"
@@ -105,11 +108,13 @@ def harness_loop(
     with tempfile.TemporaryDirectory() as name, Watchdog(world, 300.0, stop) as watchdog:
         folder = RunFolder(Path(name) / "run")
         folder.open(config, {})
-        step = Step(config, model, world, feed.micro_batches)
-        tune_cuda_graphs(step, feed, None, watchdog)
-        run = Run(config, world, folder, step, feed, Given(batches), None, stop, watchdog)
+        profile = Profile(0, world, None, folder.path)
+        replica = Replica(config, model, world, (watchdog, profile))
+        graphs = tune_cuda_graphs(replica, feed.sizes, None, watchdog)
+        step = Step(config, replica, feed.micro_batches)
         folder.write_status("running")
-        run.open_journal()
+        ways = Given(batches), None, stop, watchdog, profile
+        run = Run(config, world, folder, step, feed, *ways, graphs=graphs)
         with closing(run), folder.heartbeat(print), suppress(StopIteration):
             run_steps(run)  # until the batches end
 

@@ -31,13 +31,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.conditions import at_least_two, conditions, spread
 from benchmarks.hosts import shape_this_host
+from harness.compat import buffer_sync_off
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.distributed import (
-    Reductions,
     World,
-    sum_gradients,
     world_from_environment,
 )
 from harness.errors import UserError
@@ -47,7 +46,9 @@ from harness.output_file import check_output, write_output
 from harness.planning.step_time_model import MIB
 from harness.recipe.minibatch import Minibatch
 from harness.slurm_step import use_slurm_rendezvous
-from harness.training.step import BUFFER_SYNC, Step
+from harness.training.gradients import GradientReducer
+from harness.training.replica import Replica
+from harness.training.step import Step
 from harness.training.tuning.cuda_graphs import try_graphs
 from harness.training.tuning.malloc import keep_freed_memory
 
@@ -102,11 +103,11 @@ def wait_blocks(world: World) -> dict[str, Block]:
 
     ddp = DistributedDataParallel(
         Waits(),
-        **{BUFFER_SYNC: False},  # type: ignore[arg-type]
         gradient_as_bucket_view=True,
         bucket_cap_mb=BUCKET_BYTES / MIB,
+        **buffer_sync_off(),  # type: ignore[arg-type]
     )
-    ddp.register_comm_hook(Reductions(), sum_gradients)
+    GradientReducer().register(ddp)
     return {"together": block_of(ddp), "alone": block_of(Waits())}
 
 
@@ -128,9 +129,10 @@ def step_blocks(config: Config, world: World) -> dict[str, Block]:
     def block_of(place: World) -> Block:
         layout = torch.channels_last if cuda else torch.contiguous_format
         model = build_model(config, channels_last=cuda).to(world.device).to(memory_format=layout)
-        step, numbers = Step(config, model, place, micro_batches), itertools.count()
+        replica, numbers = Replica(config, model, place), itertools.count()
         if cuda and compile:
-            try_graphs(step, sizes, messages_of(place))
+            try_graphs(replica, sizes, messages_of(place))
+        step = Step(config, replica, micro_batches)
         batches = random_batches(config, sizes)
 
         def block(steps: int) -> None:

@@ -1,14 +1,74 @@
-"""Private parts of dependencies that the harness reads, each with its reason."""
+"""Private parts of dependencies, and texts of theirs that have to be read, each with its reason.
+
+`tests/test_compat.py` fails when a dependency changes one of them.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from inspect import signature
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def compiler_phases() -> int:
     """Return how many phases of compilation this process has begun, forward and backward.
 
     The number grows every few seconds while graphs are compiled, which may take many minutes.
+    torch has no public counter that grows while it compiles.
     """
     utils = sys.modules.get("torch._dynamo.utils")  # nothing is compiled before its import
     return sum(map(len, list(utils.compilation_time_metrics.values()))) if utils else 0
+
+
+def found_overflow(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Tensor:
+    """Return 1.0 on `device` where the last `scaler.step` found an overflow, else 0.0.
+
+    The public way, comparing the scale before and after `update`, waits for the device.
+    """
+    found = scaler._found_inf_per_device(optimizer)
+    return torch.stack([value.to(device) for value in found.values()]).amax()
+
+
+def buffer_sync_off() -> dict[str, bool]:
+    """Return DDP's argument that stops it from sending buffers to other ranks.
+
+    torch 2.15 deprecates its older name, `broadcast_buffers`.
+    """
+    newer = "forward_sync_buffers"
+    known = newer in signature(DistributedDataParallel).parameters
+    return {newer if known else "broadcast_buffers": False}
+
+
+def zero_all(tensors: Sequence[Tensor]) -> None:
+    """Set each tensor to 0, with one kernel a device instead of one a tensor."""
+    torch._foreach_zero_(list(tensors))
+
+
+def main_thread_stack(frames: int = 8) -> str:
+    """Return the innermost frames of the main thread's stack, from any thread.
+
+    Python has no public call for the stack of another thread but faulthandler, which needs a file.
+    """
+    main = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "".join(traceback.format_stack(main)[-frames:])
+
+
+def describe_peer_loss(error: Exception) -> str:
+    """Return what an error says of a rank that is lost, or silent beyond the time-out; else "".
+
+    Gloo has no error type of its own, but each of its messages begins with its source file.
+    """
+    by_gloo = re.search(r"gloo/[^\]]*\] (.*)", str(error))
+    if isinstance(error, RuntimeError) and by_gloo:
+        return by_gloo[1].split(". ")[0]
+    return str(error).splitlines()[0] if isinstance(error, dist.DistError) else ""

@@ -1,10 +1,10 @@
 """The ranks of a run: who this process is, its device, the process group, exact reductions."""
 
-# no postponed annotations here: DDP checks those of a communication hook
+from __future__ import annotations
+
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -35,7 +35,7 @@ class World:
 
 
 def world_from_environment(device: str, environment: Mapping[str, str] = os.environ) -> World:
-    """Reads torchrun's or SLURM's variables; `device` is `run.device` ("auto", "cpu", "cuda").
+    """Read torchrun's or SLURM's variables; `device` is `run.device` ("auto", "cpu", "cuda").
 
     Raises UserError where there are fewer GPUs than local ranks, or a variable is malformed.
     """
@@ -44,7 +44,7 @@ def world_from_environment(device: str, environment: Mapping[str, str] = os.envi
     except (KeyError, ValueError) as error:
         raise UserError(f"environment: {error}: missing or no number; use torchrun") from None
     rank, world_size, local_rank, local_world_size = ranks
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if uses_cpu(device):
         return World(*ranks, launcher, torch.device("cpu"))
     if not torch.cuda.is_available():
         raise UserError("run.device: cuda, but no CUDA device is usable here; set run.device=cpu")
@@ -58,6 +58,11 @@ def world_from_environment(device: str, environment: Mapping[str, str] = os.envi
     )
 
 
+def uses_cpu(device: str) -> bool:
+    """Return whether `run.device` means the CPU on this machine."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
 def _ranks(environment: Mapping[str, str]) -> tuple[str, tuple[int, int, int, int]]:
     if "RANK" in environment or "WORLD_SIZE" in environment:
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -68,7 +73,7 @@ def _ranks(environment: Mapping[str, str]) -> tuple[str, tuple[int, int, int, in
             local_rank,
             int(environment.get("LOCAL_WORLD_SIZE", world_size)),
         )
-    # SLURM_STEP_NUM_TASKS is set by srun, not in a batch script, where one process stands alone
+    # SLURM_STEP_NUM_TASKS is set by srun, not in a batch script, where one process runs by itself
     if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         ranks = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
         local = int(environment["SLURM_LOCALID"]), local_tasks(environment)
@@ -77,7 +82,7 @@ def _ranks(environment: Mapping[str, str]) -> tuple[str, tuple[int, int, int, in
 
 
 def gpu_advice(local_world_size: int, gpus: int) -> str:
-    """One line on ranks against GPUs of this machine; empty where they match."""
+    """Compare the local ranks with this machine's GPUs in one line; "" where they match."""
     if local_world_size == gpus:
         return ""
     if local_world_size > gpus:
@@ -91,7 +96,7 @@ def gpu_advice(local_world_size: int, gpus: int) -> str:
 
 
 def idle_gpus(world: World) -> str:
-    """A hint where this node has more GPUs than ranks; empty where all are used."""
+    """Return a hint where this node has more GPUs than ranks; "" where all are used."""
     if world.device.type != "cuda" or world.launcher == "slurm":
         return ""
     return gpu_advice(world.local_world_size, torch.cuda.device_count())
@@ -101,17 +106,23 @@ def idle_gpus(world: World) -> str:
 def process_group(
     world: World, store: dist.Store | None, hang_timeout_s: float
 ) -> Iterator[dist.ProcessGroup | None]:
-    """Joins the ranks (NCCL on GPUs, Gloo on CPUs) and yields a second, Gloo group for control.
+    """Join the ranks (NCCL on GPUs, Gloo on CPUs) and yield a second, Gloo group for control.
 
-    `store` is where they met, by `rendezvous`. The control group carries small CPU messages beside
-    the gradients, so that agreement between ranks never waits for the device. Yields None for a
-    single rank, which needs no group.
+    `store` is the one that `rendezvous` returned. The control group carries small CPU messages
+    beside the gradients, so that agreement between ranks never waits for the device. Yields None
+    for a single rank, which needs no group. Within, the rank's GPU is the current device.
     """
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    if store is None:
-        yield None
-        return
+    cuda = world.device.type == "cuda"
+    with torch.cuda.device(world.device) if cuda else nullcontext():
+        if store is None:
+            yield None
+        else:
+            with _joined(world, store, hang_timeout_s) as control:
+                yield control
+
+
+@contextmanager
+def _joined(world: World, store: dist.Store, hang_timeout_s: float) -> Iterator[dist.ProcessGroup]:
     timeout = group_timeout(hang_timeout_s)
     dist.init_process_group(
         "nccl" if world.device.type == "cuda" else "gloo",
@@ -124,42 +135,34 @@ def process_group(
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)  # this rank is in it
         yield control
-        with suppress(RuntimeError):  # a rank that fails in its last lines says so itself
-            dist.barrier(control)  # the store may be in rank 0: nobody is to need it any more
+        # the store may live in rank 0, which must leave last; a rank that fails reports it itself
+        with suppress(RuntimeError):
+            dist.barrier(control)
     finally:
         dist.destroy_process_group()
 
 
 def group_timeout(hang_timeout_s: float) -> timedelta:
-    """Longer than the watchdog's, which can tell a rank that hangs from one that is slow."""
+    """Return a limit above the watchdog's, which can tell a hung rank from a slow one."""
     return timedelta(seconds=2 * hang_timeout_s + 60)
 
 
-def describe_peer_loss(error: Exception) -> str:
-    """What an error says of a rank that is gone, or silent beyond the time-out; else ""."""
-    # Gloo has no error type of its own, but each of its messages begins with its source file
-    told_by_gloo = re.search(r"gloo/[^\]]*\] (.*)", str(error))
-    if isinstance(error, RuntimeError) and told_by_gloo:
-        return told_by_gloo[1].split(". ")[0]
-    return str(error).splitlines()[0] if isinstance(error, dist.DistError) else ""
-
-
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sums `tensor` over all ranks, in place; exact for integers. Synchronises the ranks."""
+    """Sum `tensor` over all ranks, in place; exact for integers. Synchronises the ranks."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.SUM)
     return tensor
 
 
 def min_over_ranks(tensor: Tensor) -> Tensor:
-    """The least value over all ranks, in place. Synchronises the ranks."""
+    """Take the least value over all ranks, in place. Synchronises the ranks."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
     return tensor
 
 
 def max_over_ranks(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
-    """Of each value the greatest over the group's ranks; `values` as they are for a single rank."""
+    """Return the greatest of each value over the group's ranks (None: a single rank)."""
     greatest = torch.tensor(values, dtype=torch.float64)
     if group is not None:
         dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
@@ -167,7 +170,7 @@ def max_over_ranks(values: Sequence[float], group: dist.ProcessGroup | None) -> 
 
 
 def broadcast_from_rank0(value: T, group: dist.ProcessGroup | None) -> T:
-    """Rank 0's `value`, on all ranks."""
+    """Return rank 0's `value` on all ranks."""
     values = [value]
     if group is not None:
         dist.broadcast_object_list(values, src=0, group=group)
@@ -184,38 +187,6 @@ def first_reason(reason: str, group: dist.ProcessGroup | None) -> str:
 
 
 def barrier(group: dist.ProcessGroup | None) -> None:
-    """Waits until all ranks of the group have come here; nothing for a single rank."""
+    """Wait for all ranks of the group; do nothing for a single rank."""
     if group is not None:
         dist.barrier(group)
-
-
-@dataclass
-class Reductions:
-    """How this rank sends its gradients, and how many buckets of them it has sent: where it stands
-    in a backward pass."""
-
-    dtype: torch.dtype | None = None  # that gradients are sent and summed in; None: their own
-    sent: int = 0
-    all_made: Callable[[], object] = lambda: None  # called when the last gradient is there
-
-
-def sum_gradients(reductions: Reductions, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook: gradients are summed, not averaged, over all ranks.
-
-    Remark 3 (section 3): each image's loss is divided by kn, so the all-reduce sums; the backward
-    pass of an image then knows nothing of the number of ranks, in float16 too. In bfloat16
-    (`run.gradient_precision`) each rank's gradients and their partial sums are rounded to 8 bits.
-    """
-    reductions.sent += 1
-    if bucket.is_last():
-        reductions.all_made()
-    gradients = bucket.buffer()
-    own_type = reductions.dtype in (None, gradients.dtype)
-    sent = gradients if own_type else gradients.to(reductions.dtype)
-    work = dist.all_reduce(sent, async_op=True)
-
-    def received(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        summed = future.value()[0]
-        return summed if own_type else gradients.copy_(summed)
-
-    return work.get_future().then(received)

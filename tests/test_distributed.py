@@ -70,13 +70,14 @@ from functools import partial
 from harness.distributed import *
 from harness.models.running_statistics import global_running_statistics
 from harness.rendezvous import rendezvous
+from harness.training.gradients import GradientReducer
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
 
 def reduce(world):
     total = sum_over_ranks(torch.tensor([2**53 + 1, world.rank]))  # no float64 holds 2**53 + 1
     least = min_over_ranks(torch.tensor(10 - world.rank))
     model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1, bias=False))
-    model.register_comm_hook(Reductions(), sum_gradients)
+    GradientReducer().register(model)
     model(torch.tensor([[float(world.rank + 1)]])).sum().backward()
     gradient = model.module.weight.grad.item()
     layer = GhostBatchNorm2d(1, worker_batch=2)
@@ -109,6 +110,7 @@ import torch
 from torch import nn
 from harness.distributed import *
 from harness.rendezvous import rendezvous
+from harness.training.gradients import GradientReducer
 
 def gradients(world, dtype):
     torch.manual_seed(world.rank)
@@ -116,7 +118,7 @@ def gradients(world, dtype):
     torch.manual_seed(9)
     model = nn.Sequential(nn.Linear(50, 300), nn.ReLU(), nn.Linear(300, 40))
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    ddp.register_comm_hook(Reductions(dtype), sum_gradients)
+    GradientReducer(dtype).register(ddp)
     ddp(images).square().sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 

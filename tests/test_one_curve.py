@@ -27,7 +27,9 @@ from harness.models.registry import build_model
 from harness.rendezvous import rendezvous
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.logging.jsonl import read_log
-from harness.training.setup import on_device, prepare, train
+from harness.training.ready_rank import prepare
+from harness.training.replica import Replica
+from harness.training.setup import on_device, train
 from harness.training.step import Step
 from tests.conftest import SMALL, free_port, start_ranks
 from tests.limits import starting
@@ -105,7 +107,7 @@ def open_step(folder: Path, precision: str, micro_batch: int) -> Iterator[tuple[
         process_group(world, store, 60),
     ):
         model = on_device(build_model(config), config, world.device)
-        yield Step(config, model, world, feed.micro_batches), loader
+        yield Step(config, Replica(config, model, world), feed.micro_batches), loader
 
 
 def write_states(folder: Path) -> None:

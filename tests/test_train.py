@@ -193,7 +193,9 @@ def test_resuming_under_other_rounding_must_be_typed(small, tmp_path):
     changed = load_config(small("other.yaml", run__precision="float64"))
     with pytest.raises(UserError, match=r"type run\.precision=float64"):
         train(changed, tmp_path / "run", resume=True)
-    train(load_config(config, other), tmp_path / "run", resume=True, typed={"run.precision"})
+    train(
+        load_config(config, other), tmp_path / "run", resume=True, cli_overrides={"run.precision"}
+    )
 
 
 def test_a_folder_in_use_is_refused(small, tmp_path):

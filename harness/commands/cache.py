@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     if options.top is not None and not 1 <= options.top < config.data.classes:
         raise UserError(f"--top {options.top}: give 1 to {config.data.classes - 1}, or leave it")
     import_quickly("harness.training.setup")
-    from harness.distributed import describe_peer_loss
+    from harness.compat import describe_peer_loss
     from harness.training.setup import cache_soft_targets
 
     try:

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from harness.config.schema import NO_EXPECTATION
 
     import_quickly("harness.training.setup")
-    from harness.distributed import describe_peer_loss
+    from harness.compat import describe_peer_loss
     from harness.resilience.stopping import Stopped
     from harness.training.setup import train_stages
 

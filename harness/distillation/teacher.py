@@ -15,7 +15,7 @@ from harness.config.schema import Config, DistillConfig, ModelConfig
 from harness.data.batch import Batch
 from harness.errors import UserError
 from harness.execution.evaluation import Evaluation, evaluate
-from harness.execution.precision import autocast, precision_within
+from harness.execution.precision import autocast, master_dtype, precision_within
 from harness.execution.preprocess import Preprocess
 from harness.execution.trained_model import TrainedModel, load_trained
 from harness.models.registry import build_model
@@ -55,7 +55,7 @@ class Teacher:
     def __init__(self, config: Config, model: nn.Module) -> None:
         """`config`: the student's, but for the teacher's normalisation and precision."""
         self._config = config
-        dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+        dtype = master_dtype(config.run.precision)
         self.identity = weights_checksum(model)
         self.computes: dict[str, Any] = {
             "precision": config.run.precision,

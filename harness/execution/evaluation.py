@@ -1,4 +1,4 @@
-"""Exact distributed evaluation: integer counts over every validation image once."""
+"""Exact distributed evaluation: integer counts over every validation image, each once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.distributed import sum_over_ranks
 from harness.execution.compilation import uncompiled
-from harness.execution.precision import autocast
+from harness.execution.precision import autocast, master_dtype
 from harness.execution.preprocess import Preprocess
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over the whole validation set; errors in %."""
+    """Counts over the whole validation set, and errors in %."""
 
     correct: int
     top5_correct: int
@@ -38,7 +38,7 @@ class Evaluation:
         return 100.0 * (self.total - self.top5_correct) / self.total
 
     def error_interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the top-1 error, in %."""
+        """Return Wilson's 95 % interval of the top-1 error, in %."""
         z, n = 1.959964, self.total
         p = (n - self.correct) / n
         centre = p + z * z / (2 * n)
@@ -52,23 +52,23 @@ def evaluate(
     config: Config,
     model: nn.Module,
     batches: Iterable[Batch],
-    pixels: Preprocess,
+    preprocess: Preprocess,
     watch: Callable[[Batch, Tensor], None] | None = None,
 ) -> Evaluation:
-    """Evaluates this rank's share of the validation set and sums the counts over the ranks.
+    """Evaluate this rank's share of the validation set and sum the counts over the ranks.
 
-    `watch` is given each batch and its logits (B, K). The total that was counted must be the size
-    of the data set: RuntimeError if not. Synchronises device and ranks, once, at the end.
+    `watch` is called with each batch and its logits (B, K). Raises RuntimeError where the total is
+    not the size of the data set. Synchronises device and ranks once, at the end.
     """
     was_training = model.training
     model.eval()
-    local_counts = torch.zeros(3, dtype=torch.int64, device=pixels.device)
-    local_loss = torch.zeros((), dtype=torch.float64, device=pixels.device)
+    local_counts = torch.zeros(3, dtype=torch.int64, device=preprocess.device)
+    local_loss = torch.zeros((), dtype=torch.float64, device=preprocess.device)
     for batch in batches:
-        labels = batch.labels.to(pixels.device, non_blocking=True)
-        with uncompiled(config), autocast(config, pixels.device):
-            logits = model(pixels(batch.images))
-        logits = logits.double() if config.run.precision == "float64" else logits.float()
+        labels = batch.labels.to(preprocess.device, non_blocking=True)
+        with uncompiled(config), autocast(config, preprocess.device):
+            logits = model(preprocess(batch.images))
+        logits = logits.to(master_dtype(config.run.precision))
         top = logits.topk(min(5, logits.shape[1])).indices
         hits = top == labels[:, None]
         local_counts[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])

@@ -10,8 +10,8 @@ import torch
 
 from harness.config.schema import Config
 
-# float32's arithmetic: of everything, then of each operation that may have a setting of its own.
-# On torch 2.11 and 2.12 cuDNN's convolutions have one from the start, TF32
+# of everything, then of each operation that may have a setting of its own. On torch 2.11 and 2.12
+# cuDNN's convolutions have one from the start, TF32
 FLOAT32_SETTINGS: tuple[Any, ...] = (
     torch.backends,
     torch.backends.cuda.matmul,
@@ -24,8 +24,16 @@ FLOAT32_SETTINGS: tuple[Any, ...] = (
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def master_dtype(precision: str) -> torch.dtype:
+    """Return the number format of weights and images: float64 if `precision` is, else float32."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
 def set_precision(precision: str) -> None:
-    """Set PyTorch's float32 arithmetic for this process: TF32 only if `precision` asks for it."""
+    """Set PyTorch's float32 arithmetic for the rest of this process: TF32 only for "tf32".
+
+    For programs that own their process; a library uses `precision_within`.
+    """
     arithmetic = "tf32" if precision == "tf32" else "ieee"
     for setting in FLOAT32_SETTINGS:
         setting.fp32_precision = arithmetic
@@ -33,7 +41,7 @@ def set_precision(precision: str) -> None:
 
 @contextmanager
 def precision_within(precision: str) -> Iterator[None]:
-    """`set_precision` for a block, as a teacher's precision may differ from its student's."""
+    """Set PyTorch's float32 arithmetic within a block, and restore what was set before."""
     before = [setting.fp32_precision for setting in FLOAT32_SETTINGS]
     set_precision(precision)
     try:
@@ -46,6 +54,6 @@ def precision_within(precision: str) -> Iterator[None]:
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The context of a forward pass in `run.precision`."""
+    """Return the context of a forward pass in `run.precision`."""
     dtype = AUTOCAST.get(config.run.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,4 +1,4 @@
-"""Bring a batch to the device and normalise it there."""
+"""Preprocessing on the device: normalisation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import Config
+from harness.execution.precision import master_dtype
 
 
 class Preprocess:
@@ -17,7 +18,7 @@ class Preprocess:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.device = device
-        self.dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+        self.dtype = master_dtype(config.run.precision)
         self.memory_format = (
             torch.channels_last if device.type == "cuda" else torch.contiguous_format
         )

@@ -22,7 +22,7 @@ from harness.data.sources.folder import Index, check_count, check_headers, load_
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.execution.evaluation import Evaluation, evaluate
-from harness.execution.precision import set_precision
+from harness.execution.precision import master_dtype, set_precision
 from harness.execution.preprocess import Preprocess
 from harness.models.registry import build_without_weights
 from harness.output_file import check_output, write_output
@@ -137,7 +137,7 @@ def evaluate_trained(trained: TrainedModel, predictions: Path | None = None) -> 
     threads = resolve_threads(config.run.loader_threads, local_ranks=1)
     name = resolve_loader(config.run.loader, world.rank)
     loader = open_loader(config, feed, name, threads, channels_last)
-    dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+    dtype = master_dtype(config.run.precision)
     rows: list[tuple[str, str, str]] = []
 
     def note(batch: Batch, logits: Tensor) -> None:

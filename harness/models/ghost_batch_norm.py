@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.compat import zero_all
+
 
 @cache
 def kernel_device() -> str:
@@ -201,4 +203,4 @@ class RunningStatistics:
         """Drops what the layers have seen since the last update."""
         if self._scratch:
             # one_worker too: a statistic that overflowed must not stay, as 0 * inf is NaN there
-            torch._foreach_zero_(self._scratch)
+            zero_all(self._scratch)

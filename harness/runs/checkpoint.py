@@ -87,14 +87,22 @@ def load_checkpoint(path: Path, report: Callable[[str], None] = _ignore) -> dict
     `report` receives a line that says so.
     Raises DamagedCheckpoint where it is unreadable, empty, torn, altered, carries code or is none.
     """
+    return read_checkpoint(path, report)[0]
+
+
+def read_checkpoint(
+    path: Path, report: Callable[[str], None] = _ignore
+) -> tuple[dict[str, Any], str]:
+    """Read a checkpoint as `load_checkpoint`; return it with the SHA-256 (hex) of its file."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    digest = hashlib.sha256(content).hexdigest()
     expected, why = _recorded_checksum(path)
     if expected is None:
         _verify_archive(path, content)
-    elif expected != hashlib.sha256(content).hexdigest():
+    elif expected != digest:
         raise DamagedCheckpoint(f"{path}: does not match its checksum {_checksum_path(path).name}")
     try:
         payload = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -104,7 +112,7 @@ def load_checkpoint(path: Path, report: Callable[[str], None] = _ignore) -> dict
         raise DamagedCheckpoint(f"{path}: no checkpoint of a run (it records no step)")
     if expected is None:
         report(f"{path}: {why}; verified by the archive's CRC only")
-    return payload
+    return payload, digest
 
 
 def _recorded_checksum(path: Path) -> tuple[str | None, str]:

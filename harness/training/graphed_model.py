@@ -1,20 +1,20 @@
-"""CUDA graphs: a network's forward and backward pass, captured once a size and replayed each step.
+"""A network whose passes are CUDA graphs: captured once per batch size, replayed in each step.
 
 A step of a small network is hundreds of kernels that take longer to launch than to run; a replay
-launches them at once, on the same memory. Loss, sum over the ranks, optimizer and data stay
-outside, so that micro-batches, the teacher, float16's scaler and DDP's hooks are as without.
+launches them together, on the same memory. Loss, gradient sum, optimizer and data stay outside, so
+that micro-batches, the teacher, float16's scaler and DDP's hooks work as without graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 T = TypeVar("T")
 Replay = Callable[[], None]
@@ -22,21 +22,23 @@ WARM_UPS = 3  # passes before a capture: compilers and libraries choose their ke
 
 
 class Capture(Protocol):
-    """What makes graphs. Those of one `Capture` share their memory: a forward pass is followed by
-    its backward pass before another is replayed."""
+    """Makes graphs, which share their memory: each forward pass must be followed by its backward
+    pass before another one is replayed."""
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """Runs what is to be captured, for the first time."""
+        """Run `work` before its capture, so that libraries choose their kernels."""
         ...
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Replay]:
-        """The result of the work, in memory that stays, and what fills it anew from the same
-        inputs' memory. The result holds nothing before the first replay."""
+        """Return the result of `work`, in memory that stays, and a call that recomputes it.
+
+        The result holds nothing before the first replay.
+        """
         ...
 
 
 class CudaCapture:
-    """Graphs on the current CUDA device."""
+    """Captures graphs on the current CUDA device."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -52,7 +54,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         # other threads, the loader's and NCCL's, may use the device meanwhile
         capturing = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        # torch.cuda.graph stays in its stream where a refused capture raises as it ends
+        # torch.cuda.graph does not leave its stream where a refused capture raises at its end
         with torch.cuda.stream(torch.cuda.current_stream()), capturing:
             result = work()
         return result, graph.replay
@@ -60,7 +62,7 @@ class CudaCapture:
 
 @dataclass(frozen=True)
 class Passes:
-    """A captured forward and backward pass; the tensors are where their kernels read and write."""
+    """A captured forward and backward pass, and the tensors that their kernels read and write."""
 
     images: Tensor
     logits: Tensor
@@ -71,19 +73,19 @@ class Passes:
 
 
 class _Replayed(torch.autograd.Function):
-    """The passes as one operation of the parameters, whose gradients reach DDP as always."""
+    """The passes as one operation of the parameters, whose gradients reach DDP as usual."""
 
     @staticmethod
-    def forward(ctx: Any, passes: Passes, images: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.passes = passes
+    def forward(ctx: FunctionCtx, passes: Passes, images: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.passes = passes  # type: ignore[attr-defined]
         passes.images.copy_(images)
         passes.forward()
         return passes.logits.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logits_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        passes: Passes = ctx.passes
+    def backward(ctx: FunctionCtx, logits_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        passes: Passes = ctx.passes  # type: ignore[attr-defined]
         passes.logits_gradient.copy_(logits_gradient)
         passes.backward()
         # held here too, so autograd copies or adds them: it never makes one a parameter's .grad,
@@ -92,17 +94,17 @@ class _Replayed(torch.autograd.Function):
 
 
 class GraphedModel(nn.Module):
-    """`network`, by replay where training's passes of that many images have been captured."""
+    """Runs `network`, by replay where training passes of this batch size have been captured."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.replays = True  # False: as if nothing had been captured
+        self._replays = True
         self._passes: dict[torch.Size, Passes] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         passes = self._passes.get(images.shape)
-        if passes is None or not (self.replays and self.network.training):
+        if passes is None or not (self._replays and self.network.training):
             return self.network(images)
         return _Replayed.apply(passes, images, *_trained(self.network))
 
@@ -112,9 +114,9 @@ class GraphedModel(nn.Module):
         capture: Capture,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Captures the passes of images (B, 3, H, W); `precision` gives a forward pass's context.
+        """Capture the passes of images (B, 3, H, W); `precision` gives a forward pass's context.
 
-        What buffers have added up is to be dropped after. Raises RuntimeError where a pass does
+        Buffers change on the way: the caller resets them. Raises RuntimeError where a pass does
         something that a graph cannot hold, or does not fit in memory.
         """
         parameters = _trained(self.network)
@@ -138,8 +140,17 @@ class GraphedModel(nn.Module):
             images, logits.detach(), gradient, gradients, forward, backward
         )
 
+    @contextmanager
+    def replaying(self, replays: bool) -> Iterator[None]:
+        """Within, replay captured passes, or, for a comparison, run the network itself."""
+        before, self._replays = self._replays, replays
+        try:
+            yield
+        finally:
+            self._replays = before
+
     def drop(self) -> None:
-        """Forgets what was captured, and frees its memory."""
+        """Forget what was captured, and free its memory."""
         self._passes.clear()
 
 

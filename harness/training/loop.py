@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from harness.resilience.stopping import Agreement, Stopped
-from harness.resilience.watchdog import Phase
 from harness.training.run import Run
 
 
 def run_steps(run: Run) -> None:
-    """The loop, from the run's first step to its last. Raises Stopped and Diverged."""
+    """Run the loop, from the run's first step to its last. Raises Stopped and Diverged."""
     config = run.config
     agreement = Agreement(run.control, run.ask_every_s)
     batches = run.batches()
     for step in range(run.first_step, config.total_steps):
-        run.watchdog.enter_phase(step, Phase.LOADING)
-        run.step(step, batches)
-        done = run.done = step + 1
-        run.profile.after_step(done)  # synchronises, in its few steps
+        done = run.take_step(step, batches)
+        run.profile_step(done)  # synchronises, in its few steps
         stop, save = agreement.after_step(run.stop.signal is not None, run.checkpoint_is_due())
         epoch_ends = done % config.steps_per_epoch == 0
         if stop or save or epoch_ends or done % config.run.log_every_steps == 0:
             run.log_line(done)  # synchronises
         if stop or save or epoch_ends:
-            run.save(done)  # synchronises; before the evaluation, which resuming makes up
+            run.save(done)  # synchronises; before the evaluation, which a resume makes up for
         if stop and done < config.total_steps:
             agreement.close()
             raise Stopped(f"stopped after step {done} of {config.total_steps}, {run.saved(done)}")

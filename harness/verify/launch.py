@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from harness.compat import describe_peer_loss
 from harness.config.loading import dump_config
-from harness.distributed import describe_peer_loss
 from harness.errors import USER_ERROR, UserError
 from harness.verify.results import Results
 from harness.verify.setting import SHARED_GPU, Request, Setting

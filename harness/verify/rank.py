@@ -48,8 +48,12 @@ from harness.roll_call import roll_call
 from harness.runs.environment import describe_environment
 from harness.runs.run_folder import RunFolder
 from harness.training.loop import run_steps
-from harness.training.run import Run, choose_checkpoint
-from harness.training.setup import on_device, prepare
+from harness.training.profiling import Profile
+from harness.training.ready_rank import prepare
+from harness.training.replica import Replica
+from harness.training.resume import START, choose_checkpoint, restore
+from harness.training.run import Run
+from harness.training.setup import on_device
 from harness.training.step import Step
 from harness.verify.loaders import FedImages, InterruptingLoader, summed
 from harness.verify.results import Results, StepResult
@@ -99,7 +103,7 @@ class Rank:
             batches = self.watchdog.watch(self.loader.evaluate(), lambda: 0, Phase.EVALUATING)
             config = in_precision(self.config, "float64")
             count = lambda batch, _: np.add.at(counted, batch.ids.cpu().numpy(), 1)  # noqa: E731
-            found = evaluate(config, step.network, batches, step.pixels, count)
+            found = evaluate(config, step.network, batches, step.replica.preprocess, count)
         self.results["evaluation"] = [found.correct, found.top5_correct, found.total]
         self.results["counted"] = summed(counted, self.control)
 
@@ -135,8 +139,7 @@ class Rank:
 
     def stop(self) -> None:
         """Train with the real loop until one rank gets SIGTERM and all stop with a checkpoint."""
-        run = self._open_run()
-        run.loader = InterruptingLoader(self.loader, self._interrupts_at())
+        run = self._open_run(InterruptingLoader(self.loader, self._interrupts_at()))
         with closing(run):
             try:
                 run_steps(run)
@@ -145,12 +148,12 @@ class Rank:
 
     def resume(self) -> None:
         """Resume from the checkpoint of `stop`, to the end of the trajectory."""
-        run = self._open_run()
+        run = self._open_run(self.loader)
         with closing(run):
             self.results["first_step"] = run.first_step
             self._run(run.step, run.first_step, self.loader.train(run.first_step), "resumed")
 
-    def _open_run(self) -> Run:
+    def _open_run(self, loader: Loader) -> Run:
         """Open a run as `train` does: new, or from the newest checkpoint of the run folder."""
         folder = RunFolder(Path(self.request.shared) / "run")
         config, step = in_precision(self.config, "float64"), self._step("float64")
@@ -158,16 +161,16 @@ class Rank:
         if self.world.rank == 0:
             if folder.path.exists():
                 folder.ownership.wait_until_free(self.stopping)
-                checkpoint = choose_checkpoint(folder)
+                checkpoint = choose_checkpoint(folder.path)
             folder.open(config, describe_environment(self.world.device, self.world.world_size))
         checkpoint = broadcast_from_rank0(checkpoint, self.control)
-        ways = self.feed, self.loader, self.control, self.stopping, self.watchdog
-        # ranks agree after every step, so the stop falls in mid-epoch
-        run = Run(config, self.world, folder, step, *ways, ask_every_s=0.0)
+        start = START
         if checkpoint is not None:
-            run.restore(checkpoint)
-        run.open_journal()
-        return run
+            start = restore(checkpoint, step, self.feed, None, self.control)
+        ways = self.feed, loader, self.control, self.stopping, self.watchdog
+        profile = Profile(0, self.world, self.control, folder.path)
+        # ranks agree after every step, so the stop falls in mid-epoch
+        return Run(config, self.world, folder, step, *ways, profile, start, ask_every_s=0.0)
 
     def _interrupts_at(self) -> int | None:
         """Return the micro-batch at which this rank receives the signal; None but on the last."""
@@ -184,9 +187,8 @@ class Rank:
             for parameter in fc(model):
                 nn.init.zeros_(parameter)
         model = on_device(model, config, self.world.device)
-        step = Step(config, model, self.world, self.feed.micro_batches)
-        self.watchdog.reductions = step.reductions
-        return step
+        replica = Replica(config, model, self.world, [self.watchdog])
+        return Step(config, replica, self.feed.micro_batches)
 
     def _one_step(self, step: Step, number: int, batches: Iterator[Batch]) -> float:
         """Make step `number`; return its loss over all ranks."""

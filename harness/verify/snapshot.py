@@ -27,7 +27,7 @@ def record_gradients(step: Step, parameters: list[nn.Parameter]) -> list[Tensor]
 
     def record(*_: object) -> None:
         gradients = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
-        recorded.append(torch.cat(gradients) / step.scaler.get_scale())
+        recorded.append(torch.cat(gradients) / step.replica.scaler.get_scale())
 
     step.optimizer.register_step_pre_hook(record)
     return recorded

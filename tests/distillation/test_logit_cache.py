@@ -16,7 +16,8 @@ from harness.distillation.logit_cache import Rows, all_shards, open_teacher
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.runs.logging.jsonl import read_log
-from harness.training.setup import prepare, train
+from harness.training.ready_rank import prepare
+from harness.training.setup import train
 from tests.conftest import harness
 from tests.distilling import one_line
 from tests.test_train import assert_same, final_weights
@@ -98,7 +99,7 @@ def test_a_student_of_the_cache_is_that_of_the_live_teacher(student, cache, tmp_
     cached = load_config(student(precision="float64", cache=str(cache), changes=changes))
     live = load_config(student(precision="float64", changes=changes))
     train(cached, tmp_path / "cached")
-    monkeypatch.setattr("harness.training.setup.crop_epochs", lambda config: 2)
+    monkeypatch.setattr("harness.training.ready_rank.crop_epochs", lambda config: 2)
     train(live, tmp_path / "live")
     assert_same(final_weights(tmp_path / "live"), final_weights(tmp_path / "cached"), 1e-10)
     live_losses, cached_losses = (

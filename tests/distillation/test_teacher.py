@@ -20,7 +20,9 @@ from harness.models.registry import build_model
 from harness.runs.checkpoint import list_checkpoints
 from harness.runs.logging.jsonl import read_log
 from harness.training.objective import build_objective
-from harness.training.setup import prepare, train
+from harness.training.ready_rank import prepare
+from harness.training.replica import Replica
+from harness.training.setup import train
 from harness.training.step import Step
 from tests.distilling import one_line
 from tests.test_train import assert_same, final_weights
@@ -107,7 +109,8 @@ def test_it_sees_the_students_crop_in_evaluation_mode_normalised_as_it_was_train
     feed, config = prepare(config, world)
     loader = open_loader(config, feed, "memory", 0, False)
     student_model = load_trained(teacher).model
-    step = Step(config, student_model, world, feed.micro_batches, build_objective(config, network))
+    replica = Replica(config, student_model, world)
+    step = Step(config, replica, feed.micro_batches, build_objective(config, network))
     batches = loader.train(0)
     for number in range(2):
         step(number, batches)

@@ -15,7 +15,8 @@ from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.runs.logging.jsonl import read_log
 from harness.training.metrics import Metrics
-from harness.training.setup import prepare, train
+from harness.training.ready_rank import prepare
+from harness.training.setup import train
 from tests.distilling import TENTH, one_line
 
 

@@ -68,7 +68,7 @@ def test_a_frozen_rank_is_found_and_all_ranks_end(small, tmp_path, frozen):
         assert time.monotonic() - begun_s < 8 * TIMEOUT_S  # and not the group's 68 s
         if frozen == 1:
             assert f"rank 1 on {HOST} (pid {processes[1].pid}) at step" in out
-            assert f"process frozen or gone for {TIMEOUT_S} s (run.hang_timeout_s)" in out
+            assert f"process frozen or lost for {TIMEOUT_S} s (run.hang_timeout_s)" in out
         else:  # it keeps the store that the ranks talk over
             assert "the ranks' store at 127.0.0.1:" in out and "does not answer" in out
         processes[frozen].send_signal(signal.SIGCONT)
@@ -140,7 +140,7 @@ def test_a_step_longer_than_the_grace_time_is_left_with_the_newest_checkpoint(sm
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate()
         assert process.returncode == 75, out
-        assert "no step ended within 2 s of the signal; the newest checkpoint stands" in out
+        assert "no step ended within 2 s of the signal; the newest checkpoint is kept" in out
         assert newest_step(tmp_path / "run") == 5
     finally:
         end([process])

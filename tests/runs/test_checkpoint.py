@@ -218,7 +218,7 @@ from harness.distributed import process_group, world_from_environment
 from harness.errors import UserError
 from tests.conftest import start_ranks
 from harness.rendezvous import rendezvous
-from harness.training.run import load_alike
+from harness.training.resume import load_alike
 
 world = world_from_environment("cpu")
 with process_group(world, rendezvous(world, 60), 60) as control:
@@ -240,5 +240,5 @@ def test_ranks_that_would_restore_different_files_are_refused_alike(tmp_path):
     assert outputs[0] == outputs[1]
     restored, other, missing = outputs[0]
     assert restored == "3"
-    assert other.startswith(f"{b}: is another file on ") and "all ranks share it" in other
+    assert other.startswith(f"{b}: on ") and "all ranks share it" in other
     assert missing.startswith(f"{lost}: No such file")

@@ -9,9 +9,9 @@ import torch
 from harness import load_config
 from harness.models.registry import build_model
 from harness.runs.logging.jsonl import read_log
-from harness.training.step import Step
-from harness.training.tuning.cuda_graphs import try_graphs
 from harness.training.graphed_model import CudaCapture, GraphedModel
+from harness.training.replica import Replica
+from harness.training.tuning.cuda_graphs import try_graphs, tune_cuda_graphs
 from tests.conftest import free_port
 from tests.faults import start
 from tests.recorded_graph import RecordedCapture
@@ -35,11 +35,10 @@ def states(step, steps):
 def test_replayed_passes_are_the_same_steps(small, precision):
     plain = states(make_step(small, CPU, precision=precision), 3)
     step, recorded = make_step(small, CPU, precision=precision), RecordedCapture()
-    try_graphs(step, SIZES, None, recorded)
-    step.graphed.replays = True
+    try_graphs(step.replica, SIZES, None, recorded)
     for images in (2 * N, N):  # whatever the trial found to be faster
-        step.capture(torch.zeros(images, 3, 8, 8, dtype=torch.uint8), recorded)
-    step.forget_dry_passes()
+        step.replica.capture(torch.zeros(images, 3, 8, 8, dtype=torch.uint8), recorded)
+    step.replica.forget_dry_passes()
     before = recorded.replays
     replayed = states(step, 3)
     assert recorded.replays - before == 3 * 3 * 2  # steps, micro-batches, forward and backward
@@ -75,16 +74,14 @@ def test_evaluation_and_other_sizes_are_not_replayed(small):
 def timed(monkeypatch, plain_s, replayed_s):
     """A clock by which a step's passes take so long."""
     clock = {"s": 0.0}
-    monkeypatch.setattr(
-        "harness.training.tuning.cuda_graphs.time.perf_counter", lambda: clock["s"]
-    )
-    rehearse = Step.dry_pass
+    monkeypatch.setattr("harness.training.tuning.cuda_graphs.time.perf_counter", lambda: clock["s"])
+    dry_pass = Replica.dry_pass
 
-    def slowly(step, pixels, local=True):
-        rehearse(step, pixels, local)
-        clock["s"] += (replayed_s if step.graphed.replays else plain_s) / len(SIZES)
+    def slowly(replica, pixels, local=True):
+        dry_pass(replica, pixels, local)
+        clock["s"] += (replayed_s if replica.graphed._replays else plain_s) / len(SIZES)
 
-    monkeypatch.setattr(Step, "dry_pass", slowly)
+    monkeypatch.setattr(Replica, "dry_pass", slowly)
 
 
 @pytest.mark.parametrize(
@@ -98,15 +95,15 @@ def test_they_are_used_where_they_are_faster(small, monkeypatch, replayed_ms, fo
     timed(monkeypatch, 0.009, replayed_ms / 1000)
     step, recorded = make_step(small, CPU), RecordedCapture()
     before = copy.deepcopy(step.network.state_dict())
-    try_graphs(step, SIZES, None, recorded)
-    assert step.graphs == found
+    trial = try_graphs(step.replica, SIZES, None, recorded)
+    assert str(trial) == found and trial.used == found.startswith("used")
     # nothing of the trial stays
     assert all(torch.equal(before[k], v) for k, v in step.network.state_dict().items())
     assert all(parameter.grad is None for parameter in step.network.parameters())
-    assert not any(sums.any() for sums in step.running_statistics.sums)
+    assert not any(sums.any() for sums in step.replica.running_statistics.sums)
     replays = recorded.replays
     step(0, batches(CPU, [2, 2, 1]))
-    assert (recorded.replays > replays) == found.startswith("used")
+    assert (recorded.replays > replays) == trial.used
 
 
 class Frozen(RecordedCapture):
@@ -140,8 +137,8 @@ class Unfilled(RecordedCapture):
 def test_graphs_that_are_wrong_are_found_out(small, capture, why):
     plain = states(make_step(small, CPU), 2)[0]
     step = make_step(small, CPU)
-    try_graphs(step, SIZES, None, capture())
-    assert step.graphs.startswith(why)
+    trial = try_graphs(step.replica, SIZES, None, capture())
+    assert str(trial).startswith(why) and not trial.used
     found = states(step, 2)[0]
     assert all(torch.equal(plain[name], value) for name, value in found.items())
 
@@ -189,8 +186,8 @@ def test_a_refused_capture_leaves_its_stream(small, monkeypatch):
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", Stream())
     step = make_step(small, CPU)
-    try_graphs(step, SIZES, None, CudaCapture())
-    assert step.graphs.startswith("not used: not captured: operation failed due to a previous")
+    trial = try_graphs(step.replica, SIZES, None, CudaCapture())
+    assert str(trial).startswith("not used: not captured: operation failed due to a previous")
     assert Stream.current is default
 
 
@@ -207,8 +204,8 @@ def test_cuda_refuses_a_capture_and_training_continues(small):
 
     step.network.forward = reads_back
     before = torch.cuda.current_stream()
-    try_graphs(step, SIZES, None)
-    assert step.graphs.startswith("not used: not captured")
+    trial = try_graphs(step.replica, SIZES, None)
+    assert str(trial).startswith("not used: not captured")
     assert torch.cuda.current_stream() == before
     found = states(step, 3)[0]
     for name, value in found.items():
@@ -217,20 +214,21 @@ def test_cuda_refuses_a_capture_and_training_continues(small):
 
 def test_weights_that_were_cast_before_the_capture_are_found_out(small, monkeypatch):
     # what autocast does of itself within one context: the graph then holds no cast of the weights
-    capture = Step.capture
+    capture = Replica.capture
 
-    def within_one_context(step, pixels, recorded):
+    def within_one_context(replica, pixels, recorded):
         with torch.autocast("cpu", torch.bfloat16):
-            capture(step, pixels, recorded)
+            capture(replica, pixels, recorded)
 
-    monkeypatch.setattr(Step, "capture", within_one_context)
+    monkeypatch.setattr(Replica, "capture", within_one_context)
     step = make_step(small, CPU, precision="bfloat16")
-    try_graphs(step, SIZES, None, RecordedCapture())
-    assert step.graphs.startswith("not used: gradients of 8 images differ by")
+    trial = try_graphs(step.replica, SIZES, None, RecordedCapture())
+    assert str(trial).startswith("not used: gradients of 8 images differ by")
 
 
-def test_without_a_trial_there_are_none(small):
-    assert make_step(small, CPU).graphs == "none"
+def test_on_a_cpu_there_is_no_trial(small):
+    trial = tune_cuda_graphs(make_step(small, CPU).replica, SIZES, None, watchdog=None)
+    assert str(trial) == "none" and not trial.used
 
 
 REPLAYED = """
@@ -239,9 +237,9 @@ import harness.training.setup
 from tests.training.test_cuda_graphs import RecordedCapture, Refused
 trial.GAIN = -1e9  # what only pretends to be a graph is slower
 capture = Refused() if rank == {refused} else RecordedCapture()
-harness.training.setup.tune_cuda_graphs = lambda step, feed, control, watchdog: trial.try_graphs(
-    step, feed.sizes, control, capture
-)
+def tune(replica, sizes, control, watchdog):
+    return trial.try_graphs(replica, sizes, control, capture)
+harness.training.setup.tune_cuda_graphs = tune
 """
 
 
@@ -274,7 +272,7 @@ def test_cuda_graphs_are_the_same_steps(small, precision):
     device = torch.device("cuda")
     plain = states(make_step(small, device, precision=precision, compile=False), 3)
     step = make_step(small, device, precision=precision, compile=True)
-    try_graphs(step, SIZES, None)
-    assert step.graphs.startswith("used"), step.graphs  # a small network is bound by launching
+    trial = try_graphs(step.replica, SIZES, None)
+    assert trial.used, str(trial)  # a small network is bound by launching
     for name, value in states(step, 3)[0].items():
         torch.testing.assert_close(value, plain[0][name], rtol=0.02, atol=0.01, msg=name)

@@ -16,8 +16,8 @@ from harness.models.registry import build_model
 from harness.recipe.minibatch import Minibatch
 from harness.runs.logging.jsonl import read_log
 from harness.runs.run_folder import RunFolder
+from harness.training.replica import Replica
 from harness.training.setup import train
-from harness.training.step import Step
 from harness.training.tuning.micro_batch import candidates, fastest_micro_batch, random_pixels
 from tests.conftest import harness
 from tests.test_train import final_weights
@@ -89,25 +89,25 @@ def test_only_the_size_that_was_found_is_compiled(small, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(
-        "harness.training.step.compile_blocks", partial(compile_blocks, backend=count)
+        "harness.training.replica.compile_blocks", partial(compile_blocks, backend=count)
     )
     config = load_config(small(), ["run.compile=true"])
-    step = Step(config, build_model(config), ALONE, [range(8)])
-    images = fastest_micro_batch(step, Minibatch(8, 32), 1, None, lambda images: None)
+    replica = Replica(config, build_model(config), ALONE)
+    images = fastest_micro_batch(replica, Minibatch(8, 32), 1, None, lambda images: None)
     assert not graphs
-    step.dry_pass(random_pixels(images, 8, step.device))
+    replica.dry_pass(random_pixels(images, 8, replica.device))
     assert len(graphs) == 3  # ResNet-8's blocks
 
 
-def test_a_rehearsal_leaves_no_trace(small):
+def test_a_dry_pass_leaves_no_trace(small):
     config = load_config(small())
     model = build_model(config)
-    step = Step(config, model, ALONE, [range(8)])
+    replica = Replica(config, model, ALONE)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for images in (32, 64):
-        step.dry_pass(random_pixels(images, 8, step.device))
+        replica.dry_pass(random_pixels(images, 8, replica.device))
     assert any(p.grad is not None for p in model.parameters())
-    step.forget_dry_passes()
+    replica.forget_dry_passes()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(buffer.any() for name, buffer in model.named_buffers() if "sums" in name)

@@ -16,6 +16,7 @@ from harness.distributed import World
 from harness.execution.compilation import compile_blocks, uncompiled
 from harness.execution.precision import FLOAT32_SETTINGS, precision_within, set_precision
 from harness.models.registry import build_model
+from harness.training.replica import Replica
 from harness.training.step import Step
 
 N, PIXELS = 4, 8
@@ -41,7 +42,7 @@ def make_step(small, device, ranks=1, **run):
     model = build_model(config, channels_last=cuda).to(device, dtype)
     model = model.to(memory_format=torch.channels_last) if cuda else model
     world = World(0, ranks, 0, ranks, "alone", device)
-    return Step(config, model, world, [range(2), range(2, 4), range(4, 5)])
+    return Step(config, Replica(config, model, world), [range(2), range(2, 4), range(4, 5)])
 
 
 def run_steps(step, steps=2):
@@ -57,7 +58,7 @@ def test_compiled_blocks_are_the_same_step(small, device, monkeypatch):
     dynamo.utils.counters.clear()
     if device == "cpu":  # all but the C++ compiler's minute
         by_parts = partial(compile_blocks, backend="aot_eager")
-        monkeypatch.setattr("harness.training.step.compile_blocks", by_parts)
+        monkeypatch.setattr("harness.training.replica.compile_blocks", by_parts)
     device = torch.device(device)
     plain = run_steps(make_step(small, device, precision="float64", compile=False))
     step = make_step(small, device, precision="float64", compile=True)
@@ -82,13 +83,15 @@ def test_ddp_does_not_cut_blocks(small, monkeypatch, tmp_path):
         return graph.forward
 
     monkeypatch.setattr(
-        "harness.training.step.compile_blocks", partial(compile_blocks, backend=count)
+        "harness.training.replica.compile_blocks", partial(compile_blocks, backend=count)
     )
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         step = make_step(small, torch.device("cpu"), ranks=2, compile=True)
-        step.model.bucket_bytes_cap = 1  # a small network's gradients fill many buckets, too
+        step.replica.model.bucket_bytes_cap = (
+            1  # a small network's gradients fill many buckets, too
+        )
         run_steps(step)
     finally:
         dist.destroy_process_group()

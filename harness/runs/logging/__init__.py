@@ -1,1 +1,1 @@
-"""Where a run's events and scalars go."""
+"""Loggers: what a run's events and scalars are written to."""

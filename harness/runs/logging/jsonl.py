@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # a log can be read without PyTorch
-    pass
+from typing import Any
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log that stand: a torn one is ignored, superseded ones are left out."""
+    """Return the lines of a log that count: without torn and superseded ones."""
     return standing_lines(read_lines(path))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a log, in the order of writing; one that a crash cut off is ignored."""
+    """Return all lines of a log in the order of writing, except one that a crash cut off."""
     if not path.exists():
         return []
     texts = path.read_text(errors="replace").splitlines()
     try:
-        return json.loads(f"[{','.join(texts)}]")  # at once: twice as fast as line by line
+        return json.loads(f"[{','.join(texts)}]")  # in one call, twice as fast as line by line
     except json.JSONDecodeError:
         return [line for text in texts if (line := _parse_line(text))]
 
@@ -38,9 +37,9 @@ def _parse_line(text: str) -> dict[str, Any] | None:
 
 
 def standing_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the superseded ones.
+    """Leave out superseded lines.
 
-    A run resumed at step s goes on from there, so what was logged after s before is superseded.
+    A run resumed at step s continues from there, which supersedes what was logged after s before.
     """
     standing: list[dict[str, Any]] = []
     for line in lines:
@@ -51,16 +50,18 @@ def standing_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class JsonlSink:
-    """log.jsonl, a line a write. A disk that is full or gone is told once, and the run goes on."""
+    """Appends to log.jsonl, one write per line. A write that fails is reported once; the run
+    continues."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._warned = path, False
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        # a torn last line is ended, so that the next one stands by itself
+        # end a torn last line, so that the next one is a line of its own
         self._torn = path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Appends a line of JSON."""
+    def event(self, event: Mapping[str, object]) -> None:
+        # JSON knows neither NaN nor infinity
+        line = {k: v if _is_json(v) else None for k, v in event.items()}
         content = (json.dumps(line, allow_nan=False) + "\n").encode()
         if self._torn:
             content = b"\n" + content
@@ -71,13 +72,19 @@ class JsonlSink:
         except OSError as error:
             self._torn = True
             if not self._warned:
-                print(f"warning: {self._path}: not written: {error.strerror}; going on")
+                print(f"warning: {self._path}: not written: {error.strerror}; continuing")
             self._warned = True
 
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write nothing: events hold the same numbers."""
+
     def flush(self) -> None:
-        """To the disk."""
-        with suppress(OSError):  # a full disk was told when the line was written
+        with suppress(OSError):  # a full disk was reported when the line was written
             os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _is_json(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

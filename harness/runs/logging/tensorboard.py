@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,21 +12,25 @@ if TYPE_CHECKING:  # a log can be read without PyTorch
 
 
 class TensorBoardSink:
-    """TensorBoard's scalars; given up, with a warning, once they cannot be written."""
+    """Writes TensorBoard's scalars; warns and gives up once they cannot be written."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self._folder = folder
         self._writer: SummaryWriter | None = None
+        self._usual_hook = threading.excepthook
+        self._hook = self._hush_writer  # one bound method, to find it again
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         except UnicodeEncodeError:  # TensorBoard takes no path that is not UTF-8
-            print(f"warning: {str(folder)!a}: not written: the name is not UTF-8; going on")
-        _hush_tensorboard()
+            print(f"warning: {str(folder)!a}: not written: the name is not UTF-8; continuing")
+        threading.excepthook = self._hook
 
-    def add(self, values: dict[str, float], step: int) -> None:
-        """Values by their name, such as train/loss."""
+    def event(self, event: Mapping[str, object]) -> None:
+        """Write nothing: TensorBoard shows scalars."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._call("add_scalar", name, value, step)
 
@@ -34,6 +39,8 @@ class TensorBoardSink:
 
     def close(self) -> None:
         self._call("close")
+        if threading.excepthook == self._hook:
+            threading.excepthook = self._usual_hook
 
     def _call(self, method: str, *arguments: object) -> None:
         try:
@@ -41,15 +48,9 @@ class TensorBoardSink:
                 getattr(self._writer, method)(*arguments)
         except OSError as error:
             self._writer = None
-            print(f"warning: {self._folder}: not written any more: {error.strerror}; going on")
+            print(f"warning: {self._folder}: no longer written: {error.strerror}; continuing")
 
-
-def _hush_tensorboard() -> None:
-    """Its writing thread reports an error to its caller, and then to the terminal, with a stack."""
-    usual = threading.excepthook
-
-    def hook(thread: threading.ExceptHookArgs) -> None:
+    def _hush_writer(self, thread: threading.ExceptHookArgs) -> None:
+        """Drop the stack of TensorBoard's thread, whose error its caller gets as well."""
         if "_AsyncWriterThread" not in type(thread.thread).__name__:
-            usual(thread)
-
-    threading.excepthook = hook
+            self._usual_hook(thread)

@@ -1,1 +1,1 @@
-"""Choices measured before the first step: micro-batch size, CUDA graphs, malloc."""
+"""Choices made before the first step: micro-batch size, CUDA graphs, malloc."""

@@ -1,8 +1,8 @@
-"""Whether passes are replayed as CUDA graphs: captured, checked and timed before the first step.
+"""The trial of CUDA graphs before the first step: captured, checked and timed.
 
-They are used where each size of micro-batch gives the gradients that it gives without, and a step's
-passes with their sum over the ranks are faster on the slowest rank: DDP sums beside a backward pass
-only without. Nothing else of the trial stays in the run.
+Graphs are used where each size of micro-batch gives the same gradients as without them, and where a
+step's passes with their sum over the ranks are faster on the slowest rank (DDP overlaps the sum
+with the backward pass only without graphs). The run keeps nothing else of the trial.
 """
 
 from __future__ import annotations
@@ -11,98 +11,138 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.distributed import first_reason, max_over_ranks
-from harness.training.step import Step
+from harness.resilience.watchdog import Phase, Watchdog
 from harness.training.graphed_model import Capture, CudaCapture
+from harness.training.replica import Replica
 from harness.training.tuning.micro_batch import random_pixels, too_little_memory
 
 REPEATS = 5
 GAIN = 0.02  # by which a step has to be faster
-# of a gradient's norm: the same kernels round alike, and a stale input or a sum that is counted
+# relative to a gradient's norm: the same kernels round alike, while a stale input or a sum counted
 # twice is far above
 TOLERANCE = 0.01
 
 
+@dataclass(frozen=True)
+class GraphTrial:
+    """Whether a run uses CUDA graphs, and the trial's measurement of a step's passes.
+
+    `refusal` says why they cannot be used; the times are None then, and without a trial.
+    """
+
+    used: bool = False
+    refusal: str = ""
+    plain_ms: float | None = None
+    replayed_ms: float | None = None
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"not used: {self.refusal}"
+        if self.plain_ms is None:
+            return "none"
+        times = f"{self.replayed_ms:.2f} ms a step's passes, {self.plain_ms:.2f} ms without"
+        return f"used: {times}" if self.used else f"not used: no faster, {times}"
+
+
+NO_TRIAL = GraphTrial()
+
+
+def tune_cuda_graphs(
+    replica: Replica,
+    sizes: Sequence[int],
+    control: dist.ProcessGroup | None,
+    watchdog: Watchdog,
+) -> GraphTrial:
+    """Try graphs where `run.compile` is on and the device is a GPU; see `try_graphs`."""
+    if replica.device.type != "cuda" or replica.config.run.compile is not True:
+        return NO_TRIAL
+    # a place behind all those of `tune_micro_batch`
+    watchdog.enter_phase(0, Phase.STARTING, 2 * max(sizes))
+    return try_graphs(replica, sizes, control)
+
+
 def try_graphs(
-    step: Step,
+    replica: Replica,
     sizes: Sequence[int],
     control: dist.ProcessGroup | None,
     capture: Capture | None = None,
-) -> None:
-    """Leaves in `step` the passes that are worth replaying, and in `step.graphs` what was found.
+) -> GraphTrial:
+    """Leave the graphs in `replica` if they are worth replaying; return what was found.
 
-    `sizes`: the images of each of this rank's micro-batches, in order. All ranks call it at once,
-    and come to the same end. `capture`: CUDA's where None.
+    `sizes`: the images of each of this rank's micro-batches, in order. All ranks must call it
+    together, and come to the same result. `capture`: None is CUDA's.
     """
-    faster = False
-    if why := first_reason(_captured(step, sizes, capture), control):
-        step.graphs = f"not used: {why}"
-    else:
-        plain_ms, replayed_ms = max_over_ranks(_step_ms(step, sizes), control)
+    trial = GraphTrial(refusal=first_reason(_capture_all(replica, sizes, capture), control))
+    if not trial.refusal:
+        plain_ms, replayed_ms = max_over_ranks(_step_ms(replica, sizes), control)
         faster = replayed_ms < plain_ms * (1 - GAIN)
-        found = f"{replayed_ms:.2f} ms a step's passes, {plain_ms:.2f} ms without"
-        step.graphs = f"used: {found}" if faster else f"not used: no faster, {found}"
-    step.graphed.replays = True
-    if not faster:
-        step.graphed.drop()
-    _return_memory(step.device)
+        trial = GraphTrial(faster, plain_ms=plain_ms, replayed_ms=replayed_ms)
+    if not trial.used:
+        replica.graphed.drop()
+    _return_memory(replica.device)
+    return trial
 
 
-def _captured(step: Step, sizes: Sequence[int], capture: Capture | None) -> str:
-    """Captures each size and checks it; empty where all is well, else why not, in a line."""
+def _capture_all(replica: Replica, sizes: Sequence[int], capture: Capture | None) -> str:
+    """Capture and check each size; return "", or why graphs cannot be used, in one line."""
     try:
         capture = capture or CudaCapture()
         for images in sorted(set(sizes), reverse=True):  # the largest first: others fit its memory
-            step.capture(_pixels(step, images, 0), capture)
-            if not (apart := _difference(step, images)) <= TOLERANCE:
+            replica.capture(_pixels(replica, images, 0), capture)
+            if not (apart := _difference(replica, images)) <= TOLERANCE:
                 return f"gradients of {images} images differ by {apart:.2g} of their norm"
-        _return_memory(step.device)  # that the passes took without replaying
-        if too_little_memory(step.device):
+        _return_memory(replica.device)  # what the passes took without graphs
+        if too_little_memory(replica.device):
             return "less than 15 % of the memory would be free"
     except RuntimeError as error:  # torch.OutOfMemoryError too
         return f"not captured: {(str(error).splitlines() or [repr(error)])[0]}"
     finally:
-        step.forget_dry_passes()
+        replica.forget_dry_passes()
     return ""
 
 
-def _difference(step: Step, images: int) -> float:
-    """The greatest relative difference of a gradient, or of a batch norm's sums, with and without
-    replaying: after two micro-batches, with images and weights other than those captured."""
+def _difference(replica: Replica, images: int) -> float:
+    """Return the greatest relative difference that replaying makes to a gradient or a BN sum.
+
+    It is taken after two micro-batches, with images and weights other than those captured.
+    """
     found = []
-    with _other_weights(step.network):
+    with _other_weights(replica.network):
         for replays in (False, True):
-            step.graphed.replays = replays
-            step.forget_dry_passes()
-            for seed in (1, 2):
-                step.dry_pass(_pixels(step, images, seed))
-            gradients = [p.grad for p in step.network.parameters() if p.grad is not None]
-            left = gradients, step.running_statistics.sums
+            replica.forget_dry_passes()
+            with replica.graphed.replaying(replays):
+                for seed in (1, 2):
+                    replica.dry_pass(_pixels(replica, images, seed))
+            gradients = [p.grad for p in replica.network.parameters() if p.grad is not None]
+            left = gradients, replica.running_statistics.sums
             found.append([[tensor.double() for tensor in tensors] for tensors in left])
     return max(_apart(*pair) for pair in zip(*found, strict=True))
 
 
 @contextmanager
 def _other_weights(network: nn.Module) -> Iterator[None]:
-    """Within: all weights are a little larger, those too that begin at 0."""
-    weights: list[Tensor] = list(network.parameters())
-    own = [weight.detach().clone() for weight in weights]
+    """Within, all weights are a little larger, including those that begin at 0."""
+    own = [(weight, weight.detach().clone()) for weight in network.parameters()]
     with torch.no_grad():
-        torch._foreach_add_(weights, 0.01)
+        for weight, _ in own:
+            weight.add_(0.01)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(weights, own)
+            for weight, before in own:
+                weight.copy_(before)
 
 
 def _apart(plain: Sequence[Tensor], replayed: Sequence[Tensor]) -> float:
-    """The greatest of |a - b| / |a|; infinite where only one of two numbers is finite."""
+    """Return the greatest |a - b| / |a|; infinite where only one of two numbers is finite."""
     both = list(zip(plain, replayed, strict=True))
     if not all(torch.equal(a.isfinite(), b.isfinite()) for a, b in both):
         return math.inf
@@ -111,28 +151,32 @@ def _apart(plain: Sequence[Tensor], replayed: Sequence[Tensor]) -> float:
         for pair in both
     ]
     everything = math.sqrt(sum(float(a.norm()) ** 2 for a, _ in pairs))
-    # one that is all rounding is held against all of them
+    # a tensor that is all rounding is compared with the norm of all tensors
     least = max(TOLERANCE * everything, torch.finfo(torch.float64).tiny)
     return max((float((a - b).norm()) / max(float(a.norm()), least) for a, b in pairs), default=0.0)
 
 
-def _step_ms(step: Step, sizes: Sequence[int]) -> tuple[float, float]:
-    """Passes of a whole step with their sum over the ranks, plain and replayed: the best of a few
-    that alternate, in milliseconds."""
-    pixels = {images: _pixels(step, images, 0) for images in set(sizes)}
+def _step_ms(replica: Replica, sizes: Sequence[int]) -> tuple[float, float]:
+    """Time the passes of a step and their sum over the ranks, plain and replayed.
+
+    Returns the best of a few alternating measurements of each, in milliseconds.
+    """
+    pixels = {images: _pixels(replica, images, 0) for images in set(sizes)}
 
     def ms(replays: bool) -> float:
-        step.graphed.replays = replays
         start_s = time.perf_counter()
-        for number, images in enumerate(sizes, 1):
-            step.dry_pass(pixels[images], local=number < len(sizes))
-        if step.device.type == "cuda":
-            torch.cuda.synchronize(step.device)
+        with replica.graphed.replaying(replays):
+            for number, images in enumerate(sizes, 1):
+                replica.dry_pass(pixels[images], local=number < len(sizes))
+        if replica.device.type == "cuda":
+            torch.cuda.synchronize(replica.device)
         seconds = time.perf_counter() - start_s
-        step.forget_dry_passes()
+        replica.forget_dry_passes()
         return 1000 * seconds
 
-    pairs = [(ms(False), ms(True)) for _ in range(REPEATS + 2)][2:]  # DDP makes its buckets anew
+    pairs = [(ms(False), ms(True)) for _ in range(REPEATS + 2)][
+        2:
+    ]  # DDP rebuilds its buckets first
     plain, replayed = zip(*pairs, strict=True)
     return min(plain), min(replayed)
 
@@ -142,5 +186,5 @@ def _return_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _pixels(step: Step, images: int, seed: int) -> Tensor:
-    return random_pixels(images, step.config.data.crop, step.device, seed)
+def _pixels(replica: Replica, images: int, seed: int) -> Tensor:
+    return random_pixels(images, replica.config.data.crop, replica.device, seed)

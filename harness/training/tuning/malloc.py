@@ -1,4 +1,4 @@
-"""The host's memory: what a step has freed is kept for the next one."""
+"""malloc's settings: memory that a step has freed is kept for the next one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE = 2**31 - 1  # bytes: malloc takes an int
-OLDER_LIMIT = 2**25  # bytes: the most that glibc before 2.35 takes for M_MMAP_THRESHOLD
+OLDER_LIMIT = 2**25  # bytes: glibc before 2.35 takes no more for M_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> None:
-    """From now on, this process' malloc keeps freed memory instead of handing it back.
+    """Have this process's malloc keep freed memory instead of returning it to the system.
 
-    glibc hands large blocks back to the system, activations for one, and each step then waits for
-    their pages anew: 10,000 in the quickstart's, a fifth of its time on a CPU. Peak memory is 1
-    to 4 % above a bare loop's (benchmarks/memory.py). Does nothing with another C library.
+    glibc returns large blocks, such as activations, and each step then waits for new pages: 10,000
+    in a step of the quickstart, a fifth of its time on a CPU. Peak memory is 1 to 4 % above a bare
+    loop's (benchmarks/memory.py). The setting cannot be undone, so only a command calls this,
+    never the library. Does nothing with another C library.
     """
     if os.name != "posix" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return

@@ -1,8 +1,8 @@
-"""run.micro_batch: auto: the images that a rank pushes at once, chosen by a short measurement.
+"""The micro-batch size: how many images a rank pushes through the network together.
 
-Before the first step all ranks push micro-batches of 1, 2, 4, … workers through the model and
-back, uncompiled, and take the smallest that no larger one beats: compiling every size would take
-minutes. Nothing of it stays in the run; the choice changes rounding only.
+With `run.micro_batch: auto`, all ranks run micro-batches of 1, 2, 4, … workers forward and backward
+before the first step, uncompiled, and take the smallest size that no larger one beats; compiling
+every size would take minutes. The run keeps nothing of it, and the choice changes rounding only.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from harness.distributed import max_over_ranks
+from harness.config.schema import Config
+from harness.data.batch_plan import BatchPlan
+from harness.distributed import World, broadcast_from_rank0, max_over_ranks
 from harness.errors import RunFailed
 from harness.execution.compilation import uncompiled
 from harness.recipe.minibatch import Minibatch
-from harness.training.step import Step
+from harness.resilience.watchdog import Phase, Watchdog
+from harness.training.replica import Replica
 
 LARGEST = {"cpu": 256, "cuda": 1024}  # images
 REPEATS = 3
@@ -27,30 +30,63 @@ FREE = 0.15  # of a GPU's memory, for the loader's decoder, evaluation and fragm
 LONGEST_S = 1.0  # on a CPU; a pass of a large network takes seconds there
 
 
+def tune_micro_batch(
+    replica: Replica,
+    batch_plan: BatchPlan,
+    recorded: int | None,
+    world: World,
+    control: dist.ProcessGroup | None,
+    watchdog: Watchdog,
+) -> Config:
+    """Choose the micro-batch size for `batch_plan`; return the config with it in run.micro_batch.
+
+    Rank 0's `recorded` size is kept; where that is None, all ranks measure the fastest one.
+    """
+    images, origin = broadcast_from_rank0(recorded, control), "as recorded by this run"
+    if images is None:
+        origin = "measured as the fastest"
+        images = fastest_micro_batch(
+            replica,
+            batch_plan.minibatch,
+            world.world_size,
+            control,
+            lambda tried: watchdog.enter_phase(0, Phase.STARTING, tried),
+        )
+    batch_plan.use_micro_batch(images)
+    images = batch_plan.micro_batch
+    if world.rank == 0:
+        print(
+            f"micro-batch  {images} images a rank, {origin}; rounding, and with it the error, "
+            f"depends on it: repeat with run.micro_batch={images}",
+            flush=True,
+        )
+    run = replica.config.run.model_copy(update={"micro_batch": images})
+    return replica.config.model_copy(update={"run": run})
+
+
 def fastest_micro_batch(
-    step: Step,
+    replica: Replica,
     minibatch: Minibatch,
     world_size: int,
     control: dist.ProcessGroup | None,
-    tries: Callable[[int], object],
+    before_try: Callable[[int], object],
 ) -> int:
-    """The images of a micro-batch, the same on all ranks; the slowest rank's times count.
+    """Return the fastest number of images, the same on all ranks; the slowest rank's times count.
 
-    `tries` is called with each size before its passes.
-    A size that does not fit in a rank's memory is found out here and not taken. Raises RunFailed
-    where one worker's images do not fit.
+    `before_try` is called with each size. A size that does not fit in the memory of some rank is
+    not taken. Raises RunFailed where one worker's images do not fit.
     """
     begun_s = time.monotonic()
     best_s, best = math.inf, 0
-    for images in candidates(minibatch, world_size, step.device.type):
-        tries(images)
-        with uncompiled(step.config):
-            own_s = seconds_an_image(step, images), time.monotonic() - begun_s
+    for images in candidates(minibatch, world_size, replica.device.type):
+        before_try(images)
+        with uncompiled(replica.config):
+            own_s = seconds_an_image(replica, images), time.monotonic() - begun_s
         image_s, spent_s = max_over_ranks(own_s, control)
         if image_s >= best_s * (1 - GAIN):
             break  # no faster, or it does not fit
         best_s, best = image_s, images
-        if step.device.type == "cpu" and spent_s > LONGEST_S:
+        if replica.device.type == "cpu" and spent_s > LONGEST_S:
             break
     if not best:
         raise RunFailed(
@@ -62,7 +98,7 @@ def fastest_micro_batch(
 
 
 def candidates(minibatch: Minibatch, world_size: int, device_type: str) -> list[int]:
-    """Images: 1, 2, 4, … workers, and the most that a rank may push at once."""
+    """Return sizes in images: 1, 2, 4, … workers, and the most that a rank may take."""
     n = minibatch.worker_batch
     share = -(-minibatch.workers // world_size)  # the largest
     most = min(share, max(LARGEST[device_type] // n, 1))
@@ -70,32 +106,32 @@ def candidates(minibatch: Minibatch, world_size: int, device_type: str) -> list[
     return [workers * n for workers in (*powers, most)]
 
 
-def seconds_an_image(step: Step, images: int) -> float:
-    """The best of a few forward and backward passes on this rank; infinite if they do not fit."""
-    cuda = step.device.type == "cuda"
+def seconds_an_image(replica: Replica, images: int) -> float:
+    """Time the best of a few forward and backward passes; infinite if they do not fit."""
+    cuda = replica.device.type == "cuda"
     seconds = []
     try:
-        pixels = random_pixels(images, step.config.data.crop, step.device)
-        step.dry_pass(pixels)  # chooses algorithms
+        pixels = random_pixels(images, replica.config.data.crop, replica.device)
+        replica.dry_pass(pixels)  # libraries choose their algorithms
         for _ in range(REPEATS):
             start_s = time.perf_counter()
-            step.dry_pass(pixels)
+            replica.dry_pass(pixels)
             if cuda:
-                torch.cuda.synchronize(step.device)
+                torch.cuda.synchronize(replica.device)
             seconds.append(time.perf_counter() - start_s)
-        if too_little_memory(step.device):
+        if too_little_memory(replica.device):
             return math.inf
     except torch.OutOfMemoryError:
         return math.inf
     finally:
-        step.forget_dry_passes()
+        replica.forget_dry_passes()
         if cuda:
             torch.cuda.empty_cache()
     return min(seconds) / images
 
 
 def too_little_memory(device: torch.device) -> bool:
-    """Whether less than 15 % of a GPU's memory is free, with what PyTorch keeps for later."""
+    """Return True where less than 15 % of a GPU's memory is free; a cached block is not."""
     if device.type != "cuda":
         return False
     free, total = torch.cuda.mem_get_info(device)
@@ -103,8 +139,10 @@ def too_little_memory(device: torch.device) -> bool:
 
 
 def random_pixels(images: int, crop: int, device: torch.device, seed: int = 0) -> torch.Tensor:
-    """(images, 3, crop, crop) uint8, in memory as a loader gives them."""
-    generator = torch.Generator(device).manual_seed(seed)  # no other numbers of the run move
+    """Draw pixels (images, 3, crop, crop) uint8, in memory as a loader yields them."""
+    generator = torch.Generator(device).manual_seed(
+        seed
+    )  # the run's own generators stay as they are
     shape = images, crop, crop, 3
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
     return pixels.permute(0, 3, 1, 2)
