@@ -41,9 +41,13 @@ def run(options: argparse.Namespace) -> int:
 
     import_quickly("harness.training.setup")
     from harness.compat import describe_peer_loss
+    from harness.distributed import uses_cpu
     from harness.resilience.stopping import Stopped
     from harness.training.setup import train_stages
+    from harness.training.tuning.malloc import keep_freed_memory
 
+    if uses_cpu(stages[-1].config.run.device):
+        keep_freed_memory()
     first = is_first_rank()
     try:
         command = resume_command(options)

@@ -1,0 +1,87 @@
+"""harness/compat.py: fails where a dependency changes what it reads."""
+
+import threading
+import time
+from datetime import timedelta
+from inspect import signature
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from harness import compat
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("largest", "overflow"), [(1.0, 0.0), (float("inf"), 1.0)])
+def test_an_overflow_is_found_without_the_scale(largest, overflow):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu")
+    scaler.scale((weight * torch.tensor([1.0, 2.0, largest])).sum()).backward()
+    scaler.step(optimizer)
+    assert compat.found_overflow(scaler, optimizer, CPU).item() == overflow
+    assert (weight[0].item() == 1.0) == bool(overflow)  # the update was skipped
+
+
+def test_all_tensors_become_zero():
+    tensors = [torch.ones(2), torch.full((3,), float("inf"))]
+    compat.zero_all(tensors)
+    assert not any(tensor.any() for tensor in tensors)
+
+
+def test_ddp_has_the_argument_that_stops_it_from_sending_buffers():
+    (name,) = compat.buffer_sync_off()
+    assert name in signature(DistributedDataParallel).parameters
+
+
+def test_another_thread_sees_the_main_threads_stack():
+    stacks, waiting = [], threading.Event()
+
+    def look():
+        waiting.wait()
+        time.sleep(0.05)  # until the main thread has entered join
+        stacks.append(compat.main_thread_stack())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    waiting.set()
+    thread.join()
+    assert "test_another_thread_sees" in stacks[0] and "thread.join()" in stacks[0]
+
+
+def test_each_compiled_graph_is_a_phase():
+    before = compat.compiler_phases()
+    torch._dynamo.reset()
+    torch.compile(lambda x: x.sin() + 1, backend="eager")(torch.ones(3))
+    assert compat.compiler_phases() > before
+
+
+def test_a_lost_peer_is_described_in_one_line():
+    gloo = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:5"
+    assert compat.describe_peer_loss(RuntimeError(gloo)) == "Connection closed by peer [::1]:5"
+    closed = dist.DistNetworkError("the client socket has failed\nException raised from x.cpp:1")
+    assert compat.describe_peer_loss(closed) == "the client socket has failed"
+    assert compat.describe_peer_loss(RuntimeError("out of memory")) == ""
+    assert compat.describe_peer_loss(ValueError(gloo)) == ""
+
+
+def test_gloo_begins_its_messages_with_its_source_file(tmp_path):
+    """A real error: two ranks in this process, of which one leaves while the other receives."""
+    store, groups = dist.FileStore(str(tmp_path / "store"), 2), {}
+
+    def join(rank):
+        groups[rank] = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    receiving = groups[0].recv([torch.zeros(1)], 1, 0)
+    groups.pop(1)
+    with pytest.raises(RuntimeError) as failed:
+        receiving.wait()
+    lost = compat.describe_peer_loss(failed.value)
+    assert "onnection closed by peer" in lost and "\n" not in lost
