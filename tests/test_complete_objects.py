@@ -35,9 +35,7 @@ def foreign_assignments(text: str) -> set[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Assign):
             targets = node.targets
-        elif isinstance(node, ast.AugAssign | ast.AnnAssign) or isinstance(
-            node, ast.For | ast.comprehension
-        ):
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For | ast.comprehension):
             targets = [node.target]
         else:
             continue

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from harness.config.section import Count, CountOrZero, Effect, Positive, Section, Text, key
+from harness.config.section import AsList, Count, CountOrZero, Effect, Positive, Section, Text, key
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
 
@@ -72,4 +72,7 @@ class RunConfig(Section):
     )
     profile_steps: CountOrZero = key(
         "Steps to profile after the first few; 0 profiles none.", 0, unit="steps"
+    )
+    loggers: Annotated[tuple[Text, ...], AsList] = key(
+        "Loggers of installed packages, besides those built in (docs/loggers.md).", ()
     )

@@ -263,31 +263,6 @@ class DistillConfig(Section):
             yield "soft_weight: 0, as hard_weight is: no loss is left; raise one of them"
 
 
-<<<<<<< HEAD
-=======
-class RunConfig(Section):
-    """The machine: may change on resume, and changes no curve but by rounding."""
-
-    data_root: Text = "data/imagenet"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision = "float32"
-    micro_batch: Count | Literal["auto"] = "auto"  # images that a rank pushes at once
-    compile: bool | Literal["auto"] = "auto"
-    gradient_precision: Literal["float32", "bfloat16"] = "float32"
-    loader: Literal["auto", "dali", "reference", "memory"] = "auto"
-    loader_threads: Annotated[int, Field(ge=0, le=1024)] | Literal["auto"] = "auto"
-    evaluate_every_epochs: Count = 1
-    log_every_steps: Count = 20
-    checkpoint_every_minutes: Positive = 10.0  # and at every epoch's end
-    keep_checkpoints: Count = 3  # and the best
-    hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 300.0
-    profile_steps: CountOrZero = 0
-    loggers: Annotated[
-        tuple[Text, ...], Strict(False)
-    ] = ()  # of installed packages, beside those built in
-
-
->>>>>>> 56531fd (Build the step from a replica that tuning measures, with observers, and construct runs complete)
 class Config(Section):
     """A whole config, checked; the sections and keys are those of the YAML file."""
 

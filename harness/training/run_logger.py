@@ -56,8 +56,11 @@ class RunLogger:
         self._send(lambda sink: sink.scalars(values, step))
 
     def _send(self, call: Callable[[Sink], object]) -> None:
-        for sink in self._sinks:
+        for sink in self._sinks:  # log.jsonl comes first
             call(sink)
+        self._send_installed(call)
+
+    def _send_installed(self, call: Callable[[Sink], object]) -> None:
         for name, sink in list(self._installed.items()):
             try:
                 call(sink)
@@ -122,7 +125,9 @@ class RunLogger:
 
     def close(self) -> None:
         """Close all loggers."""
-        self._send(lambda sink: sink.close())
+        self._send_installed(lambda sink: sink.close())  # log.jsonl is open for their failures
+        for sink in self._sinks:
+            sink.close()
         self._sinks, self._installed, self._console = [], {}, None
 
 

@@ -106,6 +106,7 @@ def test_omitted_keys_take_the_documented_defaults(load):
             "keep_checkpoints": 3,
             "hang_timeout_s": 300.0,
             "profile_steps": 0,
+            "loggers": [],
         },
     }
 

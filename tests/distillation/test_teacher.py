@@ -151,7 +151,7 @@ def test_resumed_it_is_the_straight_run_and_another_teacher_is_refused(
     monkeypatch.setattr("harness.distillation.teacher.weights_checksum", lambda model: "another")
     list_checkpoints(tmp_path / "run" / "checkpoints")[0].unlink()
     status.write_text(status.read_text().replace("finished", "stopped"))
-    with pytest.raises(UserError, match=r"distill\.teacher or its cache is another one"):
+    with pytest.raises(UserError, match=r"distill\.teacher or its cache differs"):
         train(config, tmp_path / "run", resume=True)
 
 
