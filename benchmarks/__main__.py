@@ -2,8 +2,8 @@
 
     python -m benchmarks [--images FOLDER] [--only step memory …]
 
-`python -m benchmarks.check` then compares with the committed figures. The committed ones are made
-one by one, with the default repetitions of each and `--write`.
+`python -m benchmarks.check` then compares with the committed figures. Those are measured
+one by one, with each benchmark's default repetitions and `--write`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.check import NEW
 
-# modest: about a quarter of an hour in all on 2 free cores
+# few repetitions: about a quarter of an hour in total on 2 free cores
 ARGUMENTS = {
     "step": ["--starts", "3", "--repetitions", "4", "--block-seconds", "0.3"],
     "memory": ["--repetitions", "2"],
@@ -29,9 +29,9 @@ ARGUMENTS = {
 
 
 def main() -> None:
-    """Runs each in a process of its own; exit code 1 where one failed."""
+    """Run each benchmark in its own process; return exit code 1 if one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=Path, help="JPEGs, for the loaders")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs for the loaders")
     parser.add_argument("--only", nargs="*", choices=ARGUMENTS, default=list(ARGUMENTS))
     options = parser.parse_args()
     failed = []

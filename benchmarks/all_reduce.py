@@ -1,10 +1,10 @@
-"""Halving and doubling, sums by nodes, and straggling: measured, and what the model says of them.
+"""Halving and doubling, sums by nodes, and straggling: measurements compared with the model.
 
     python -m benchmarks.all_reduce [--repetitions 5] [--write]
-    python -m benchmarks.all_reduce --measured FILE.json      # its table again, measuring nothing
+    python -m benchmarks.all_reduce --measured FILE.json      # print its table, measure nothing
 
 Four nodes of two ranks, each rank in a network namespace at its node's bridge, with shaped links;
-Gloo. Two parameters are fitted to a part of the all-reduces, and all else is predicted. Needs root.
+Gloo. Two parameters are fitted to some of the all-reduces; the rest is predicted. Needs root.
 """
 
 from __future__ import annotations
@@ -34,17 +34,20 @@ NO_LINK = Link(0.0, float("inf"))
 
 @dataclass(frozen=True)
 class Fitted:
-    """Of every link: `latency_s` of a message, beside the delay that was set; `rate`: what arrives
-    of the set bytes/s."""
+    """Fitted parameters of every link.
+
+    `latency_s`: of a message, in addition to the delay that was set. `rate`: the achieved share of
+    the set bytes/s.
+    """
 
     latency_s: float
     rate: float
 
 
 def predicted_s(point: dict[str, Any], fitted: Fitted) -> float:
-    """What the model says of a point: an all-reduce, or the wait for the slowest rank."""
-    if point["part"] == "straggling":  # by itself: no bytes, and no parameter of the network
-        spread = point["deviation_s"] / point["compute_s"]  # as measured, like the compute
+    """Predict a point: the time of an all-reduce, or the wait for the slowest rank."""
+    if point["part"] == "straggling":  # no bytes, and no parameters of the network
+        spread = point["deviation_s"] / point["compute_s"]  # measured, like the compute itself
         work = Workload(point["compute_s"], 0.0, (), spread)
         return step_time(work, Network(1, NO_LINK, NO_LINK), point["ranks"]).straggling_s
     latency_s = fitted.latency_s + point["delay_ms"] / 1000
@@ -60,13 +63,13 @@ def predicted_s(point: dict[str, Any], fitted: Fitted) -> float:
 
 
 def measured_s(point: dict[str, Any]) -> float:
-    """The median of a point's repetitions."""
+    """Return the median of a point's repetitions."""
     key = "straggling_s" if point["part"] == "straggling" else "all_reduce_s"
     return float(point[key]["median"])
 
 
 def is_fitted(point: dict[str, Any]) -> bool:
-    """Only halving and doubling on 2 and 4 hosts, at every other speed, without a delay."""
+    """Return True for the points to fit: halving on 2 and 4 hosts, every other speed, no delay."""
     return (
         point["part"] == "halving"
         and point["nodes"] in (2, NODES)
@@ -76,8 +79,11 @@ def is_fitted(point: dict[str, Any]) -> bool:
 
 
 def fit(points: Sequence[dict[str, Any]]) -> Fitted:
-    """The parameters with the least relative errors: squared up to 2 %, then linear, as a point
-    that other work disturbed is not to bend them."""
+    """Find the parameters with the least relative errors.
+
+    Errors count squared up to 2 % and linearly above, so a point that other work has disturbed does
+    not distort the fit.
+    """
 
     def errors(parameters: Sequence[float]) -> list[float]:
         return [predicted_s(point, Fitted(*parameters)) / measured_s(point) - 1 for point in points]
@@ -94,7 +100,7 @@ def fit(points: Sequence[dict[str, Any]]) -> Fitted:
 
 
 def judge(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The fit, each point's prediction and error, and each part's median held-out error."""
+    """Return the fit, each point's prediction and error, and each part's median held-out error."""
     fitted = fit([point for point in points if is_fitted(point)])
     rows, errors = [], dict[str, list[float]]()
     for point in points:
@@ -120,12 +126,12 @@ def judge(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def part_of(point: dict[str, Any]) -> str:
-    """Of the model; all-reduces with a delay by themselves."""
+    """Return the part of the model that a point tests; delayed all-reduces are a separate part."""
     return point["part"] + ", delayed" * bool(point.get("delay_ms"))
 
 
 def case(point: dict[str, Any]) -> str:
-    """Where a point was measured, in words."""
+    """Describe where a point was measured."""
     if point["part"] == "straggling":
         return f"{point['ranks']} ranks, spread {100 * point['set_spread']:g} %"
     ranks = f"{point['nodes']} hosts"
@@ -136,7 +142,7 @@ def case(point: dict[str, Any]) -> str:
 
 
 def print_errors(judged: dict[str, Any], points: Sequence[dict[str, Any]]) -> None:
-    """A row for each point, with the model's prediction and its error."""
+    """Print a row for each point, with the model's prediction and its error."""
     print(
         "part               where                                ms (quartiles)  predicted  error"
     )
@@ -149,15 +155,15 @@ def print_errors(judged: dict[str, Any], points: Sequence[dict[str, Any]]) -> No
             + ("" if row["held_out"] else "  fitted")
         )
     fitted = judged["fitted"]
-    print(f"fitted: {1e3 * fitted['latency_s']:.2f} ms a message, {fitted['rate']:.3f} of the rate")
+    print(f"fitted: {1e3 * fitted['latency_s']:.2f} ms per message, rate {fitted['rate']:.3f}")
     for part, error in judged["median_error_percent"].items():
-        print(f"median error of the held-out, {part}: {error:.1f} %")
+        print(f"median error of the held-out points, {part}: {error:.1f} %")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The points of four nodes, then of four hosts whose links have a delay.
+    """Measure the points of four nodes, then of four hosts whose links have a delay.
 
-    Raises RuntimeError where a rank fails.
+    Raises RuntimeError if a rank fails.
     """
     load_average = os.getloadavg()[0]
     points = measure_hosts(options, LOCAL_RANKS, SPEEDS, 0.0)
@@ -168,7 +174,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def measure_hosts(
     options: argparse.Namespace, local_ranks: int, speeds: Sequence[float], delay_ms: float
 ) -> list[dict[str, Any]]:
-    """Starts a rank a host, and waits for all; straggling is measured where there is no delay."""
+    """Run one rank per host; straggling is measured on hosts without a delay."""
     world_size = NODES * local_ranks
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -191,7 +197,7 @@ def measure_hosts(
 
 
 def main() -> None:
-    """Prints the table; --write keeps it in benchmarks/results/all_reduce.json."""
+    """Print the table; --write stores it in benchmarks/results/all_reduce.json."""
     parser = benchmark_parser(__doc__, repetitions=5)
     parser.add_argument("--measured", type=Path, metavar="FILE.json", help="measure nothing")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""One rank of the all-reduce benchmark: the parts of the model that a DDP step alone does not show.
+"""One rank of the all-reduce benchmark: the parts of the model that a DDP step does not isolate.
 
-Started by all_reduce.py, on a host of its own. Each part is timed in blocks of all-reduces (or
-steps) one after the other; a block begins with a barrier and counts for its slowest rank.
+all_reduce.py starts it on a host of its own. Each part is timed in blocks of all-reduces (or
+steps), one after the other; a block begins with a barrier and is timed on its slowest rank.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from benchmarks.hosts import Interface
 from benchmarks.scaling_rank import Waits
 from harness.planning.step_time_model import MIB
 
-PATIENCE = timedelta(hours=1)  # of ranks that take no part in what is measured
+PATIENCE = timedelta(hours=1)  # time-out of ranks that take no part in a measurement
 SIZES = (MIB // 4, MIB)  # bytes summed
-INSIDE = 2.0  # the rate of a rank's link to its node, times that of the node's to the others
-# straggling: none to compare with, then those measured; the steps of a block with each
+INSIDE = 2.0  # rate of a rank's link to its node, relative to the node's link to the others
+# straggling: spreads of compute (0 for comparison), and the steps in a block of each
 SPREADS, WAIT_S, STEPS = (0.0, 0.05, 0.1), 0.05, 40
-GRADIENT_BYTES = 1024  # few: ranks that sum at the same time would wait for the cores
+GRADIENT_BYTES = 1024  # small, as ranks that sum simultaneously would wait for the cores
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """With one peer: what is sent to it and what is got from it and added; the way back is the
-    other way round. Either may be empty."""
+    """An exchange with one peer: the part sent to it, and the part received from it and added.
+
+    On the way back the two are swapped. Either may be empty.
+    """
 
     peer: int
     sent: Tensor
@@ -46,10 +48,10 @@ class Exchange:
 
 
 class Halving:
-    """An all-reduce of `numbers`, a vector, in place, by recursive halving and doubling.
+    """All-reduce the vector `numbers` in place by recursive halving and doubling.
 
-    `ranks`: those that take part, this one among them, in binary blocks. Every receive is posted at
-    once, as Gloo sends only what is waited for.
+    `ranks`: the participants, including this one, in binary blocks. All receives are posted
+    immediately, since Gloo sends only to posted receives.
     """
 
     def __init__(self, numbers: Tensor, ranks: Sequence[int]) -> None:
@@ -63,7 +65,7 @@ class Halving:
         self.sending: list[dist.Work] = []
 
     def reduce(self) -> None:
-        """Leaves in each rank of the largest block the sum of its `part`."""
+        """Leave the sum of its `part` in each rank of the largest block."""
         for exchange, scratch, coming in zip(
             self.exchanges, self.scratch, self.to_add, strict=True
         ):
@@ -73,7 +75,7 @@ class Halving:
                 exchange.kept.add_(scratch)
 
     def gather(self) -> None:
-        """The way back, after which all have the whole sum."""
+        """Distribute the parts, after which all ranks have the whole sum."""
         for exchange, coming in zip(self.exchanges[::-1], self.to_take, strict=True):
             self._send(exchange.kept, exchange.peer)
             if coming is not None:
@@ -87,12 +89,12 @@ class Halving:
 
 
 def receive(numbers: Tensor, peer: int) -> dist.Work | None:
-    """Posts a receive; none where nothing is to come."""
+    """Post a receive, if there is anything to receive."""
     return dist.irecv(numbers, peer) if len(numbers) else None
 
 
 def plan(numbers: Tensor, ranks: Sequence[int], rank: int) -> tuple[list[Exchange], Tensor]:
-    """What `rank` exchanges, in order, and the part of `numbers` that is its own afterwards."""
+    """Return the exchanges of `rank`, in order, and the part of `numbers` that it ends up with."""
     blocks = binary_blocks(ranks)
     place = next(place for place, block in enumerate(blocks) if rank in block)
     block, size = blocks[place], len(blocks[place])
@@ -103,7 +105,7 @@ def plan(numbers: Tensor, ranks: Sequence[int], rank: int) -> tuple[list[Exchang
 
     exchanges, distance = [], size // 2
     while distance:
-        first = index // distance * distance  # of the parts that are kept
+        first = index // distance * distance  # the first of the parts that are kept
         exchanges.append(
             Exchange(
                 block[index ^ distance],
@@ -125,7 +127,7 @@ def plan(numbers: Tensor, ranks: Sequence[int], rank: int) -> tuple[list[Exchang
 
 
 def binary_blocks(ranks: Sequence[int]) -> list[Sequence[int]]:
-    """In blocks of powers of two, the largest first: 7 as 4, 2 and 1."""
+    """Split ranks into blocks of powers of two, the largest first: 7 into 4, 2 and 1."""
     blocks, rest = [], ranks
     while rest:
         size = 1 << (len(rest).bit_length() - 1)
@@ -135,17 +137,17 @@ def binary_blocks(ranks: Sequence[int]) -> list[Sequence[int]]:
 
 
 def halving_doubling(numbers: Tensor, ranks: Sequence[int]) -> None:
-    """Sums a vector over `ranks`, in place."""
+    """Sum a vector over `ranks`, in place."""
     halving = Halving(numbers, ranks)
     halving.reduce()
     halving.gather()
 
 
 def by_nodes(numbers: Tensor, nodes: int, local_ranks: int) -> None:
-    """Sums a vector over nodes of so many ranks, as the model has it (section 4's phases 1 to 3).
+    """Sum a vector over nodes of several ranks, as in the model (section 4's phases 1 to 3).
 
-    Inside a node each rank gets the sum of a part, which it sums with its peers of the other nodes
-    and hands back inside: a node sends each byte once through its one interface.
+    Inside a node each rank gets the sum of a part, which it sums with its peers on the other nodes
+    and distributes inside: a node sends each byte once through its only interface.
     """
     rank = dist.get_rank()
     node, local_rank = divmod(rank, local_ranks)
@@ -158,7 +160,7 @@ def by_nodes(numbers: Tensor, nodes: int, local_ranks: int) -> None:
 
 
 def measure_all_reduces(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Halving and doubling over one rank a node, then all ranks by nodes, at each speed."""
+    """Measure halving over one rank per node, then all ranks by nodes, at each speed."""
     rank, local_ranks = dist.get_rank(), options.local_ranks
     counts = range(2, dist.get_world_size() // local_ranks + 1)
     for mbit_per_s in options.mbit_per_s:
@@ -178,7 +180,7 @@ def measure_all_reduces(options: argparse.Namespace) -> Iterator[dict[str, Any]]
 
 
 def shape(options: argparse.Namespace, mbit_per_s: float) -> None:
-    """Every link of every host."""
+    """List every link of every host."""
     for interface in options.between:
         interface.shape(mbit_per_s)
     for interface in options.inside:
@@ -191,7 +193,7 @@ def measure(
     ranks: Sequence[int],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Seconds of the function, called by `ranks`; the other ranks of the world wait."""
+    """Time the function on `ranks`, in seconds; the other ranks of the world wait."""
 
     def seconds(times: int) -> float:
         dist.barrier()
@@ -211,20 +213,22 @@ def measure(
 
 
 def measure_straggling(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What steps take longer when each rank's compute varies; one rank a node, fast links."""
+    """Measure how much steps slow down if compute varies by rank; one rank per node, fast links."""
     for count in range(2, dist.get_world_size() // options.local_ranks + 1):
         ranks = list(range(0, count * options.local_ranks, options.local_ranks))
-        group = dist.new_group(ranks, timeout=PATIENCE)  # called by all
-        if isinstance(group, dist.ProcessGroup):  # this rank is in it
+        group = dist.new_group(ranks, timeout=PATIENCE)  # a collective call of all ranks
+        if isinstance(group, dist.ProcessGroup):  # this rank is a member
             yield from straggle(group, count, options.repetitions)
         dist.barrier()
 
 
 def straggle(group: dist.ProcessGroup, ranks: int, repetitions: int) -> Iterator[dict[str, Any]]:
-    """Steps whose waits are drawn, in turn with steps of equal waits, which say what a step takes
-    after its slowest rank's compute."""
+    """Alternate steps with random waits and steps with equal waits.
+
+    The latter show what a step takes after its slowest rank's compute.
+    """
     blocks = straggling_blocks(group)
-    next(blocks)  # DDP makes its buckets anew after the first step
+    next(blocks)  # DDP rebuilds its buckets after the first step
     steps_s, computes_s = zip(*itertools.islice(blocks, repetitions), strict=True)
     means_s = [summed(compute_s, dist.ReduceOp.SUM, group) / ranks for compute_s in computes_s]
     slowest_s = [summed(compute_s, dist.ReduceOp.MAX, group) for compute_s in computes_s]
@@ -232,7 +236,7 @@ def straggle(group: dist.ProcessGroup, ranks: int, repetitions: int) -> Iterator
     found = [
         {
             "straggling_s": step_s - mean_s - (step_s - slow_s).mean(0)[0],
-            "slowest_s": slow_s - mean_s,  # in its compute alone
+            "slowest_s": slow_s - mean_s,  # of compute alone
         }
         for step_s, mean_s, slow_s in zip(steps_s, means_s, slowest_s, strict=True)
     ]
@@ -250,14 +254,14 @@ def straggle(group: dist.ProcessGroup, ranks: int, repetitions: int) -> Iterator
 
 
 def straggling_blocks(group: dist.ProcessGroup) -> Iterator[tuple[Tensor, Tensor]]:
-    """For ever, the seconds of STEPS steps of each spread, and those of this rank's compute."""
+    """Yield, endlessly, the seconds of STEPS steps of each spread, and of this rank's compute."""
     model, draw, computed = Waits(GRADIENT_BYTES), random.Random(dist.get_rank()), [0.0]
     ddp = DistributedDataParallel(model, process_group=group)
 
     def note_the_end(gradient: Tensor) -> None:
         computed[0] = time.perf_counter()
 
-    model.weights[0].register_hook(note_the_end)  # the last one of the backward pass
+    model.weights[0].register_hook(note_the_end)  # the last gradient of the backward pass
     while True:
         step_s, compute_s = torch.zeros(2, STEPS, len(SPREADS), dtype=torch.float64)
         dist.barrier(group)
@@ -271,7 +275,7 @@ def straggling_blocks(group: dist.ProcessGroup) -> Iterator[tuple[Tensor, Tensor
 
 
 def summed(numbers: Tensor, how: dist.ReduceOp.RedOpType, group: dist.ProcessGroup) -> Tensor:
-    """Of all ranks of the group; `numbers` stay as they are."""
+    """Return the maximum over the ranks of the group; `numbers` remains unchanged."""
     numbers = numbers.clone()
     dist.all_reduce(numbers, how, group)
     return numbers
@@ -283,14 +287,14 @@ def interface(text: str) -> Interface:
 
 
 def main() -> None:
-    """Measures; rank 0 writes the points to --out."""
+    """Measure; rank 0 writes the points to --out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--local-ranks", type=int, required=True, help="of a node")
+    parser.add_argument("--local-ranks", type=int, required=True, help="ranks per node")
     parser.add_argument("--inside", type=interface, nargs="*", default=[], metavar="NAMESPACE:NAME")
     parser.add_argument("--between", type=interface, nargs="+", metavar="NAMESPACE:NAME")
     parser.add_argument("--mbit-per-s", type=float, nargs="+", required=True)
     parser.add_argument("--delay-ms", type=float, default=0.0, help="only noted")
-    parser.add_argument("--straggling", action="store_true", help="measure it too, first")
+    parser.add_argument("--straggling", action="store_true", help="first measure straggling too")
     parser.add_argument("--repetitions", type=at_least_two, default=5)
     parser.add_argument("--block-seconds", type=float, default=0.3)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
@@ -300,7 +304,7 @@ def main() -> None:
     points += measure_all_reduces(options)
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(points))
-    dist.barrier()  # none leaves before the others have what it sent
+    dist.barrier()  # no rank leaves before the others have received its data
     dist.destroy_process_group()
 
 

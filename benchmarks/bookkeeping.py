@@ -1,13 +1,13 @@
-"""What being interruptible costs a step: agreement, counters, watchdog and log lines.
+"""The cost of being interruptible, per step: agreement, counters, watchdog and log lines.
 
     python -m benchmarks.bookkeeping [--ranks 1,2] [--repetitions 20] [--write]
 
-- The loop with them against the same loop without: blocks of steps that alternate in one process a
-  rank, with / without of neighbouring blocks, on the clock and in processor time. On shared cores
-  both vary by more than is looked for.
-- Part by part, in the loop as it is: processor time of the loop's thread in these calls, of all
-  threads at a log line, and of the threads that are there for nothing else (the control group's,
-  the watchdog's, TensorBoard's), as a share of a step's. This is the figure to hold to 1 %.
+- The loop with and without them: blocks of steps that alternate in one process per
+  rank, with / without for neighbouring blocks, in wall time and processor time. On shared cores
+  both vary by more than the effect.
+- Part by part, in the real loop: processor time of the loop's thread in these calls, of all
+  threads at a log line, and of the threads that exist only for this (the control group's,
+  the watchdog's, TensorBoard's), as a share of a step's. This figure must stay below 1 %.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from harness.training.run_logger import RunLogger
 from harness.training.step import Step
 
 CASES = [Case("resnet8", 16, 32, 8, 8), Case("resnet20", 32, 32, 4, 4)]
-BLOCK_S = 0.25  # short, so that what else the machine does is the same for both of a pair
+BLOCK_S = 0.25  # short, so both blocks of a pair see the same load on the machine
 METERED_STEPS = LOG_EVERY_STEPS
-KINDS = "", "_processor_time"  # of the figure
+KINDS = "", "_processor_time"  # suffixes of a figure's names
 PARTS = "counters", "agreement", "log lines", "threads"
 
 
@@ -62,7 +62,7 @@ class NoMetrics(Metrics):
 
 
 class MeteredMetrics(Metrics):
-    """Metrics whose calls in a step are timed."""
+    """Metrics that time their calls in a step."""
 
     meter: Meter
 
@@ -78,25 +78,25 @@ class MeteredMetrics(Metrics):
 
 
 class Meter:
-    """Processor seconds by name of what was done; `on`: whether it counts."""
+    """Processor seconds by activity; counted only while `on`."""
 
     def __init__(self, group: Any) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.on = False
-        # threads have growing numbers: the control group's are the last that are there so far
+        # thread numbers increase: so far the control group's are the last
         loops = [t for t in threads() if (TASKS / t / "comm").read_text() == "gloo_tcp_loop\n"]
         self._first = int(loops[-1]) if group is not None else int(threads()[-1]) + 1
 
     @contextmanager
     def __call__(self, name: str, clock: Callable[[], float] = time.thread_time) -> Iterator[None]:
-        """Counts what is done within, once it is on."""
+        """Count the processor time of the block, if it is on."""
         begun_s = clock()
         yield
         if self.on:
             self.seconds[name] += clock() - begun_s
 
     def threads_s(self) -> float:
-        """What the threads beside the loop have used that are there for the bookkeeping only."""
+        """Return the processor time of the threads that exist only for the bookkeeping."""
         mine = [t for t in threads() if int(t) >= self._first]
         return sum(int((TASKS / t / "schedstat").read_text().split()[0]) for t in mine) / 1e9
 
@@ -105,12 +105,12 @@ TASKS = Path("/proc/self/task")
 
 
 def threads() -> list[str]:
-    """This process's, the oldest first."""
+    """List this process's threads, the oldest first."""
     return sorted((path.name for path in TASKS.iterdir()), key=int)
 
 
 class Loop:
-    """One rank's loop with everything, and without."""
+    """One rank's loop, with and without the bookkeeping."""
 
     def __init__(self, case: Case, world: World, group: Any, folder: Path) -> None:
         self.config, self.world, self.group = case_config(*case), world, group
@@ -134,7 +134,7 @@ class Loop:
         self.stop, self.done = StopRequest(), 0
 
     def with_all(self, steps: int) -> None:
-        """As in `harness train`."""
+        """Run steps as in `harness train`."""
         self.step.metrics, agreement = self.counted, Agreement(self.group)
         with Watchdog(self.world, 300.0, self.stop) as watchdog:
             watchdog.join_ranks()
@@ -154,14 +154,14 @@ class Loop:
             self.meter.seconds["threads"] = self.meter.threads_s() - threads_s
 
     def without(self, steps: int) -> None:
-        """The step, its all-reduce and its update."""
+        """Run only the steps with their all-reduces and updates."""
         self.step.metrics = self.uncounted
         for _ in range(steps):
             self.step(self.done, self.batches)
             self.done += 1
 
     def metered_ms(self) -> dict[str, float]:
-        """Processor milliseconds a step of the parts, in `with_all` between two log lines."""
+        """Return processor milliseconds per step by part, in `with_all` between two log lines."""
         self.done, self.meter.on = 0, True
         self.meter.seconds.update(dict.fromkeys(PARTS, 0.0))
         self.with_all(METERED_STEPS)
@@ -176,14 +176,14 @@ class Loop:
 
 
 def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Path) -> None:
-    """One rank of it; rank 0 leaves its rows in the folder."""
+    """Run one rank; rank 0 saves its rows in the folder."""
     environment: dict[str, object] = {"RANK": rank, "WORLD_SIZE": ranks}
     environment |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     set_precision("float32")
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the progress lines are written, not shown)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (progress lines are written, but not shown)
     world = world_from_environment("cpu")
     rows = []
     with process_group(world, rendezvous(world, 300), 300) as group:
@@ -204,12 +204,12 @@ def measure_cost(rank: int, ranks: int, port: int, repetitions: int, folder: Pat
 
 
 def blocks_of(loop: Loop) -> list[Callable[[int], None]]:
-    """The two that are compared."""
+    """Return the two loops that are compared."""
     return [loop.with_all, loop.without]
 
 
 def compared(group: Any, loop: Loop, steps: int, repetitions: int) -> dict[str, Any]:
-    """The blocks in turn, each first as often as second, and the parts after them."""
+    """Time the blocks in turn, each first as often as second, and then the parts."""
     clock, processor, parts_ms, share, step_ms = [], [], [], [], []
     for repetition in range(repetitions):
         times = []
@@ -236,7 +236,7 @@ def compared(group: Any, loop: Loop, steps: int, repetitions: int) -> dict[str, 
 
 
 def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, Any]]:
-    """Rows of with / without, for each number of ranks."""
+    """Return rows of with / without, for each number of ranks."""
     rows = []
     for world_size in ranks:
         place = folder / f"cost-{world_size}"
@@ -245,7 +245,7 @@ def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, An
         multiprocessing.spawn(
             measure_cost, (world_size, port, repetitions, place), nprocs=world_size
         )
-        rows += torch.load(place / "rows.pt", weights_only=False)  # written above
+        rows += torch.load(place / "rows.pt", weights_only=False)  # written by `one_rank`
     for row in rows:
         clock, processor = (quartiles(row[f"with_to_without{kind}"]) for kind in KINDS)
         parts = row["parts_processor_ms_a_step"].items()
@@ -259,12 +259,12 @@ def costs(ranks: list[int], repetitions: int, folder: Path) -> list[dict[str, An
 
 
 def quartiles(value: dict[str, float]) -> str:
-    """The median, and the quartiles on both sides of it."""
+    """Format a median with its quartiles."""
     return f"{value['median']:.4f} ({value['quartile_1']:.4f}, {value['quartile_3']:.4f})"
 
 
 def main() -> None:
-    """Prints the figures; --write keeps them in benchmarks/results/bookkeeping.json."""
+    """Print the figures; --write stores them in benchmarks/results/bookkeeping.json."""
     parser = benchmark_parser(__doc__, repetitions=20)
     parser.add_argument("--ranks", default="1,2")
     options = parser.parse_args()

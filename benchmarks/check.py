@@ -1,12 +1,12 @@
-"""Compares new figures with the committed ones, by ratio and never by absolute time.
+"""Compare new figures with the committed ones, by ratio and never by absolute time.
 
     python -m benchmarks.check [FOLDER]
 
-FOLDER is what `python -m benchmarks` wrote (build/benchmarks). A figure is worse where its median
-lies beyond the committed quartiles and the committed median beyond its own, on the worse side, so
-that what varies more has to change by more; and by 5 % at least, as few repetitions of the same
-code have differed by. Exit code 1 where one is worse, 2 where nothing could
-be compared.
+FOLDER is what `python -m benchmarks` has written (build/benchmarks). A figure is worse if its
+median is beyond the committed quartiles and the committed median beyond its own, on the worse side,
+so figures that vary more have to change by more; and by at least 5 %, since few repetitions of the
+same code have differed by that much. The exit code is 1 if a figure is worse, 2 if nothing could be
+compared.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 from benchmarks.conditions import RESULTS
 
 NEW = Path("build/benchmarks")
-LABELS = ("case", "loop", "contender", "start")  # what a row is about
-# names of ratios begin so, and are better when higher, or lower
+LABELS = ("case", "loop", "contender", "start")  # keys that name a row
+# prefixes of the names of ratios, and whether higher is better
 HIGHER = ("ratio",)
 LOWER = ("cost_ratio", "with_to_without", "percent_of_step")
-LEAST = 0.05  # of the committed median
+LEAST = 0.05  # share of the committed median
 CONDITIONS = ("cpu", "cores", "gpu", "threads", "torch")
 
 
 def figures(content: Any, label: str = "") -> Iterator[tuple[str, bool, dict[str, float]]]:
-    """Every ratio within a result: what it is, whether higher is better, its spread."""
+    """Yield every ratio in a result: its label, whether higher is better, its spread."""
     if isinstance(content, list):
         for row in content:
             yield from figures(row, label)
@@ -45,8 +45,7 @@ def figures(content: Any, label: str = "") -> Iterator[tuple[str, bool, dict[str
 
 
 def is_worse(new: dict[str, float], old: dict[str, float], higher_is_better: bool) -> bool:
-    """Whether each median lies beyond the other's quartiles, the new one on the worse side, and
-    they are 5 % apart."""
+    """Return True if the new median is worse by 5 %, and each is beyond the other's quartiles."""
     if abs(new["median"] - old["median"]) < LEAST * old["median"]:
         return False
     if higher_is_better:
@@ -55,7 +54,7 @@ def is_worse(new: dict[str, float], old: dict[str, float], higher_is_better: boo
 
 
 def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], int]:
-    """A line for each figure of the two results, and how many are worse."""
+    """Return a line for each figure of the two results, and the number of worse ones."""
     lines, worse = [], 0
     for key in CONDITIONS:
         if new.get(key) != old.get(key):
@@ -79,7 +78,7 @@ def _text(value: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """A line for each figure; the exit code says whether one is worse."""
+    """Print a line for each figure; the exit code shows whether one is worse."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=NEW)
     folder = parser.parse_args().folder

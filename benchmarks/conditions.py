@@ -1,4 +1,4 @@
-"""What every benchmark says beside its figures: hardware, versions, commit, spread; where to."""
+"""The conditions of every benchmark's figures (hardware, versions, commit, spread), and --write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def conditions() -> dict[str, Any]:
-    """Hardware, versions and commit (None without git) of this run."""
+    """Return hardware, versions and commit (None without git) of this run."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -46,7 +46,7 @@ def conditions() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
+    """Return median, quartiles and extremes."""
     low, median, high = statistics.quantiles(values, n=4)
     return {
         "median": median,
@@ -59,7 +59,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of the packages that are compared, as far as they are installed."""
+    """Return the versions of the compared packages that are installed."""
     found = {}
     for package in packages:
         try:
@@ -70,16 +70,16 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def resident_mb(field: str) -> float:
-    """VmRSS, or VmHWM for the peak, of this process."""
+    """Return this process's VmRSS, or VmHWM for the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Seconds on the clock, and of processor time in all threads of this process.
+    """Return wall seconds, and processor seconds of all threads of this process.
 
-    The device's work is included in the first. The second does not count what others do to the
-    machine meanwhile, but for the caches they share with it.
+    The first include the device's work. The second exclude other load on the
+    machine, except for its effect on shared caches.
     """
     begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     function()
@@ -89,7 +89,7 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def benchmark_parser(documentation: str | None, repetitions: int) -> argparse.ArgumentParser:
-    """What all benchmarks have: --repetitions and --write."""
+    """Add the options of all benchmarks: --repetitions and --write."""
     parser = argparse.ArgumentParser(description=(documentation or "").splitlines()[0])
     parser.add_argument("--repetitions", type=at_least_two, default=repetitions)
     parser.add_argument(
@@ -98,13 +98,13 @@ def benchmark_parser(documentation: str | None, repetitions: int) -> argparse.Ar
         type=results_folder,
         const=RESULTS,
         metavar="FOLDER",
-        help="keep the figures as JSON in FOLDER (benchmarks/results, those that are committed)",
+        help="store the figures as JSON in FOLDER (benchmarks/results, the committed ones)",
     )
     return parser
 
 
 def results_folder(text: str) -> Path:
-    """Return the folder of --write, made where it is missing; refuse it before anything runs."""
+    """Return the folder of --write, creating it if missing; refuse it before anything runs."""
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,14 +115,14 @@ def results_folder(text: str) -> Path:
 
 
 def at_least_two(text: str) -> int:
-    """Of repetitions: one has no spread."""
+    """Parse a number of repetitions: one has no spread."""
     if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text}: give 2 or more, as one has no spread")
+        raise argparse.ArgumentTypeError(f"{text}: give 2 or more, since one has no spread")
     return int(text)
 
 
 def write_results(name: str, content: dict[str, Any], folder: Path | None = None) -> Path:
-    """Writes FOLDER/NAME.json, by default into benchmarks/results/."""
+    """Write FOLDER/NAME.json, by default in benchmarks/results/."""
     path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(conditions() | content, indent=2) + "\n"

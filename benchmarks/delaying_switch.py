@@ -1,6 +1,6 @@
-"""A small Ethernet switch whose frames arrive later: a thread between tap devices.
+"""A small Ethernet switch that delays frames: a thread between tap devices.
 
-For kernels without netem. Python forwards some 20,000 frames a second, so hosts behind it use
+For kernels without netem. Python forwards about 20,000 frames per second, so hosts behind it use
 large frames, and links of up to 100 Mbit/s.
 """
 
@@ -23,9 +23,9 @@ IDLE_S = 0.05
 
 
 class DelayingSwitch:
-    """Makes tap devices of these names; what comes from one reaches another `delay_s` later.
+    """A switch with tap devices of these names; a frame from one reaches another `delay_s` later.
 
-    The devices may be moved into namespaces; they end with `stop`. Raises OSError without root.
+    The devices may be moved into namespaces; `stop` removes them. Raises OSError without root.
     """
 
     def __init__(self, names: Sequence[str], delay_s: float) -> None:
@@ -43,11 +43,11 @@ class DelayingSwitch:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        """Forwards from now on."""
+        """Start forwarding."""
         self.thread.start()
 
     def stop(self) -> None:
-        """Ends the thread and the devices."""
+        """Stop the thread and remove the devices."""
         self.stopped.set()
         if self.thread.is_alive():
             self.thread.join()
@@ -69,7 +69,7 @@ class DelayingSwitch:
         while True:
             try:
                 frame = os.read(port, LARGEST_FRAME)
-            except OSError:  # nothing more there, or the device is not up yet
+            except OSError:  # nothing left to read, or the device is not up yet
                 return
             self.port_of[frame[6:12]] = port
             known = self.port_of.get(frame[:6])
@@ -78,5 +78,5 @@ class DelayingSwitch:
                     heapq.heappush(self.waiting, (due, next(self.order), to, frame))
 
     def _send(self, port: int, frame: bytes) -> None:
-        with suppress(OSError):  # lost, as a switch loses frames to a port that is down
+        with suppress(OSError):  # dropped, as by a real switch if the port is down
             os.write(port, frame)

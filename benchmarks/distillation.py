@@ -1,13 +1,13 @@
-"""What a teacher costs, what its cache saves, and what a cache of float16 or top-K rows loses.
+"""The cost of a teacher, the savings of its cache, and the losses of float16 or top-K rows.
 
     python -m benchmarks.distillation [--teacher RUN] [--repetitions 20] [--write]
 
 cost: a step of a ResNet-20 (128 images of 32 x 32) alone, with a live ResNet-56 and with its cached
-logits, and the ResNet-56 by itself, which is what a cache takes to write. Short blocks of each
-alternate in one process; a figure is the ratio within a round. Their clock is the processor's on a
-CPU, with one thread, and the wall's on a GPU. Batches lie in memory: no image is decoded.
+logits, and the ResNet-56 by itself, which is the cost of writing a cache. Short blocks of each
+alternate in one process; a figure is the ratio within a round. It uses processor time on a
+CPU, with one thread, and wall time on a GPU. Batches are in memory: no image is decoded.
 
-rounding: how far the softened targets of a cache are from the live ones, for all crops of the first
+rounding: the distance of a cache's softened targets from the live ones, for all crops of the first
 epoch of RUN's config (the quickstart's run, or any other): half the sum of |p - p'| over classes.
 """
 
@@ -47,11 +47,11 @@ from harness.training.step import Step
 
 STEPS_A_BLOCK = 2
 CACHED_EPOCHS = 2
-Block = Callable[[int], None]  # so many steps
+Block = Callable[[int], None]  # runs a number of steps
 
 
 def cost(repetitions: int) -> dict[str, Any]:
-    """Ratios to a step without a teacher, and the break-even that follows."""
+    """Return ratios to a step without a teacher, and the resulting break-even point."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = case_config("resnet20", 32, 32, 4, 4)
     distilled = config.model_copy(
@@ -72,7 +72,7 @@ def cost(repetitions: int) -> dict[str, Any]:
         name: spread([times[name] / times["alone"] for times in rounds])
         for name in ("live", "cached", "teacher")
     }
-    # E cached epochs cost E epochs of the teacher; a student of S epochs saves S of what it costs
+    # E cached epochs cost E epochs of the teacher; a student of S epochs saves S of them
     students = spread([t["teacher"] / (t["live"] - t["cached"]) for t in rounds])
     for name, ratio in ratios.items():
         low, high = ratio["quartile_1"], ratio["quartile_3"]
@@ -95,7 +95,7 @@ def cost(repetitions: int) -> dict[str, Any]:
 def _alternate(
     blocks: dict[str, Block], repetitions: int, device: torch.device
 ) -> list[dict[str, float]]:
-    """Seconds a step of each, round by round; a first round warms up."""
+    """Return seconds per step of each, round by round, after a warm-up round."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     rounds = []
     for number in range(repetitions + 1):
@@ -122,7 +122,7 @@ def _synthetic_cache(config: Config, folder: Path, rows: Rows) -> CachedTeacher:
 
 
 def _numbered(config: Config) -> Callable[[], Batch]:
-    """Random batches, each time under other image ids, from all over the data set."""
+    """Yield the random batches under changing image ids from the whole data set."""
     batches, generator = itertools.cycle(make_batches(config)), np.random.default_rng(0)
 
     def following() -> Batch:
@@ -161,7 +161,7 @@ def _teacher_block(config: Config, teacher: Teacher) -> Block:
 
 
 def rounding(run: Path) -> dict[str, Any]:
-    """Largest and mean total variation of the targets, of float16 and of the largest K."""
+    """Return the largest and mean total variation of the targets, for float16 and for top K."""
     logits = _first_epoch(run)
     classes = logits.shape[1]
     lost: dict[str, dict[str, Any]] = {}
@@ -180,7 +180,7 @@ def rounding(run: Path) -> dict[str, Any]:
 
 
 def _first_epoch(run: Path) -> Tensor:
-    """The run's logits, float32 (N, K), of the crops that it saw in its first epoch."""
+    """Return the run's logits, float32 (N, K), of the crops of its first epoch."""
     config = load_config(run / "config.yaml", ["run.loader=memory", "run.device=cpu"])
     distill = DistillConfig(teacher=str(run), precision="float32")
     config = config.model_copy(update={"distill": distill})
@@ -194,7 +194,7 @@ def _first_epoch(run: Path) -> Tensor:
 
 
 def main() -> None:
-    """--write keeps the figures in benchmarks/results/distillation.json."""
+    """Print the figures; --write stores them in benchmarks/results/distillation.json."""
     parser = benchmark_parser(__doc__, repetitions=20)
     parser.add_argument("--teacher", type=Path, nargs="*", default=[], help="run folders")
     options = parser.parse_args()

@@ -1,8 +1,9 @@
-"""Step times that the model predicts for the paper's machines and for newer ones.
+"""Step times predicted by the model for the paper's machines and for newer ones.
 
     python -m benchmarks.forecast
 
-Arithmetic from published or assumed figures; nothing is measured. docs/scaling.md holds the output.
+This is arithmetic from published or assumed figures; nothing is measured. docs/scaling.md
+shows the output.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from harness.planning.step_time_model import (
 
 CONFIG = Path(__file__).parents[1] / "configs/imagenet/resnet50_8192.yaml"
 GBIT = 1e9 / 8  # bytes
-# the paper's: 0.256 s a step, 0.12 s of it backward, 8 P100 and 50 Gbit/s a server
+# the paper's: 0.256 s per step, of which 0.12 s backward, 8 P100 and 50 Gbit/s per server
 PAPER_STEP_S, PAPER_BACKWARD_S, PAPER_GBIT_PER_S = 0.256, 0.120, 50.0
-# not in the paper, assumed: Ethernet's latency, and NVLink's of a P100
+# assumptions that are not in the paper: the latency of Ethernet and of a P100's NVLink
 PAPER_BETWEEN_LATENCY_S, PAPER_INSIDE = 20e-6, Link(5e-6, 20e9)
 # published images/s of one GPU: an H200 in PyTorch, an H100 and an H200 at MLPerf 4.0
 PUBLISHED = {"H200, PyTorch": 3060.0, "H100, MLPerf": 7160.0, "H200, MLPerf": 7945.0}
@@ -45,14 +46,14 @@ SPREAD = 0.01
 def resnet50_buckets(
     bucket_bytes: int = BUCKET_BYTES, first_bytes: int = FIRST_BUCKET_BYTES
 ) -> tuple[Bucket, ...]:
-    """DDP's; of a byte each: every gradient by itself, as the paper sums them."""
+    """Return DDP's buckets; of one byte each for separate gradients, as the paper sums them."""
     model = build_model(load_config(CONFIG))
     layers = gradient_layers(model, multiply_adds(model, 224))
     return tuple(fill_buckets(layers, first_bytes, bucket_bytes))
 
 
 def paper_lines() -> Iterator[str]:
-    """Section 4's estimate, and figures 7 and 8, as the model gives them."""
+    """Yield section 4's estimate, and figures 7 and 8, as predicted by the model."""
     buckets = resnet50_buckets(1, 1)
     count = sum(bucket.count for bucket in buckets)
     yield "| servers | Gbit/s to sum 100 MB in 0.125 s | 102.2 MB in 0.120 s |"
@@ -77,20 +78,20 @@ def paper_lines() -> Iterator[str]:
 def worker(
     images_per_s: float, images: int, buckets: tuple[Bucket, ...], sent: float = 1.0
 ) -> Workload:
-    """A GPU that trains one worker of so many images; `sent`: of the float32 gradients' bytes."""
+    """Return the work of a GPU with one worker; `sent` is the share of the float32 bytes sent."""
     compute_s = images / images_per_s
     counts = tuple(replace(bucket, count=sent * bucket.count) for bucket in buckets)
     return Workload(compute_s, BACKWARD_SHARE * compute_s, counts)
 
 
 def share(work: Workload, gpus: int, gbit_per_s: float) -> float:
-    """Weak scaling's efficiency."""
+    """Return the efficiency of weak scaling."""
     network = Hardware(gbit_per_s=gbit_per_s).network(gpus)
     return step_time(work, network, 1).step_s / step_time(work, network, gpus).step_s
 
 
 def gpu_lines() -> Iterator[str]:
-    """One worker of 32 images a GPU, k = GPUs, 400 Gbit/s each."""
+    """Yield the table for one worker of 32 images per GPU, k = GPUs, 400 Gbit/s each."""
     buckets = resnet50_buckets()
     yield "| one GPU | GPUs (k) | ms a step | exposed, ms | efficiency | bfloat16 | n = 256 |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -107,7 +108,7 @@ def gpu_lines() -> Iterator[str]:
 
 
 def limit_lines() -> Iterator[str]:
-    """Of 4,096 GPUs: what limits them, and the slowest network that would do."""
+    """Yield the table of what limits 4,096 GPUs, and of the slowest sufficient network."""
     buckets, gpus = resnet50_buckets(), GPUS[-1]
     yield (
         "| one GPU | n | exposed: limited by | waiting for the slowest, spread 1 % | "
@@ -131,7 +132,7 @@ def limit_lines() -> Iterator[str]:
 
 
 def bucket_lines() -> Iterator[str]:
-    """Milliseconds of exposed communication by the size of DDP's buckets, 32 images a GPU."""
+    """Yield milliseconds of exposed communication by DDP's bucket size, 32 images per GPU."""
     yield "| one GPU | GPUs | Gbit/s a GPU | " + " | ".join(f"{m} MiB" for m in BUCKETS_MIB) + " |"
     yield "| --- " * (3 + len(BUCKETS_MIB)) + "|"
     sizes = [resnet50_buckets(mib * MIB) for mib in BUCKETS_MIB]
@@ -145,7 +146,7 @@ def bucket_lines() -> Iterator[str]:
 
 
 def slowest_gbit_per_s(work: Workload, gpus: int, wanted: float = 0.95) -> float:
-    """The least bandwidth a GPU at which efficiency is as wanted; inf where none is enough."""
+    """Return the least bandwidth per GPU for an efficiency; inf if none is enough."""
     low, high = 1e-3, 1e6
     if share(work, gpus, high) < wanted:
         return float("inf")
@@ -159,7 +160,7 @@ TABLES = (paper_lines, gpu_lines, limit_lines, bucket_lines)
 
 
 def main() -> None:
-    """Prints the tables of docs/scaling.md."""
+    """Print the tables of docs/scaling.md."""
     for lines in TABLES:
         print(*lines(), sep="\n", end="\n\n")
 

@@ -1,11 +1,11 @@
-"""A training pass with ghost batch norm against plain batch norm over the whole micro-batch.
+"""A training pass with ghost batch norm, compared with batch norm over the whole micro-batch.
 
     python -m benchmarks.ghost_batch_norm [--repetitions 30] [--block-seconds 0.5] [--write]
 
-Forward and backward pass of one network on the same images, alternating in one process; on a GPU
-ResNet-50 at 224 pixels in bfloat16 and channels_last, where ghost batch norm is the fused kernel,
-on a CPU ResNet-18 at 64 pixels in float32, in plain PyTorch. Both as they are and compiled block by
-block, as a run does it: then plain batch norm is fused with addition and ReLU by the compiler.
+Forward and backward pass of one network on the same images, alternating in one process: on a GPU
+ResNet-50 at 224 pixels in bfloat16 and channels_last, where ghost batch norm is the fused kernel;
+on a CPU ResNet-18 at 64 pixels in float32, in plain PyTorch. Both run eagerly and compiled block by
+block, as in a run: then the compiler fuses plain batch norm with addition and ReLU.
 The figure is time of plain / time of ghost of each pair of neighbouring blocks: 0.97 is 3 % slower.
 """
 
@@ -26,7 +26,7 @@ from harness.models.ghost_batch_norm import RunningStatistics, ghost_batch_norms
 from harness.models.registry import build_model
 
 WORKER_BATCH = 32  # n
-# model, pixels, workers a micro-batch (m)
+# model, pixels, workers per micro-batch (m)
 CASES = {
     "cuda": [("resnet50", 224, 1), ("resnet50", 224, 4), ("resnet50", 224, 8)],
     "cpu": [("resnet18", 64, 1), ("resnet18", 64, 4)],
@@ -34,7 +34,7 @@ CASES = {
 
 
 def network(name: str, pixels: int, ghost: bool, compiled: bool, device: torch.device) -> nn.Module:
-    """The harness' model; with plain batch norm in the place of each ghost one unless `ghost`."""
+    """Build the harness's model, with plain instead of ghost batch norm unless `ghost`."""
     config = config_from_mapping(
         {
             "expect": {"error": 100, "source": "no training"},
@@ -64,7 +64,7 @@ def network(name: str, pixels: int, ghost: bool, compiled: bool, device: torch.d
 
 
 def make_block(model: nn.Module, images: torch.Tensor, compiled: bool) -> Callable[[int], float]:
-    """Seconds of so many passes, the device's work included."""
+    """Return the seconds of several passes, including the device's work."""
     cuda = images.device.type == "cuda"
     workers = len(images) // WORKER_BATCH
     statistics = RunningStatistics(model)
@@ -88,7 +88,7 @@ def make_block(model: nn.Module, images: torch.Tensor, compiled: bool) -> Callab
 def compare(
     case: tuple[str, int, int], compiled: bool, repetitions: int, block_s: float
 ) -> dict[str, Any]:
-    """Alternating blocks; ratio > 1 means that ghost batch norm is faster."""
+    """Time alternating blocks; a ratio above 1 means that ghost batch norm is faster."""
     name, pixels, workers = case
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -122,7 +122,7 @@ def compare(
 
 
 def main() -> None:
-    """Prints a table; --write keeps it in benchmarks/results/ghost_batch_norm.json."""
+    """Print a table; --write stores it in benchmarks/results/ghost_batch_norm.json."""
     parser = benchmark_parser(__doc__, repetitions=30)
     parser.add_argument("--block-seconds", type=float, default=0.5)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Hosts on this machine: network namespaces at one switch, each link shaped. Needs root.
+"""Hosts on this machine: network namespaces at one switch, with shaped links. Needs root.
 
-Addresses are 10.78.0.x and known inside the namespaces only; nothing of the machine's own network
-is touched, and ending the context removes every namespace, with its processes and links.
+Addresses are 10.78.0.x, known only inside the namespaces; the machine's own network is not
+touched, and the end of the context removes every namespace, with its processes and links.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ TRUNK = ("up", "down")  # the ends of a node's link
 HIDDEN = "/usr/sbin:/sbin"  # where Debian keeps ip and tc, not on every user's PATH
 PATH = f"{os.environ.get('PATH', '')}:{HIDDEN}"
 TCP = (
-    "net.ipv4.tcp_slow_start_after_idle=0",  # for a step's first bytes, as clusters set it too
+    "net.ipv4.tcp_slow_start_after_idle=0",  # for a step's first bytes, as on clusters
     "net.ipv4.tcp_congestion_control=reno",  # bbr, some machines' default, pauses to probe
 )
 MTU = "9000"  # bytes: fewer frames, and less work for two cores
-FRAME = 10_000  # bytes: the least burst, of one frame; larger ones are cut up
-QUEUE = "2s"  # long enough that TCP never meets a full queue: losses are not modelled
+FRAME = 10_000  # bytes: the least burst, one frame; larger packets are segmented
+QUEUE = "2s"  # so long that TCP never fills the queue: losses are not modelled
 
 
 def missing() -> str:
-    """Why there can be no hosts here; empty where there can."""
+    """Return why hosts are impossible here; "" if they are possible."""
     lost = [name for name in ("ip", "tc") if shutil.which(name, path=PATH) is None]
     if lost:
         return f"no {', '.join(lost)}: apt-get install iproute2"
@@ -42,14 +42,14 @@ def missing() -> str:
         run("ip", "netns", "add", name)
         run("ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", "lo", *shape(100.0))
     except RuntimeError as error:
-        return f"namespaces or shaping do not work here: {error}"
+        return f"namespaces or traffic shaping do not work here: {error}"
     finally:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, env=_environment())
     return ""
 
 
 def run(*command: str) -> str:
-    """The output of a command; raises RuntimeError with what it said where it fails."""
+    """Return the output of a command; raise RuntimeError with its error output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=30)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
@@ -61,52 +61,57 @@ def _environment() -> dict[str, str]:
 
 
 def shape(mbit_per_s: float, least_burst: int = 65536) -> list[str]:
-    """tc's words for an interface that sends so fast."""
-    # a burst holds one offloaded packet of 64 KB, or half a millisecond's bytes
+    """Return tc's arguments for an interface of this speed."""
+    # a burst is one offloaded packet of 64 KB, or the bytes of half a millisecond
     burst = max(least_burst, round(mbit_per_s * 1e6 / 8 * 0.0005))
     return f"root tbf rate {mbit_per_s}mbit burst {burst} latency {QUEUE}".split()
 
 
 def shape_this_host(mbit_per_s: float) -> None:
-    """To be called by a process inside a host. Raises RuntimeError where tc refuses."""
+    """Shape the link of the calling process's host. Raises RuntimeError if tc refuses."""
     run("tc", "qdisc", "replace", "dev", INTERFACE, *shape(mbit_per_s))
 
 
 @dataclass(frozen=True)
 class Interface:
-    """One end of a link: what a namespace sends through it can be shaped."""
+    """One end of a link, whose outgoing traffic can be shaped."""
 
     namespace: str
     name: str
 
     def shape(self, mbit_per_s: float) -> None:
-        """To be called from anywhere on this machine. Raises RuntimeError where tc refuses.
+        """Shape this end, from anywhere on this machine. Raises RuntimeError if tc refuses.
 
-        The burst is as small as it can be: after a pause, as between an all-reduce's phases, it is
-        had for nothing.
+        The burst is as small as possible, since after a pause, as between an all-reduce's phases,
+        it is sent at full speed.
         """
         inside = ("ip", "netns", "exec", self.namespace)
         run(*inside, "tc", "qdisc", "replace", "dev", self.name, *shape(mbit_per_s, FRAME))
 
 
 class Hosts(AbstractContextManager["Hosts"]):
-    """`count` namespaces with an address each, at a bridge in a namespace of its own, or at a
-    DelayingSwitch where what they send is to arrive `delay_ms` later.
+    """`count` namespaces with one address each, at a bridge or a DelayingSwitch.
 
-    `between` are both ends of every host's link (with a delay, its own end). With `a_node`, without
-    a delay, so many hosts are at a bridge of their node, and these at one between the nodes: then
-    `inside` are the ends of the hosts' links, and `between` those of a node's one link.
+    The bridge has a namespace of its own; the switch is used if frames should arrive `delay_ms`
+    later. `between` are both ends of every host's link (with a delay, only its own). With
+    `hosts_per_node` and no delay, that many hosts are at a bridge of their node, and these at one
+    between nodes: then `inside` are the ends of the hosts' links, and `between` those of a node's
+    one link.
     """
 
-    def __init__(self, count: int, delay_ms: float = 0.0, a_node: int = 0) -> None:
-        self.mark, self.delay_ms, self.a_node = f"scaling-{os.getpid()}", delay_ms, a_node
+    def __init__(self, count: int, delay_ms: float = 0.0, hosts_per_node: int = 0) -> None:
+        self.mark, self.delay_ms, self.hosts_per_node = (
+            f"scaling-{os.getpid()}",
+            delay_ms,
+            hosts_per_node,
+        )
         self.hub, self.names = f"{self.mark}-hub", [f"{self.mark}-{i}" for i in range(count)]
         links = [Interface(name, INTERFACE) for name in self.names]
         if not delay_ms:
             links += [Interface(self.hub, f"port{number}") for number in range(count)]
-        self.nodes = range(count // a_node if a_node else 0)
+        self.nodes = range(count // hosts_per_node if hosts_per_node else 0)
         trunks = [Interface(self.hub, f"{end}{node}") for node in self.nodes for end in TRUNK]
-        self.inside, self.between = (links, trunks) if a_node else ([], links)
+        self.inside, self.between = (links, trunks) if hosts_per_node else ([], links)
         self.switch: DelayingSwitch | None = None
 
     def __enter__(self) -> Hosts:
@@ -142,7 +147,7 @@ class Hosts(AbstractContextManager["Hosts"]):
         for number, name in enumerate(self.names):
             port, bridge = (
                 f"port{number}",
-                f"node{number // self.a_node}" if self.nodes else "bridge",
+                f"node{number // self.hosts_per_node}" if self.nodes else "bridge",
             )
             peer = ("peer", "name", port, "mtu", MTU, "netns", self.hub)
             run("ip", "link", "add", INTERFACE, "netns", name, "type", "veth", *peer)
@@ -156,13 +161,13 @@ class Hosts(AbstractContextManager["Hosts"]):
         self.switch.start()
 
     def address(self, number: int) -> str:
-        """The IPv4 address of a host."""
+        """Return the IPv4 address of a host."""
         return f"{NETWORK}.{number + 1}"
 
     def start(
         self, number: int, command: Sequence[str], environment: dict[str, str]
     ) -> subprocess.Popen[bytes]:
-        """Starts a command on a host."""
+        """Start a command on a host."""
         inside = ("ip", "netns", "exec", self.names[number])
         return subprocess.Popen([*inside, *command], env=_environment() | environment)
 

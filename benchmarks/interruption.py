@@ -1,12 +1,12 @@
-"""What an interruption costs: checkpoints, and the work lost to a SIGKILL.
+"""The cost of an interruption: checkpoints, and the work lost to a SIGKILL.
 
     python -m benchmarks.interruption [--repetitions 6] [--write]
 
-- A checkpoint of ResNet-50: bytes, how long the step stands for the copy, how long the thread
+- A checkpoint of ResNet-50: bytes, how long the step pauses for the copy, how long the thread
   writes, how long it takes to read.
-- Work lost to a SIGKILL at a random moment, by the interval of checkpoints.
+- Work lost to a SIGKILL at a random moment, by the interval between checkpoints.
 
-`startup.py` has the time of a resume, `bookkeeping.py` what being interruptible costs a step.
+`startup.py` measures a resume, `bookkeeping.py` the cost of being interruptible per step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ INTERVALS_S = (0.5, 2.0, 8.0)
 
 
 def checkpoint_of_resnet50(repetitions: int, folder: Path) -> dict[str, Any]:
-    """Seconds and bytes of one checkpoint."""
+    """Return seconds and bytes of one checkpoint."""
     config = case_config("resnet50", 64, 32, 1, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, 1, 0, 1, "alone", device)
@@ -67,7 +67,7 @@ def checkpoint_of_resnet50(repetitions: int, folder: Path) -> dict[str, Any]:
     copied, written, read = spread(copy_s), spread(write_s), spread(read_s)
     size = path.stat().st_size
     print(
-        f"checkpoint of ResNet-50: {size / 1e6:.0f} MB; the step stands for "
+        f"checkpoint of ResNet-50: {size / 1e6:.0f} MB; the step pauses for "
         f"{copied['median']:.3f} s; written in {written['median']:.2f} s, "
         f"read in {read['median']:.2f} s"
     )
@@ -75,7 +75,7 @@ def checkpoint_of_resnet50(repetitions: int, folder: Path) -> dict[str, Any]:
 
 
 def lost_work(kills: int, folder: Path) -> list[dict[str, Any]]:
-    """Seconds of training lost to a SIGKILL at a random moment."""
+    """Return seconds of training lost to a SIGKILL at a random moment."""
     config, moments = write_config(folder, "resnet8", 96, 32), random.Random(1)
     rows = []
     for interval_s in INTERVALS_S:
@@ -106,7 +106,7 @@ def lost_work(kills: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Prints the figures; --write keeps them in benchmarks/results/interruption.json."""
+    """Print the figures; --write stores them in benchmarks/results/interruption.json."""
     options = benchmark_parser(__doc__, repetitions=6).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,18 +1,18 @@
-"""Images/s of this project's loaders against others, and against bare decoding, on the same JPEGs.
+"""Images/s of this project's loaders, of others, and of bare decoding, on the same JPEGs.
 
     python -m benchmarks.loaders FOLDER [--cores 2] [--batch 64] [--repetitions 7] [--batches 20]
     python -m benchmarks.loaders FOLDER --gpu [--batch 64]
 
---write keeps the figures.
+--write stores the figures.
 
-FOLDER holds images, or class folders of images; they are gone through in random order again and
-again. Everybody makes the same: batches of training windows, 224 x 224, RGB, half of them
-flipped, on the same cores, and nobody does anything with them. `float32` behind a name: normalised
-on the CPU, as it is often written; all others hand over uint8, as this project does. Each block
-starts its contender anew, lets it fill its queues, and measures from one batch to a later one; the
+FOLDER contains images, or class folders of images; they are read repeatedly in random
+order. All contenders produce the same: batches of training windows, 224 x 224, RGB, half of them
+flipped, on the same cores, which nothing consumes. `float32` after a name: normalised
+on the CPU, as is common; all others deliver uint8, as this project does. Each block
+restarts its contender, lets it fill its queues, and measures from one batch to a later one; the
 contenders alternate, forwards and backwards. Ratios are those of blocks of the same round.
 
-`pipelines.py` has the contenders.
+The contenders are in `pipelines.py`.
 
 --gpu: images/s of the DALI loader on a CUDA device by threads, with all and with none of the
 decoding on the GPU's JPEG engine. It has not been run yet.
@@ -33,7 +33,7 @@ from benchmarks.conditions import benchmark_parser, spread, versions, write_resu
 from benchmarks.pipelines import CONTENDERS, SIZE, Job, Unavailable, ours
 from harness.data.sources.listing import SUFFIXES
 
-WARM_UP = 6  # batches: more than any queue holds
+WARM_UP = 6  # batches: more than the length of any queue
 BASES = ("torchvision, PIL", "DALI's own reader")
 GPU_THREADS = (1, 2, 4, 6, 8, 12, 16)
 QUARTILES = ("quartile_1", "median", "quartile_3")
@@ -41,16 +41,16 @@ PACKAGES = ("torchvision", "pillow", "timm", "simplejpeg", "ffcv", "nvidia-dali-
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images of a folder and of its folders, sorted."""
+    """List the images of a folder and its subfolders, sorted."""
     found = [path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES]
     found += [path for path in folder.glob("*/*") if path.suffix.lower() in SUFFIXES]
     if not found:
-        raise SystemExit(f"error: {folder}: no images in it nor in its folders")
+        raise SystemExit(f"error: {folder}: no images in it or its subfolders")
     return sorted(found)
 
 
 def make_job(images: Sequence[Path], batches: int, cores: int, batch: int) -> Job:
-    """Enough images for the warm-up, `batches`, and what is in the making at the end."""
+    """Return enough images for the warm-up, `batches`, and those in preparation at the end."""
     needed = (WARM_UP + batches + 4 * cores + 8) * batch
     paths = [path for _ in range(needed // len(images) + 2) for path in images]
     random.Random(1).shuffle(paths)
@@ -58,7 +58,7 @@ def make_job(images: Sequence[Path], batches: int, cores: int, batch: int) -> Jo
 
 
 def images_per_s(name: str, job: Job, batches: int) -> tuple[float, int, tuple[int, ...]]:
-    """Of one block; also how many images it delivered, and the shape of the last batch."""
+    """Return a block's rate, the number of its images, and the shape of the last batch."""
     with CONTENDERS[name](job) as delivered:
         for _ in range(WARM_UP):
             next(delivered)
@@ -73,7 +73,7 @@ def images_per_s(name: str, job: Job, batches: int) -> tuple[float, int, tuple[i
 def measure(
     names: Sequence[str], job: Job, repetitions: int, batches: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each contender that runs here, and why the others do not."""
+    """Return a row for each contender that runs here, and why the others do not."""
     rates: dict[str, list[float]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     absent: dict[str, str] = {}
@@ -101,12 +101,12 @@ def measure(
 
 
 def ratio(rates: dict[str, list[float]], name: str, base: str) -> dict[str, float]:
-    """Of the blocks of the same round."""
+    """Return the ratio of two contenders over the blocks of the same round."""
     return spread([a / b for a, b in zip(rates[name], rates[base], strict=True)])
 
 
 def print_table(rows: Sequence[dict[str, Any]], absent: dict[str, str]) -> None:
-    """Medians, and quartiles in brackets."""
+    """Print medians, with quartiles in brackets."""
 
     def cell(value: dict[str, float] | None, digits: int) -> str:
         if value is None:
@@ -125,7 +125,7 @@ def print_table(rows: Sequence[dict[str, Any]], absent: dict[str, str]) -> None:
 def measure_gpu(
     images: Sequence[Path], repetitions: int, batches: int, batch: int
 ) -> list[dict[str, Any]]:
-    """The DALI loader on the current CUDA device, by threads and by who decodes."""
+    """Measure the DALI loader on the current CUDA device, by threads and by decoder."""
     from harness.data.loaders import dali_tasks
 
     rows: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def measure_gpu(
 
 
 def gpu_images_per_s(job: Job, batches: int) -> float:
-    """Of one block; all of the device's work on the pixels is done when the clock is stopped."""
+    """Return a block's rate; the clock stops after all of the device's work on the pixels."""
     with ours(job, "dali", cuda=True) as delivered:
         for _ in range(WARM_UP):
             next(delivered)
@@ -153,11 +153,11 @@ def gpu_images_per_s(job: Job, batches: int) -> float:
 
 
 def main() -> None:
-    """Prints a table; --write keeps it in benchmarks/results/loaders.json."""
+    """Print a table; --write stores it in benchmarks/results/loaders.json."""
     parser = benchmark_parser(__doc__, repetitions=7)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=20, help="a block, after the warm-up")
+    parser.add_argument("--batches", type=int, default=20, help="per block, after the warm-up")
     parser.add_argument("--batch", type=int, default=64, help="images")
     parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--gpu", action="store_true")

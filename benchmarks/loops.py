@@ -1,12 +1,12 @@
-"""Training loops to be compared: each trains a model from micro-batches until these end.
+"""Training loops for comparison: each trains a model from micro-batches until these end.
 
-This project's is the loop of `harness train`, whole: agreement, watchdog, counters, log lines. The
-others are written as their users would, with plain batch norm over the whole micro-batch, mean
+This project's is the whole loop of `harness train`: agreement, watchdog, counters, log lines. The
+others are written as their users would write them, with plain batch norm over the micro-batch, mean
 cross entropy, SGD with Nesterov momentum (fused on a GPU) and a constant learning rate. The bare
 loop reads, counts, checks and logs nothing; Lightning logs the loss every 20 steps through its
-default logger, without progress bar and checkpoints; accelerate's user prints it every 20 steps.
+default logger, without progress bar and checkpoints; accelerate's loop prints it every 20 steps.
 
-composer is not among them: mosaicml 0.32.1 needs torch below 2.7.1.
+composer is not included: mosaicml 0.32.1 needs torch below 2.7.1.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ Loop = Callable[[Config, nn.Module, Iterable[Batch], torch.device], None]
 
 
 class Unavailable(Exception):
-    """Why a loop cannot run here."""
+    """The reason why a loop cannot run here."""
 
 
 def build(name: str, config: Config, device: torch.device) -> nn.Module:
-    """The model that the loop `name` trains; the same weights for all."""
+    """Build the model that loop `name` trains, with the same weights for all."""
     model = build_model(config, channels_last=device.type == "cuda")
     if name != OURS:
         for place, module in list(model.named_modules()):
@@ -75,7 +75,7 @@ def build(name: str, config: Config, device: torch.device) -> nn.Module:
 
 
 class Given:
-    """A loader of batches that are there already."""
+    """A loader of batches that already exist."""
 
     name = "given"
 
@@ -89,18 +89,18 @@ class Given:
         return iter(())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is nothing to close."""
 
 
 def harness_loop(
     config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
 ) -> None:
-    """What `harness train` runs on one rank, on batches that are given to it."""
+    """Run what `harness train` runs on one rank, on given batches."""
     if device.type == "cpu":
         keep_freed_memory()
     world, stop = World(0, 1, 0, 1, "alone", device), StopRequest()
     images = config.data.train_images
-    # nothing of an image is looked at: zeros that are never touched take no memory
+    # the index is never read: untouched zeros take no memory
     names, labels, sizes = (np.zeros(images, dtype) for dtype in ("S1", np.int64, np.int32))
     index = Index(Path("none"), ("none",), names, labels, sizes, sizes)
     cuda = device.type == "cuda"
@@ -123,7 +123,7 @@ def harness_loop(
 
 
 class Normalise:
-    """uint8 pixels to normalised float32, as it is often written."""
+    """Convert uint8 pixels to normalised float32, as is common."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.mean = torch.tensor(config.data.mean, device=device).view(1, 3, 1, 1)
@@ -137,7 +137,7 @@ class Normalise:
 
 
 def build_sgd(config: Config, model: nn.Module) -> torch.optim.SGD:
-    """One group, one learning rate."""
+    """Build SGD with one parameter group and one learning rate."""
     recipe = config.recipe
     fused = next(model.parameters()).is_cuda or None
     return torch.optim.SGD(
@@ -151,12 +151,12 @@ def build_sgd(config: Config, model: nn.Module) -> torch.optim.SGD:
 
 
 def compiled(config: Config, model: nn.Module) -> nn.Module:
-    """The model as it is called."""
+    """Return the model, compiled if the config says so."""
     return torch.compile(model) if config.run.compile is True else model  # type: ignore[return-value]
 
 
 class Pairs(IterableDataset):
-    """The batches as (images, labels)."""
+    """Yield the batches as (images, labels)."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self._batches = batches
@@ -168,7 +168,7 @@ class Pairs(IterableDataset):
 def bare_loop(
     config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
 ) -> None:
-    """A loop as one writes it by hand."""
+    """Train with a loop as one writes it by hand."""
     normalise, optimizer = Normalise(config, device), build_sgd(config, model)
     network = compiled(config, model)
     for batch in batches:
@@ -184,7 +184,7 @@ def bare_loop(
 def accelerate_loop(
     config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
 ) -> None:
-    """As in Hugging Face's documentation of accelerate."""
+    """Train as in Hugging Face's documentation of accelerate."""
     try:
         from accelerate import Accelerator
         from accelerate.utils import DataLoaderConfiguration
@@ -214,7 +214,7 @@ def accelerate_loop(
 def lightning_loop(
     config: Config, model: nn.Module, batches: Iterable[Batch], device: torch.device
 ) -> None:
-    """A LightningModule and a Trainer."""
+    """Train with a LightningModule and a Trainer."""
     try:
         import lightning
     except ImportError as error:
@@ -238,7 +238,7 @@ def lightning_loop(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     precision = {"bfloat16": "bf16-mixed", "float16": "16-mixed"}.get(config.run.precision, 32)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on worker processes, which this data needs none of
+        warnings.simplefilter("ignore")  # about worker processes, which this data does not need
         trainer = lightning.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
@@ -261,11 +261,11 @@ LOOPS: dict[str, Loop] = {
 }
 
 
-# ---- running them by the block
+# ---- running them in blocks
 
 
 def make_batches(config: Config) -> list[Batch]:
-    """What all train on: eight micro-batches of random pixels, pinned where there is a GPU."""
+    """Return the data of all loops: eight micro-batches of random pixels, pinned for a GPU."""
     generator = torch.Generator().manual_seed(0)
     size = int(config.run.micro_batch)
     shape = (size, config.data.crop, config.data.crop, 3)
@@ -279,26 +279,26 @@ def make_batches(config: Config) -> list[Batch]:
 
 
 class Runner:
-    """A loop in a process of its own, which goes on for as many steps as it is let.
+    """A loop in a process of its own, which runs as many steps as it is given.
 
-    A block is the time from one request for a batch to the one that comes `steps` later, so it is
-    so many steps however far ahead the loop asks. Raises Unavailable where the loop cannot run.
+    A block lasts from one request for a batch to the one `steps` later, so it is that
+    many steps however far ahead the loop prefetches. Raises Unavailable if the loop cannot run.
     """
 
     def __init__(self, name: str, config: Config) -> None:
         self._pipe, theirs = (context := get_context("spawn")).Pipe()
         self._process = context.Process(target=_work, args=(name, config, theirs), daemon=True)
         self._process.start()
-        theirs.close()  # so that its death is an end of file here
+        theirs.close()  # so its death is an end of file here
         self._answer()
 
     def run(self, steps: int) -> tuple[float, float]:
-        """So many steps: seconds, and of processor time in all threads of the process."""
+        """Run steps; return seconds, and processor seconds of all threads of the process."""
         self._pipe.send(steps)
         return self._answer()
 
     def end(self) -> int:
-        """Lets the loop run out of batches; returns how many it has taken."""
+        """Let the loop run out of batches; return how many it has consumed."""
         self._pipe.send(0)
         taken: int = self._answer()
         self._process.join()
@@ -312,7 +312,7 @@ class Runner:
 
 
 def _work(name: str, config: Config, pipe: Connection) -> None:
-    """The process: trains in blocks, and answers each with its times."""
+    """Run in the process: train in blocks, and answer each with its times."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     set_precision(config.run.precision)
     batches = itertools.cycle(make_batches(config))

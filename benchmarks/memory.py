@@ -1,11 +1,11 @@
-"""Peak memory of a rank against that of a bare PyTorch loop.
+"""Peak memory of a rank, compared with that of a bare PyTorch loop.
 
     python -m benchmarks.memory [--repetitions 5] [--[no-]compile] [--write]
 
-Each loop of `loops.py` trains a few steps in a fresh process: on a GPU the most that PyTorch's
-allocator held, on a CPU the most that was resident, less what was after the imports (all loops'
-imports, the same for all). The models and batches are those of `step.py`, and models are compiled
-(and this project's replayed as CUDA graphs) where runs do so: on a GPU.
+Each loop of `loops.py` trains a few steps in a fresh process. The figure is, on a GPU, the peak of
+PyTorch's allocator; on a CPU, the peak resident memory minus that after the imports (all loops'
+imports, the same for all). Models and batches are those of `step.py`, and models are compiled
+(and this project's replayed as CUDA graphs) as in runs: on a GPU.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from harness.execution.precision import set_precision
 CPU_CASES = [Case("resnet20", 32, 128, 1, 1), Case("resnet50", 64, 32, 1, 1)]
 GPU_CASES = [Case("resnet50", 224, 32, 8, 8)]
 STEPS = 5
-IMPORTED = ("accelerate", "lightning", "torch.utils.tensorboard")  # when a loop begins
+IMPORTED = ("accelerate", "lightning", "torch.utils.tensorboard")  # before a loop begins
 
 
 def peak_mb(name: str, case: Case, precision: str, compile: bool) -> float | str:
-    """Of one loop, called in a fresh process; or why it cannot run."""
+    """Return one loop's memory, called in a fresh process, or why it cannot run."""
     torch.set_num_threads(1)
     set_precision(precision)
     config = case_config(*case, precision, compile)
@@ -58,7 +58,7 @@ def peak_mb(name: str, case: Case, precision: str, compile: bool) -> float | str
 def measure(
     case: Case, names: Sequence[str], precision: str, compile: bool, repetitions: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each loop, and why the others did not run."""
+    """Return a row for each loop, and why the others did not run."""
     peaks: dict[str, list[float]] = {name: [] for name in names}
     absent: dict[str, str] = {}
     for _ in range(repetitions):
@@ -77,7 +77,7 @@ def measure(
 
 
 def main() -> None:
-    """Prints a table; --write keeps it in benchmarks/results/memory.json."""
+    """Print a table; --write stores it in benchmarks/results/memory.json."""
     cuda = torch.cuda.is_available()
     parser = benchmark_parser(__doc__, repetitions=5)
     parser.add_argument("--precision", default="bfloat16" if cuda else "float32")
@@ -85,14 +85,14 @@ def main() -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=cuda,
-        help="every loop's model; this project's is replayed as CUDA graphs too, if that is faster",
+        help="compile every loop's model; this project's also uses CUDA graphs, if that is faster",
     )
     options = parser.parse_args()
     how = options.precision, options.compile
     cases = []
     for case in GPU_CASES if cuda else CPU_CASES:
         rows, absent = measure(case, list(LOOPS), *how, options.repetitions)
-        print(f"{case}: peak MB, and of the bare loop's")
+        print(f"{case}: peak MB, and relative to the bare loop's")
         for row in rows:
             ratio = row["cost_ratio"]
             print(

@@ -1,8 +1,8 @@
-"""Image pipelines to be compared: each gives batches of training windows from the same files.
+"""Image pipelines for comparison: each yields batches of training windows from the same files.
 
-FFCV decodes files of its own (here JPEGs of quality 90 at full size) and not these. timm puts its
-normalising (float32) on the consumer's side, which is counted. Bare decoding crops and resizes
-nothing, and its pixels stay where they are.
+FFCV decodes its own files instead (here JPEGs of quality 90 at full size). timm normalises
+(to float32) on the consumer's side, which is counted. Bare decoding crops and resizes
+nothing, and discards its pixels.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ DALI, BENCH = "pip install -e '.[dali]'", "pip install -e '.[bench]'"
 
 
 class Unavailable(Exception):
-    """Why a contender cannot run here."""
+    """The reason why a contender cannot run here."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """`paths`: a file for each image to be loaded; `cores`: threads or worker processes.
+    """A job. `paths`: a file for each image to be loaded; `cores`: threads or worker processes.
 
-    A contender is a context manager that takes a job and gives batches of `batch` images.
+    A contender is a context manager that takes a job and yields batches of `batch` images.
     """
 
     paths: Sequence[Path]
@@ -60,7 +60,7 @@ class Job:
 
 
 def job_index(paths: Sequence[Path]) -> Index:
-    """The images of a job as one class."""
+    """Return the images of a job as one class."""
     sizes = {path: size_of(path) for path in set(paths)}
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     names = np.array([os.fsencode(path.relative_to(folder)) for path in paths])
@@ -70,7 +70,7 @@ def job_index(paths: Sequence[Path]) -> Index:
 
 
 def job_config(images: int, batch: int) -> Config:
-    """One epoch of batches of `batch`."""
+    """Return the config of one epoch of batches of `batch`."""
     recipe = {"minibatch": batch, "worker_batch": batch, "epochs": 1}
     mapping = {
         "expect": {"error": 100, "source": "no training"},
@@ -83,7 +83,7 @@ def job_config(images: int, batch: int) -> Config:
 
 @contextmanager
 def ours(job: Job, name: str, cuda: bool = False) -> Iterator[Iterator[Tensor]]:
-    """Through the feed, as training does."""
+    """Yield batches through the batch plan, as in training."""
     config, index = job_config(len(job.paths), job.batch), job_index(job.paths)
     feed = BatchPlan(config, index, index, 0, 1, job.batch, channels_last=True)
     try:
@@ -101,7 +101,7 @@ def ours(job: Job, name: str, cuda: bool = False) -> Iterator[Iterator[Tensor]]:
 
 @contextmanager
 def dali_reader(job: Job, as_uint8: bool) -> Iterator[Iterator[Tensor]]:
-    """fn.readers.file and fn.decoders.image_random_crop, which draw by themselves."""
+    """Yield batches of fn.readers.file and fn.decoders.image_random_crop, which draw themselves."""
     try:
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
@@ -129,11 +129,11 @@ def dali_reader(job: Job, as_uint8: bool) -> Iterator[Iterator[Tensor]]:
 
 
 class Files(Dataset):
-    """What `read` makes of each of `paths`, and a label."""
+    """A data set of `read(path)` for each of `paths`, with a label."""
 
     def __init__(self, paths: Sequence[Path], read: Callable[[Path], Any]) -> None:
         self.paths, self.read = paths, read
-        self.transform: Callable[[Any], Any] | None = None  # timm's sets it
+        self.transform: Callable[[Any], Any] | None = None  # set by timm
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -144,13 +144,13 @@ class Files(Dataset):
 
 
 def read_pil(path: Path) -> Image.Image:
-    """torchvision's own way (datasets.folder.pil_loader)."""
+    """Read an image as torchvision does (datasets.folder.pil_loader)."""
     with open(path, "rb") as file:
         return Image.open(file).convert("RGB")
 
 
 def read_tensor(path: Path) -> Tensor:
-    """uint8 (3, H, W)."""
+    """Read an image as uint8 (3, H, W)."""
     content = path.read_bytes()
     if content.startswith(b"\xff\xd8"):
         return decode_jpeg(
@@ -161,7 +161,7 @@ def read_tensor(path: Path) -> Tensor:
 
 @contextmanager
 def torchvision(job: Job, backend: str, as_uint8: bool) -> Iterator[Iterator[Tensor]]:
-    """A DataLoader and the transforms of torchvision's training reference."""
+    """Yield batches of a DataLoader with the transforms of torchvision's training reference."""
     dataset = Files(job.paths, read_pil if backend == "PIL" else read_tensor)
     if backend == "PIL":
         steps = [transforms.RandomResizedCrop(SIZE, AREA, RATIO), transforms.RandomHorizontalFlip()]
@@ -177,14 +177,14 @@ def torchvision(job: Job, backend: str, as_uint8: bool) -> Iterator[Iterator[Ten
 
 
 def _workers(job: Job, dataset: Dataset) -> Iterator[Iterator[Tensor]]:
-    """Batches of a DataLoader's worker processes, which end with the iterator."""
+    """Yield batches of a DataLoader's worker processes, which end with the iterator."""
     loader = DataLoader(dataset, job.batch, shuffle=True, num_workers=job.cores, drop_last=True)
     yield (images for images, _ in loader)
 
 
 @contextmanager
 def timm(job: Job) -> Iterator[Iterator[Tensor]]:
-    """timm.data.create_loader with its prefetcher, its default."""
+    """Yield batches of timm.data.create_loader with its prefetcher, the default."""
     try:
         from timm.data import create_loader
     except ImportError as error:
@@ -207,7 +207,7 @@ def timm(job: Job) -> Iterator[Iterator[Tensor]]:
 
 @contextmanager
 def ffcv(job: Job) -> Iterator[Iterator[Tensor]]:
-    """On a file of its own. Unproved: it could not be built where this was written."""
+    """Yield batches of FFCV from its own file. Untested: FFCV could not be built here."""
     try:
         from ffcv.fields import IntField, RGBImageField
         from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -216,8 +216,8 @@ def ffcv(job: Job) -> Iterator[Iterator[Tensor]]:
         from ffcv.writer import DatasetWriter
     except ImportError as error:
         raise Unavailable(
-            f"FFCV is not installed ({error}): pip builds it where the headers of OpenCV and "
-            "libjpeg-turbo and pkg-config are"
+            f"FFCV is not installed ({error}): pip can build it if the headers of OpenCV and "
+            "libjpeg-turbo and pkg-config are installed"
         ) from None
     with tempfile.NamedTemporaryFile(suffix=".beton") as file:
         fields = {"image": RGBImageField("jpg"), "label": IntField()}
@@ -234,7 +234,7 @@ def ffcv(job: Job) -> Iterator[Iterator[Tensor]]:
 
 
 class Decoded(Dataset):
-    """Decodes each file with libjpeg-turbo, at 1/`reduction` of its size, and gives its shape."""
+    """Decode each file with libjpeg-turbo, at 1/`reduction` of its size, and yield its shape."""
 
     def __init__(self, paths: Sequence[Path], reduction: int) -> None:
         self._paths, self._reduction = paths, reduction
@@ -255,7 +255,7 @@ class Decoded(Dataset):
 
 @contextmanager
 def bare_decoding(job: Job, reduction: int) -> Iterator[Iterator[Tensor]]:
-    """The limit of whatever decodes whole images on these cores; gives shapes."""
+    """Yield shapes of decoded images: the limit for decoding whole images on these cores."""
     if importlib.util.find_spec("simplejpeg") is None:
         raise Unavailable(f"simplejpeg is not installed: {BENCH}")
     jpegs = {path for path in set(job.paths) if path.read_bytes()[:2] == b"\xff\xd8"}

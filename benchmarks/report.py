@@ -1,13 +1,13 @@
-"""How long a report of 100 runs of 90 epochs takes.
+"""The time for a report of 100 runs of 90 epochs.
 
     python -m benchmarks.report [--repetitions 5] [--write] [--folder DIR]
 
-The run folders are made up: ImageNet's size, the paper's recipe, with the log lines that a run
-writes (one every 20 steps, and at each epoch's end) and errors that fall somehow. `kn_8192` is 20
+The run folders are synthetic: ImageNet's size, the paper's recipe, with the log lines that a run
+writes (one every 20 steps, and at each epoch's end) and falling errors. `kn_8192` is 20
 variants of 5 seeds at the paper's minibatch; `sweep` is its figure 1, 64 to 65,536 images (11
-minibatches, 9 or 10 seeds each), where a run of the smallest has some 90,000 lines. Each report is
-made by a process of its own, as `harness report` does; importing is in the time. --folder keeps the
-run folders, or takes those that are there.
+minibatches, 9 or 10 seeds each), where a run of the smallest has about 90,000 lines. Each report is
+made in its own process, like `harness report`; the time includes imports. --folder keeps the
+run folders, or uses existing ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SWEEP = [2**power for power in range(6, 17)]
 
 
 def made_up_config(minibatch: int, seed: int, label_smoothing: float = 0.0) -> Config:
-    """The paper's recipe at a minibatch."""
+    """Return the paper's recipe with a minibatch."""
     worker = {"worker_batch": 32, "label_smoothing": label_smoothing}
     mapping = {
         "seed": seed,
@@ -48,7 +48,7 @@ def made_up_config(minibatch: int, seed: int, label_smoothing: float = 0.0) -> C
 
 
 def made_up_log(config: Config) -> Iterator[dict[str, Any]]:
-    """The lines of a run from start to finish."""
+    """Yield the log lines of a run from start to finish."""
     dice = random.Random(f"{config.seed} {config.recipe.minibatch}")
     now = datetime(2026, 1, 1, tzinfo=timezone.utc)
     epoch, speed = config.steps_per_epoch, 20_000.0
@@ -78,7 +78,7 @@ def made_up_log(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def make_up_run(folder: Path, config: Config) -> None:
-    """Writes a run folder."""
+    """Write a run folder."""
     folder.mkdir(parents=True)
     lines = list(made_up_log(config))
     (folder / "config.yaml").write_text(dump_config(config))
@@ -91,7 +91,7 @@ def make_up_run(folder: Path, config: Config) -> None:
 
 
 def make_up_studies(root: Path) -> None:
-    """The two studies of RUNS runs."""
+    """Write the two studies of RUNS runs."""
     for number in range(RUNS):
         variant, seed = divmod(number, 5)
         folder = root / "kn_8192" / f"smoothing_{variant:02}" / f"{seed}"
@@ -102,12 +102,12 @@ def make_up_studies(root: Path) -> None:
 
 
 def count_lines(study: Path) -> int:
-    """Of all its logs."""
+    """Count the lines of all logs of a study."""
     return sum(path.read_bytes().count(b"\n") for path in study.glob("*/*/log.jsonl"))
 
 
 def seconds(study: Path, to: Path) -> tuple[float, float]:
-    """Of one `harness report`: by the clock, and of processors."""
+    """Return wall and processor seconds of one `harness report`."""
     command = [sys.executable, "-m", "harness", "report", str(study), "--to", str(to)]
     start_s, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -116,7 +116,7 @@ def seconds(study: Path, to: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints seconds; --write keeps them in benchmarks/results/report.json."""
+    """Print seconds; --write stores them in benchmarks/results/report.json."""
     parser = benchmark_parser(__doc__, repetitions=5)
     parser.add_argument("--folder", type=Path, metavar="DIR")
     options = parser.parse_args()
@@ -134,7 +134,7 @@ def main() -> None:
             results[name] |= {"lines": lines, "page_mb": size_mb}
             print(
                 f"{name:8} {RUNS} runs, {lines:,} log lines: {taken['median']:.2f} s "
-                f"({processor['median']:.2f} s of processors), {size_mb:.1f} MB"
+                f"({processor['median']:.2f} s of processor time), {size_mb:.1f} MB"
             )
     if options.write:
         print(write_results("report", {"runs": RUNS, "epochs": EPOCHS} | results, options.write))

@@ -1,9 +1,9 @@
-"""The errors of a study's runs, by variant: docs/reproduction.md has them from here.
+"""The errors of a study's runs, by variant: the source of docs/reproduction.md.
 
     python -m benchmarks.reproduction STUDY [--write] [--figures DIR]
 
-STUDY is the folder of a study's runs, or results/reproduction.json, whose validation errors then
-make the errors and figures again, by the rule that the harness has today.
+STUDY is the folder of a study's runs, or results/reproduction.json, from whose validation errors
+the errors and figures are recomputed by the harness's current rule.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FIGURES = (  # file, the report's figure, the variants in it
 
 
 def variants(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """By rising minibatch, each with its runs; errors in %, std over the finished ones (n - 1)."""
+    """Return variants by rising minibatch, with runs; errors in %, std (n - 1) of finished runs."""
     return [_variant(group) for group in groups]
 
 
@@ -76,7 +76,7 @@ def _run(run: RecordedRun) -> dict[str, Any]:
 
 
 def stored_groups(stored: dict[str, Any], study: Path) -> list[Group]:
-    """The groups of `variants` as they were written; `study` is the study file of their configs."""
+    """Return the groups of stored `variants`; `study` is the study file of their configs."""
     configs = {run.name: run.config for run in study_runs(study, Path("runs"))}
     runs = []
     for variant in stored["variants"]:
@@ -95,7 +95,7 @@ def stored_groups(stored: dict[str, Any], study: Path) -> list[Group]:
 
 
 def recomputed(stored: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
-    """`stored` with each error as its validation errors make it; all else is as it was measured."""
+    """Return `stored` with each error recomputed from its validation errors."""
     rows = []
     for row, group in zip(stored["variants"], groups, strict=True):
         errors = [
@@ -108,9 +108,9 @@ def recomputed(stored: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any
 
 
 def write_figures(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """The figures of docs/reproduction.md, each with its data as CSV.
+    """Write the figures of docs/reproduction.md, each with its data as CSV.
 
-    What is expected in them is the baseline's error, which linear scaling would keep.
+    The expected error in them is the baseline's, which linear scaling would preserve.
     """
     (baseline,) = (group for group in groups if group.label == BASELINE)
     assert baseline.mean is not None
@@ -135,7 +135,7 @@ def _expecting(group: Group, expect: ExpectConfig) -> Group:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line a variant."""
+    """Return a Markdown table with one line per variant."""
     lines = ["| variant | kn | peak lr | error, % | each seed |", "| --- | --- | --- | --- | --- |"]
     for one in found:
         errors = [run["error"] for run in one["runs"] if run["error"] is not None]
@@ -150,7 +150,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """--write keeps the errors in benchmarks/results/reproduction.json."""
+    """Print the table; --write stores the errors in benchmarks/results/reproduction.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduction")
     parser.add_argument("study", type=Path, metavar="STUDY", help="runs/studies/one_machine")
     parser.add_argument("--write", action="store_true", help="into results/reproduction.json")

@@ -1,11 +1,11 @@
-"""What the sampling of ImageNet's 1,281,167 images costs a rank: time, stalls, memory.
+"""The cost per rank of sampling ImageNet's 1,281,167 images: time, stalls, memory.
 
     python -m benchmarks.sampling [--repetitions 15] [--write]
 
-On a made-up index of that size (nothing of an image but its name and size is ever looked at), for
-rank 0 at the paper's minibatch of 8192 images. The feed's time for a micro-batch is set against the
-time that a rank has for it at 4,200 images/s: 61 ms for 256 images, 7.6 ms for 32. The stalls are
-those of a thread that does nothing but look at the clock while another makes a permutation.
+It uses a synthetic index of that size (only the name and size of an image are ever used), for
+rank 0 at the paper's minibatch of 8192 images. The batch plan's time per micro-batch is relative to
+a rank's time for it at 4,200 images/s: 61 ms for 256 images, 7.6 ms for 32. The stalls are
+those of a thread that only reads the clock while another computes a permutation.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from harness.data.sources.folder import Index, load_index
 from harness.data.sources.index_places import cache_places
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
-NEED = 4_200  # images/s of a rank
-REQUESTS = 128  # half of them before an epoch's end, half after
-CASES = [(8, 256), (256, 32)]  # ranks, images of a micro-batch
+NEED = 4_200  # images/s per rank
+REQUESTS = 128  # half before an epoch's end, half after
+CASES = [(8, 256), (256, 32)]  # ranks, images per micro-batch
 
 
 def paper_config(train_images: int = TRAIN) -> Config:
-    """The paper's minibatch, for two epochs."""
+    """Return a config with the paper's minibatch, for two epochs."""
     mapping = {
         "expect": {"error": 100, "source": "no training"},
         "data": {"train_images": train_images, "val_images": VAL, "classes": CLASSES},
@@ -48,11 +48,11 @@ def paper_config(train_images: int = TRAIN) -> Config:
 
 
 def make_up_index(root: Path, split: str, images: int) -> None:
-    """The kept index of a folder of so many images, without the images."""
+    """Write the stored index of a folder of this many images, without the images."""
     classes = [f"n{number:08}" for number in range(CLASSES)]
     for name in classes:
         (root / split / name).mkdir(parents=True)
-        os.utime(root / split / name, (0, 0))  # long ago: nobody looks whether it changed
+        os.utime(root / split / name, (0, 0))  # so old that it is not checked for changes
     labels = np.sort(np.arange(images) % CLASSES)
     names = [f"n{label:08}_{number % 99999}.JPEG" for number, label in enumerate(labels.tolist())]
     sides = np.random.default_rng(1).integers(300, 600, (2, images), dtype=np.int32)
@@ -62,12 +62,12 @@ def make_up_index(root: Path, split: str, images: int) -> None:
 
 
 def rank_memory(root: Path) -> dict[str, float]:
-    """MB that the indices and the feed of a rank add to a process, called in a fresh one.
+    """Return the MB that a rank's indices and batch plan add to a fresh process.
 
-    `peak_mb` is at any time while the feed goes through the end of an epoch into the next.
+    `peak_mb` is the peak while the plan passes the end of an epoch.
     """
     config = paper_config()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before_mb = resident_mb("VmRSS")
     start_s = time.perf_counter()
     train, val = load_index(root, "train"), load_index(root, "val")
@@ -85,13 +85,13 @@ def rank_memory(root: Path) -> dict[str, float]:
 
 
 def in_a_fresh_process(function: Callable[[Path], dict[str, float]], root: Path) -> dict:
-    """What `function` returns in a process that has done nothing else."""
+    """Return what `function` returns in a fresh process."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(function, (root,))
 
 
 def milliseconds(function: Callable[[], object], repetitions: int) -> list[float]:
-    """Of each call, after one that does not count."""
+    """Return the milliseconds of each call, after a warm-up call."""
     times = []
     for _ in range(repetitions + 1):
         start_s = time.perf_counter()
@@ -101,7 +101,7 @@ def milliseconds(function: Callable[[], object], repetitions: int) -> list[float
 
 
 def longest_stall_ms(beside: Callable[[], object]) -> float:
-    """The longest time for which this thread did not run while another one runs `beside`."""
+    """Return the longest pause of this thread while another runs `beside`."""
     thread = threading.Thread(target=beside)
     thread.start()
     longest_s, last_s = 0.0, time.perf_counter()
@@ -113,12 +113,12 @@ def longest_stall_ms(beside: Callable[[], object]) -> float:
 
 
 def waits_ms(train: Index, val: Index, ranks: int, micro_batch: int) -> list[float]:
-    """Of a feed's requests around an epoch's end, asked for as fast as a rank trains."""
+    """Return the milliseconds that requests around an epoch's end wait, made at a rank's pace."""
     config = paper_config()
     feed = BatchPlan(config, train, val, 0, ranks, micro_batch, channels_last=True)
     before = REQUESTS // 2 // len(feed.micro_batches)  # steps
     requests, waits = feed.training(config.steps_per_epoch - before), []
-    next(requests)  # the first permutation of a run is waited for
+    next(requests)  # a run waits for its first permutation
     for _ in range(REQUESTS):
         start_s = time.perf_counter()
         next(requests)
@@ -128,7 +128,7 @@ def waits_ms(train: Index, val: Index, ranks: int, micro_batch: int) -> list[flo
 
 
 def main() -> None:
-    """Prints a table; --write keeps it in benchmarks/results/sampling.json."""
+    """Print a table; --write stores it in benchmarks/results/sampling.json."""
     options = benchmark_parser(__doc__, repetitions=15).parse_args()
     results = measure(options.repetitions)
     for key, value in results.items():
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def measure(repetitions: int) -> dict[str, Any]:
-    """Every figure, under a name with its unit."""
+    """Return every figure, under a name with its unit."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_up_index(root, "train", TRAIN)

@@ -1,9 +1,9 @@
-"""Weak and strong scaling over ranks, and over hosts with slow links; the model against both.
+"""Weak and strong scaling over ranks, and over hosts with slow links, compared with the model.
 
     python -m benchmarks.scaling [--config CONFIG] [--repetitions 5] [--block-seconds 2] [--write]
-    python -m benchmarks.scaling --measured FILE.json      # what scaling_rank wrote on a cluster
+    python -m benchmarks.scaling --measured FILE.json      # scaling_rank's results on a cluster
 
-One machine: torchrun starts a rank a GPU (or a core), and scaling_rank measures the step on 1, 2,
+One machine: torchrun starts one rank per GPU (or core), and scaling_rank measures the step on 1, 2,
 4, … of them. Hosts: four network namespaces with shaped links, Gloo, real gradients through DDP;
 they outnumber the cores, so the compute of a step is a timed wait. See benchmarks/README.md.
 """
@@ -37,7 +37,7 @@ PORT = "29500"  # in a host's own network
 
 
 def measure_machine(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Weak and strong scaling of the config over this machine's GPUs, or cores, by torchrun."""
+    """Measure weak and strong scaling over this machine's GPUs, or cores, with torchrun."""
     ranks = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     out = folder / "machine.json"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -54,9 +54,9 @@ def _measuring(options: argparse.Namespace, out: Path) -> list[str]:
 
 
 def measure_hosts(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """The waits on 2, 3, … hosts, at each speed of their links, without and with a delay.
+    """Measure the waits on 2, 3, … hosts, at each link speed, with and without a delay.
 
-    Raises RuntimeError where a rank fails.
+    Raises RuntimeError if a rank fails.
     """
     points: list[dict[str, Any]] = []
     for delay_ms, speeds in ((0.0, SPEEDS), (DELAYED, DELAYED_SPEEDS)):
@@ -80,7 +80,7 @@ def measure_hosts(options: argparse.Namespace, folder: Path) -> list[dict[str, A
 
 
 def place(network: hosts.Hosts, rank: int, world_size: int) -> dict[str, str]:
-    """The environment of a rank on a host of its own."""
+    """Return the environment of a rank on its own host."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -93,7 +93,7 @@ def place(network: hosts.Hosts, rank: int, world_size: int) -> dict[str, str]:
 
 
 def add_efficiency(points: Sequence[dict[str, Any]]) -> None:
-    """To each point of a network: the images/s of a rank, as a share of one rank's by itself.
+    """Add the efficiency to each point: a rank's images/s, relative to a single rank's.
 
     Weak scaling: one rank's step with the same images; strong: its images/s with the minibatch.
     """
@@ -106,7 +106,7 @@ def add_efficiency(points: Sequence[dict[str, Any]]) -> None:
 
 
 def print_machine(points: Sequence[dict[str, Any]]) -> None:
-    """A row for each point of a network."""
+    """Print a row for each point of a network."""
     print("scaling  ranks  images   ms a step (quartiles)   exposed, ms   images/s  efficiency")
     for point in points:
         step, exposed = point["step_s"], point["exposed_s"]
@@ -119,7 +119,7 @@ def print_machine(points: Sequence[dict[str, Any]]) -> None:
 
 
 def print_hosts(judged: dict[str, Any], points: Sequence[dict[str, Any]]) -> None:
-    """A row for each point of the hosts, with the model's prediction and its error."""
+    """Print a row for each point of the hosts, with the model's prediction and its error."""
     print(
         f"\nhosts: compute is a timed wait of {1e3 * WAIT_S:.0f} ms; gradients "
         f"{GRADIENT_BYTES / 2**20:g} MiB in buckets of {BUCKET_BYTES / 2**20:g} MiB, Gloo\n"
@@ -138,19 +138,19 @@ def print_hosts(judged: dict[str, Any], points: Sequence[dict[str, Any]]) -> Non
         )
     fitted = judged["fitted"]
     print(
-        f"fitted: {1e3 * fitted['latency_s']:.2f} ms a ring's step, {fitted['rate']:.3f} of the "
-        f"set rate, {1e3 * fitted['overhead_s']:.2f} ms an all-reduce\n"
-        f"median error of the held-out: step {judged['median_error_percent']:.1f} %, "
+        f"fitted: {1e3 * fitted['latency_s']:.2f} ms per ring step, {fitted['rate']:.3f} of the "
+        f"set rate, {1e3 * fitted['overhead_s']:.2f} ms per all-reduce\n"
+        f"median error of the held-out points: step {judged['median_error_percent']:.1f} %, "
         f"exposed communication {judged['median_exposed_error_percent']:.1f} %"
     )
 
 
 def main() -> None:
-    """Prints the tables; --write keeps them in benchmarks/results/scaling.json, drawn beside it."""
+    """Print the tables; --write stores them in benchmarks/results/scaling.json and draws them."""
     parser = benchmark_parser(__doc__, repetitions=5)
     parser.add_argument("--config", nargs="+", default=[CONFIG], metavar="CONFIG [key=value …]")
     parser.add_argument("--measured", type=Path, metavar="FILE.json", help="measure nothing")
-    parser.add_argument("--hosts", type=int, default=4, help="default 4; 0: none")
+    parser.add_argument("--hosts", type=int, default=4, help="default 4; 0 for none")
     parser.add_argument("--block-seconds", type=float, default=2.0)
     options = parser.parse_args()
     found = json.loads(options.measured.read_text()) if options.measured else measure(options)
@@ -165,7 +165,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """`points` of this machine, and its `hosts` where it can have any."""
+    """Measure `points` of this machine and, if possible, its `hosts`."""
     found: dict[str, Any] = {"config": options.config, "load_average": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as folder:
         found["points"] = measure_machine(options, Path(folder))

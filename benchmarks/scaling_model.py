@@ -1,4 +1,4 @@
-"""Fit the step time model to a part of what was measured, and predict the rest."""
+"""The step-time model, fitted to some of the measured points and compared with the rest."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from scipy.optimize import least_squares
 from benchmarks.scaling_rank import BUCKET_BYTES, GRADIENT_BYTES, LAYERS
 from harness.planning.step_time_model import Layer, Link, Network, Workload, fill_buckets, step_time
 
-BACKWARD_SHARE = 2 / 3  # of a step's wait
+BACKWARD_SHARE = 2 / 3  # share of a step's wait
 BUCKETS = tuple(
     fill_buckets([Layer(GRADIENT_BYTES // LAYERS, 1 / LAYERS)] * LAYERS, BUCKET_BYTES, BUCKET_BYTES)
 )
-GLOO_SEGMENTS = 2  # of each step of its ring, for buckets of this size
+GLOO_SEGMENTS = 2  # per step of its ring, for buckets of this size
 NO_LINK = Link(0.0, float("inf"))
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """`latency_s`: of a ring's step, beside the delay that was set; `rate`: what arrives of a
-    link's set bytes/s; `overhead_s`: of an all-reduce."""
+    """Fitted parameters.
+
+    `latency_s`: of a ring's step, in addition to the delay that was set. `rate`: the achieved share
+    of a link's set bytes/s. `overhead_s`: of an all-reduce.
+    """
 
     latency_s: float
     rate: float
@@ -31,7 +34,7 @@ class Fitted:
 
 
 def predicted_step_s(point: dict[str, Any], fitted: Fitted) -> float:
-    """The step of a point of scaling.py, from its rank count, its link and its measured wait."""
+    """Predict the step of a point from its number of ranks, its link and its measured wait."""
     link = Link(
         fitted.latency_s + point["delay_ms"] / 1000,
         fitted.rate * point["mbit_per_s"] * 1e6 / 8,
@@ -43,15 +46,18 @@ def predicted_step_s(point: dict[str, Any], fitted: Fitted) -> float:
 
 
 def is_fitted(point: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
-    """Only the least and the most hosts, at every other speed, without delay, are fitted to."""
+    """Return True for the points to fit: fewest and most hosts, every other speed, no delay."""
     speeds = sorted({other["mbit_per_s"] for other in points})
     ends = {extreme(other["ranks"] for other in points) for extreme in (min, max)}
     return point["ranks"] in ends and point["mbit_per_s"] in speeds[::2] and not point["delay_ms"]
 
 
 def fit(points: Sequence[dict[str, Any]]) -> Fitted:
-    """The parameters with the least errors, relative to the steps: squared up to 2 %, then linear,
-    as a point that other work disturbed is not to bend them."""
+    """Find the parameters with the least errors relative to the steps.
+
+    Errors count squared up to 2 % and linearly above, so a point that other work has disturbed does
+    not distort the fit.
+    """
 
     def errors(parameters: Sequence[float]) -> list[float]:
         fitted = Fitted(*parameters)
@@ -69,7 +75,7 @@ def fit(points: Sequence[dict[str, Any]]) -> Fitted:
 
 
 def judge(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The fit, each point's prediction and error, and the median error of the held-out ones."""
+    """Return the fit, each point's prediction and error, and the median held-out error."""
     fitted = fit([point for point in points if is_fitted(point, points)])
     rows = []
     for point in points:

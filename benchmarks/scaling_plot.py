@@ -1,4 +1,4 @@
-"""Draws what scaling.py measured, like the paper's figures 7 and 8."""
+"""Plots of scaling.py's measurements, like the paper's figures 7 and 8."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Point = dict[str, Any]
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
-    """An SVG: seconds of a step and images/s over ranks; the hosts' below, with the model's."""
+    """Draw an SVG: seconds per step and images/s over ranks; below, hosts with the model."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "scaling"  # the same figure, the same file
+    matplotlib.rcParams["svg.hashsalt"] = "scaling"  # equal figures give equal files
     from matplotlib import pyplot
 
     rows = 2 if "hosts" in found else 1
@@ -54,7 +54,7 @@ def _draw_hosts(axes: Any, found: dict[str, Any]) -> None:
         )
     axes[0].set_yscale("log")
     axes[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
-    axes[0].set_ylim(top=8)  # above the curves there is room for the legend
+    axes[0].set_ylim(top=8)  # leaves space for the legend above the curves
     axes[1].set_ylim(0, 1.4)
     axes[1].set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     _label(axes[0], "hosts (dashed: the model)", "s a step, compute a timed wait", columns=3)
@@ -62,7 +62,7 @@ def _draw_hosts(axes: Any, found: dict[str, Any]) -> None:
 
 
 def _bars(axis: Any, points: Sequence[Point], label: str) -> Any:
-    """Medians with their quartiles; the line's colour."""
+    """Plot medians with quartiles; return the line's colour."""
     middle = [point["step_s"]["median"] for point in points]
     low = [point["step_s"]["median"] - point["step_s"]["quartile_1"] for point in points]
     high = [point["step_s"]["quartile_3"] - point["step_s"]["median"] for point in points]
@@ -76,7 +76,7 @@ def _curve(axis: Any, points: Sequence[Point], label: str, value: Callable[[Poin
 
 
 def _ideal(axis: Any, points: Sequence[Point]) -> None:
-    """One rank's images/s, times the ranks (weak scaling)."""
+    """Plot one rank's images/s times the ranks (weak scaling)."""
     weak = [point for point in points if point["scaling"] == "weak"]
     one = next(point["images_per_s"] for point in weak if point["ranks"] == 1)
     ranks = [point["ranks"] for point in weak]

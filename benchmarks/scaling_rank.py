@@ -3,13 +3,13 @@
     torchrun --nproc-per-node 8 -m benchmarks.scaling_rank CONFIG [key=value …] --out FILE.json
     srun --nodes 4 --ntasks-per-node 8 python -m benchmarks.scaling_rank CONFIG … --out FILE.json
 
-CONFIG's network is trained by the harness' own step on random images. Weak scaling keeps the
-images of a rank (those of one micro-batch), strong scaling the config's minibatch. `--waits` stands
-for CONFIG where hosts outnumber cores: layers whose compute is a wait, with real gradients, DDP and
-the harness' sum of them.
+The harness's own step trains CONFIG's network on random images. Weak scaling keeps the
+images per rank (one micro-batch), strong scaling the config's minibatch. `--waits` replaces
+CONFIG if hosts outnumber cores: layers whose compute is a wait, with real gradients, DDP and
+the harness's sum of them.
 
-Each point alternates blocks of steps with all ranks together and the same work of each rank alone,
-at the same time; a block counts for its slowest rank. What together takes longer is the exposed
+Each point alternates blocks of steps by all ranks together with the same work by each rank alone,
+at the same time; a block is timed on its slowest rank. The difference is the exposed
 communication.
 """
 
@@ -52,15 +52,15 @@ from harness.training.step import Step
 from harness.training.tuning.cuda_graphs import try_graphs
 from harness.training.tuning.malloc import keep_freed_memory
 
-Block = Callable[[int], None]  # so many steps
-WARM_UP_STEPS = 3  # DDP makes its buckets anew after the first
-PATIENCE = timedelta(hours=1)  # of ranks that wait for a smaller world's end
+Block = Callable[[int], None]  # runs a number of steps
+WARM_UP_STEPS = 3  # DDP rebuilds its buckets after the first
+PATIENCE = timedelta(hours=1)  # time-out of ranks that wait for a smaller world
 # the waits' network: equal layers, a backward pass twice the forward
 LAYERS, GRADIENT_BYTES, BUCKET_BYTES, WAIT_S = 16, 2 * MIB, MIB // 2, 0.2
 
 
 class _Wait(torch.autograd.Function):
-    """A layer that takes its time, and gives the gradient it was given."""
+    """A layer that waits for a set time, and returns a given gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor, wait_s: float) -> Tensor:
@@ -75,7 +75,7 @@ class _Wait(torch.autograd.Function):
 
 
 class Waits(nn.Module):
-    """LAYERS layers that together wait `wait_s`: a third in the forward pass."""
+    """LAYERS layers that wait for `wait_s` in total, a third of it in the forward pass."""
 
     def __init__(self, gradient_bytes: int = GRADIENT_BYTES) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Waits(nn.Module):
 
 
 def wait_blocks(world: World) -> dict[str, Block]:
-    """The waits, with the ranks together and alone."""
+    """Return blocks of the waits, with the ranks together and alone."""
 
     def block_of(model: nn.Module) -> Block:
         def block(steps: int) -> None:
@@ -112,7 +112,7 @@ def wait_blocks(world: World) -> dict[str, Block]:
 
 
 def step_blocks(config: Config, world: World) -> dict[str, Block]:
-    """The harness' step of this rank's workers, with the ranks together and alone."""
+    """Return blocks of the harness's step, with the ranks together and alone."""
     recipe, cuda = config.recipe, world.device.type == "cuda"
     compile = cuda if config.run.compile == "auto" else config.run.compile
     config = config.model_copy(update={"run": config.run.model_copy(update={"compile": compile})})
@@ -147,16 +147,16 @@ def step_blocks(config: Config, world: World) -> dict[str, Block]:
 
 
 def messages_of(world: World) -> dist.ProcessGroup | None:
-    """The group of small CPU messages, as a run has it."""
+    """Create a group for small CPU messages, as in a run."""
     if world.world_size == 1:
         return None
     group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+    assert isinstance(group, dist.ProcessGroup)  # this rank is a member
     return group
 
 
 def random_batches(config: Config, sizes: list[int]) -> Iterator[Batch]:
-    """Micro-batches of these sizes, in turn, for ever: pixels drawn once."""
+    """Yield micro-batches of these sizes in turn, endlessly, with pixels drawn once."""
     shape = (max(sizes), 3, config.data.crop, config.data.crop)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -168,7 +168,7 @@ def random_batches(config: Config, sizes: list[int]) -> Iterator[Batch]:
 def measure(
     blocks: dict[str, Block], device: torch.device, repetitions: int, block_s: float
 ) -> dict[str, Any]:
-    """Seconds of a step, by alternating blocks; `exposed_s` are the differences of neighbours."""
+    """Return seconds per step from alternating blocks; `exposed_s`: differences of neighbours."""
 
     def seconds(name: str, steps: int) -> float:
         dist.barrier()
@@ -196,7 +196,7 @@ def measure(
 
 
 def points_of_network(options: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
-    """Weak and strong scaling of the config on the ranks of the process group."""
+    """Measure weak and strong scaling of the config on the ranks of the process group."""
     given = load_config(options.config, options.overrides)
     local_images = Minibatch(given.workers, given.recipe.worker_batch).micro_batch_images(
         given.workers, given.run.micro_batch
@@ -221,7 +221,7 @@ def points_of_network(options: argparse.Namespace, world: World) -> Iterator[dic
 
 
 def points_of_waits(options: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
-    """The waits on the ranks of the process group, at each speed of the hosts' links."""
+    """Measure the waits on the ranks of the process group, at each speed of the hosts' links."""
     for mbit_per_s in options.mbit_per_s:
         shape_this_host(mbit_per_s)
         found = measure(
@@ -233,7 +233,7 @@ def points_of_waits(options: argparse.Namespace, world: World) -> Iterator[dict[
 
 
 def measure_worlds(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The points of each number of ranks, in a process group of their own; rank 0 has them."""
+    """Measure each number of ranks in its own process group; rank 0 returns the points."""
     world = world_from_environment("cpu" if options.waits else options.device)
     if world.launcher == "slurm":
         use_slurm_rendezvous()
@@ -270,17 +270,17 @@ def measure_worlds(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _wait_for(store: dist.Store, key: str, count: int) -> None:
-    while store.add(key, 0) < count:  # rare enough to cost the ranks that measure nothing
+    while store.add(key, 0) < count:  # too rarely to disturb the ranks that measure
         time.sleep(0.2)
 
 
 def rank_counts(most: int) -> list[int]:
-    """1, 2, 4, … and `most`."""
+    """Return 1, 2, 4, … and `most`."""
     return sorted({1 << bit for bit in range(most.bit_length())} | {most})
 
 
 def main() -> None:
-    """Measures; rank 0 writes the points to --out."""
+    """Measure; rank 0 writes the points to --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("config", nargs="?", default="configs/quickstart.yaml", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,10 +1,10 @@
-"""Seconds from the command to the first step.
+"""The time from the command to the first step.
 
     python -m benchmarks.startup [--repetitions 6] [--write]
 
-`harness train` on ResNet-50 and the digits: from nothing, with `--resume` after a stop, and, where
+`harness train` on ResNet-50 and the digits: a new run, with `--resume` after a stop, and, if
 `run.compile` is on (on a GPU, or with --compile), with an empty and a filled compile cache. Beside
-it what no training in PyTorch can do without: importing torch and torchvision, and a bare loop's
+it, what any training in PyTorch needs: importing torch and torchvision, and a bare loop's
 first step on the same network and images in memory. On a CPU `run.compile` is off.
 """
 
@@ -49,7 +49,7 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def write_config(folder: Path, model: str, size: int, minibatch: int) -> Path:
-    """A config on the digits that goes on for as long as it is let."""
+    """Write a config on the digits that trains until it is stopped."""
     data = folder / "digits"
     if not data.exists():
         prepare_digits(data)
@@ -59,7 +59,7 @@ def write_config(folder: Path, model: str, size: int, minibatch: int) -> Path:
 
 
 def start(config: Path, out: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """`harness train` in a process of its own."""
+    """Start `harness train` in its own process."""
     command = [sys.executable, "-m", "harness", "train", str(config), "--out", str(out)]
     return subprocess.Popen(
         [*command, *arguments],
@@ -71,7 +71,7 @@ def start(config: Path, out: Path, *arguments: str, **environment: str) -> subpr
 
 
 def step_lines(process: subprocess.Popen[str]) -> Iterator[int]:
-    """The number of each step as its line comes."""
+    """Yield the number of each step as its line arrives."""
     assert process.stdout is not None
     for line in process.stdout:
         if "  step " in line:
@@ -79,7 +79,7 @@ def step_lines(process: subprocess.Popen[str]) -> Iterator[int]:
 
 
 def first_step_s(config: Path, out: Path, *arguments: str, **environment: str) -> float:
-    """From the start of the process to its first step's line; then it stops with a checkpoint."""
+    """Return the time to the first step's line; then stop the run with a checkpoint."""
     begun_s = time.perf_counter()
     process = start(config, out, "--resume", *arguments, **environment)
     for _ in step_lines(process):
@@ -91,14 +91,14 @@ def first_step_s(config: Path, out: Path, *arguments: str, **environment: str) -
 
 
 def script_s(code: str) -> float:
-    """Of a fresh Python."""
+    """Return the run time of a program in a fresh Python."""
     begun_s = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     return time.perf_counter() - begun_s
 
 
 def measure(repetitions: int, folder: Path, compile: bool) -> dict[str, list[float]]:
-    """Seconds of each kind of start, in turn."""
+    """Return the seconds of each kind of start, in turn."""
     config = write_config(folder, "resnet50", 32, 32)
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     with_compile = ("cold compile cache", "warm compile cache") if compile else ()
@@ -121,9 +121,9 @@ def measure(repetitions: int, folder: Path, compile: bool) -> dict[str, list[flo
 
 
 def main() -> None:
-    """Prints a table; --write keeps it in benchmarks/results/startup.json."""
+    """Print a table; --write stores it in benchmarks/results/startup.json."""
     parser = benchmark_parser(__doc__, repetitions=6)
-    parser.add_argument("--compile", action="store_true", help="on a CPU too")
+    parser.add_argument("--compile", action="store_true", help="compile on a CPU too")
     options = parser.parse_args()
     compile = options.compile or torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as name:

@@ -1,15 +1,15 @@
-"""Images/s of the harness' training loop against others, which take turns.
+"""Images/s of the harness's training loop and of others, which take turns.
 
     python -m benchmarks.step [--starts 3] [--repetitions 10] [--block-seconds 0.5] [--write]
 
 All train the same network from the same uint8 batches in memory, in the same precision, with the
-same number of threads (`OMP_NUM_THREADS`); `loops.py` has the loops and says what each does beside
-that. Each has a process of its own, as its user would start it, and goes on in blocks of the same
-number of steps, forwards and backwards in turn, while the others stand still. The figure
-is the time of the other's block over that of the harness' in the same round (above 1: the harness
-is faster), on the clock and in processor time. Rounds of several starts are taken together, as
-where a process happens to have its memory favours one loop or another by some percent. On a CPU a
-worker a step (k = m = 1), and the quickstart's 8; on a GPU 8 workers of 32 images, in bfloat16.
+same number of threads (`OMP_NUM_THREADS`); `loops.py` contains the loops and says what else each
+does. Each has its own process, as its user would start it, and runs blocks of the same
+number of steps, alternating forwards and backwards, while the others are paused. The figure
+is the time of the other's block over that of the harness's in the same round (above 1: the harness
+is faster), in wall and processor time. Rounds of several starts are combined, since
+the memory layout of a process favours one loop or another by a few percent. On a CPU the cases are
+one worker per step (k = m = 1), and the quickstart's 8; on a GPU 8 workers of 32 images, bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from harness.config.schema import Config
 
 
 class Case(NamedTuple):
-    """A network, its images, n of a worker, k of a step, m of a micro-batch."""
+    """A network, its image size, n per worker, k per step, m per micro-batch."""
 
     model: str
     pixels: int
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 CPU_CASES = [
-    Case("resnet8", 16, 32, 1, 1),  # about 7 ms a step: what a step costs beside the network
+    Case("resnet8", 16, 32, 1, 1),  # about 7 ms per step: shows the overhead beside the network
     Case("resnet8", 16, 32, 8, 8),  # the quickstart's step
     Case("resnet20", 32, 128, 1, 1),
     Case("resnet50", 64, 32, 1, 1),
@@ -64,7 +64,7 @@ def case_config(
     precision: str = "float32",
     compile: bool = False,
 ) -> Config:
-    """The config of a case, of so many steps that no epoch ends."""
+    """Return the config of a case, with so many steps that no epoch ends."""
     return config_from_mapping(
         {
             "expect": {"error": 100, "source": "no training"},
@@ -95,8 +95,7 @@ def case_config(
 
 
 class Rounds(NamedTuple):
-    """Of each loop the (seconds, seconds of processor time) of its blocks, all of so many images;
-    and why other loops did not run."""
+    """Each loop's (wall seconds, processor seconds) of every block of `images` images."""
 
     images: int
     times: dict[str, list[tuple[float, float]]]
@@ -104,7 +103,7 @@ class Rounds(NamedTuple):
 
 
 def alternate(case: Case, options: argparse.Namespace, first: int) -> Rounds:
-    """Alternating blocks of all loops, each in a new process of its own; `first`: is started so."""
+    """Time alternating blocks of all loops, each in a new process; `first` is started first."""
     config = case_config(*case, options.precision, options.compile)
     names = list(LOOPS)[first % len(LOOPS) :] + list(LOOPS)[: first % len(LOOPS)]
     runners: dict[str, Runner] = {}
@@ -128,14 +127,14 @@ def alternate(case: Case, options: argparse.Namespace, first: int) -> Rounds:
 
 
 def compare(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """A row for each loop, of all rounds; also why some did not run."""
+    """Return a row for each loop over all rounds, and why some did not run."""
     found = [alternate(case, options, first) for first in range(options.starts)]
     rows = [row(name, found) for name in LOOPS if name in found[0].times]
     return {"starts": options.starts, "loops": rows, "not_run": found[0].absent}
 
 
 def row(name: str, found: Sequence[Rounds]) -> dict[str, Any]:
-    """A loop's rate, and its times over the harness' of the same rounds."""
+    """Return a loop's rate, and its times over the harness's in the same rounds."""
     pairs = [p for one in found for p in zip(one.times[name], one.times[OURS], strict=True)]
     rates = [one.images / seconds for one in found for seconds, _ in one.times[name]]
     return {
@@ -147,7 +146,7 @@ def row(name: str, found: Sequence[Rounds]) -> dict[str, Any]:
 
 
 def print_case(title: str, result: dict[str, Any]) -> None:
-    """A line for each loop."""
+    """Print a line for each loop."""
 
     def cell(value: dict[str, float]) -> str:
         quartiles = f"({value['quartile_1']:.3f}, {value['quartile_3']:.3f})"
@@ -162,10 +161,10 @@ def print_case(title: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Prints a table; --write keeps it in benchmarks/results/step.json."""
+    """Print a table; --write stores it in benchmarks/results/step.json."""
     cuda = torch.cuda.is_available()
     parser = benchmark_parser(__doc__, repetitions=10)
-    parser.add_argument("--starts", type=int, default=3, help="of all processes; default 3")
+    parser.add_argument("--starts", type=int, default=3, help="starts of all processes; default 3")
     parser.add_argument("--block-seconds", type=float, default=0.5)
     parser.add_argument("--models", nargs="*", help="such as resnet8; all by default")
     parser.add_argument("--precision", default="bfloat16" if cuda else "float32")
@@ -173,7 +172,7 @@ def main() -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=cuda,
-        help="every loop's model; this project's is replayed as CUDA graphs too, if that is faster",
+        help="compile every loop's model; this project's also uses CUDA graphs, if that is faster",
     )
     options = parser.parse_args()
     cases = []

@@ -1,19 +1,19 @@
-"""What a teacher brings: validation errors of students with and without one, on real images.
+"""The benefit of a teacher: validation errors of students with and without one, on real images.
 
     python -m benchmarks.students digits --data DIR --tenth DIR [--work DIR] [--write]
     python -m benchmarks.students cifar10 --data DIR [--seeds 1] [--work DIR] [--write]
 
-digits: DIR are what `harness data digits` makes, for the teacher, and with `--labelled 0.1` for
+digits: the folders are from `harness data digits`, for the teacher, and with `--labelled 0.1` for
 the students. A ResNet-8 of width 8, 143 labelled and 1,294 unlabelled images, taught by the
 quickstart's network, as in configs/distill/quickstart.yaml; and the same network on the 143 images
-alone, kn = 128, for as many steps, at three learning rates, of which the best is the baseline.
+alone, kn = 128, for as many steps, at three learning rates, the best of which is the baseline.
 
-cifar10: DIR is what `harness data cifar10` makes; the first 1,000 images of each class train, the
+cifar10: DIR is from `harness data cifar10`; the first 1,000 images of each class train, the
 first 500 of each validate. A ResNet-8 of width 8 alone, and taught by a ResNet-20 of width 8 at
-T = 1, 4 and 20 from one cache of all logits in float16; of the first seed at T = 4 also by the
+T = 1, 4 and 20 from one cache of all logits in float16; for the first seed at T = 4 also by the
 live teacher.
 
-Every run has a folder in WORK: interrupted, the same command goes on where it was.
+Every run has a folder in WORK: after an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from harness.runs.logging.jsonl import read_log
 from harness.training.setup import cache_soft_targets, train
 
 MACHINE = ["run.loader=memory", "run.device=cpu"]
-Variants = Mapping[str, list[str]]  # the overrides of each
+Variants = Mapping[str, list[str]]  # name -> overrides
 Curve = dict[int, float]  # validation error in % by step
 Finished = dict[tuple[str, int], tuple[float, Curve]]  # by variant and seed
 
 DIGITS = "configs/distill/quickstart.yaml"
 LRS = (0.05, 0.1, 0.2)  # at 32 images; the peak is four times that at kn = 128
-# the labelled images alone: 143 // 128 = 1 step an epoch, so epochs are the student's steps
+# the labelled images alone: 143 // 128 = 1 step per epoch, so epochs are the student's steps
 ALONE = ["distill=null", "data.unlabelled_images=0", "recipe.minibatch=128", "recipe.epochs=300"]
 ALONE += ["recipe.warmup_epochs=25", "recipe.milestones=[150, 225, 270]"]
 ALONE += ["run.evaluate_every_epochs=5"]
@@ -61,7 +61,7 @@ TEACHER += ["run.evaluate_every_epochs=5"]
 def digits(
     data: Path, tenth: Path, work: Path, seeds: Sequence[int], processes: int
 ) -> dict[str, Any]:
-    """Errors in % of all runs, and the curves of validation error against steps."""
+    """Return errors in % of all runs, and the curves of validation error against steps."""
     keys = [*MACHINE, f"run.data_root={data}"]
     teacher, _ = run("configs/quickstart.yaml", keys, work / "teacher")
     machine = [*MACHINE, f"run.data_root={tenth}"]
@@ -73,7 +73,7 @@ def digits(
 
 
 def cifar10(data: Path, work: Path, seeds: Sequence[int], processes: int) -> dict[str, Any]:
-    """As `digits`; and how the student of the cache differs from that of the live teacher."""
+    """Return the same as `digits`, for students of a cache and of the live teacher."""
     machine = [*MACHINE, f"run.data_root={subset(data, work / 'data')}", *SUBSET]
     teacher, _ = run("configs/cifar10/resnet56_128.yaml", [*machine, *TEACHER], work / "teacher")
     base = [*machine, *STUDENT]
@@ -92,7 +92,7 @@ def cifar10(data: Path, work: Path, seeds: Sequence[int], processes: int) -> dic
 
 
 def subset(data: Path, folder: Path) -> Path:
-    """The first images of each class, as an image folder of their own."""
+    """Create an image folder of the first images of each class."""
     for split, count in (("train", TRAIN_PER_CLASS), ("val", VAL_PER_CLASS)):
         for source in sorted((data / split).iterdir()):
             target = folder / split / source.name
@@ -108,7 +108,7 @@ def subset(data: Path, folder: Path) -> Path:
 
 
 def cache(keys: list[str], seed: int, work: Path) -> Path:
-    """The teacher's logits of every crop of a run of this seed, made where they are missing."""
+    """Cache the teacher's logits of every crop of a run of this seed, unless they exist."""
     folder = work / f"cache-{seed}"
     if not (folder / "manifest.json").exists():
         config = load_config(CIFAR10, [*keys, f"seed={seed}", f"distill.cache={folder}"])
@@ -119,7 +119,7 @@ def cache(keys: list[str], seed: int, work: Path) -> Path:
 def run_all(
     path: str, variants: Variants, seeds: Sequence[int], work: Path, processes: int
 ) -> Finished:
-    """Each variant with each seed, so many at a time."""
+    """Run each variant with each seed, several at a time."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         runs = {
             (name, seed): pool.submit(run, path, [*keys, f"seed={seed}"], folder)
@@ -131,7 +131,7 @@ def run_all(
 
 
 def run(path: str, keys: list[str], folder: Path) -> tuple[float, Curve]:
-    """Its error, and its curve; one that is finished is not run again."""
+    """Return a run's error and curve; a finished run is not repeated."""
     torch.set_num_threads(1)
     error = train(load_config(path, keys), folder, resume=True).error
     log = read_log(folder / "log.jsonl")
@@ -139,7 +139,7 @@ def run(path: str, keys: list[str], folder: Path) -> tuple[float, Curve]:
 
 
 def summary(names: Sequence[str] | Variants, finished: Finished) -> dict[str, Any]:
-    """Mean and standard deviation of the error in %, and the mean curve, of each variant."""
+    """Return each variant's mean and standard deviation of the error in %, and its mean curve."""
     rows: dict[str, Any] = {}
     for name in names:
         errors, curves = zip(*(r for (n, _), r in finished.items() if n == name), strict=True)
@@ -153,7 +153,7 @@ def summary(names: Sequence[str] | Variants, finished: Finished) -> dict[str, An
 
 
 def main() -> None:
-    """--write keeps the part's figures in benchmarks/results/students_PART.json."""
+    """Print the figures; --write stores them in benchmarks/results/students_PART.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("part", choices=["digits", "cifar10"])
     parser.add_argument("--data", type=Path, help="data/digits or data/cifar10")

@@ -1,4 +1,4 @@
-"""Draws the curves of students.py: validation error against steps, with the teacher's error.
+"""Plots of students.py's curves: validation error against steps, with the teacher's error.
 
 python -m benchmarks.students_plot benchmarks/results/students_digits.json --to FILE.svg
 """
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def draw(found: dict[str, Any], path: Path) -> Path:
-    """An SVG with a line a student (mean over its seeds); `found` is what students.py wrote."""
+    """Draw an SVG with a line per student (mean over seeds) from the results of students.py."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "students"  # the same figure, the same file
+    matplotlib.rcParams["svg.hashsalt"] = "students"  # equal figures give equal files
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4))

@@ -143,7 +143,7 @@ def test_the_table_has_every_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(bool(hosts.missing()), reason=hosts.missing() or "hosts")
 def test_hosts_are_at_their_nodes_bridge_and_nodes_at_one_between_them() -> None:
-    with hosts.Hosts(4, a_node=2) as network:
+    with hosts.Hosts(4, hosts_per_node=2) as network:
         ports = {
             bridge: set(re.findall(r"(port\d|up\d|down\d)@", listed))
             for bridge in ("node0", "node1", "bridge")

@@ -114,5 +114,5 @@ def test_the_gpu_is_measured_in_batches_that_were_asked_for(
 
 
 def test_a_folder_without_images_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no images in it nor in its folders"):
+    with pytest.raises(SystemExit, match="no images in it or its subfolders"):
         loaders.find_images(tmp_path)
