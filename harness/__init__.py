@@ -1,15 +1,15 @@
 """A large-minibatch training harness: one recipe, one curve, on 1 GPU or 256.
 
-As a library: `load_config`, `build_model` and `lr_at` from here, and `train` from
+To use it as a library, import `load_config`, `build_model` and `lr_at` from here, and `train` from
 harness.training.setup.
-Importing it is cheap: the names below are loaded, with PyTorch, when they are first used.
+Importing it is cheap: the names below are loaded, with PyTorch, on first use.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harness.config.loading import load_config
@@ -30,7 +30,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'harness' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

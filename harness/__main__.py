@@ -1,4 +1,4 @@
-"""`python -m harness`, as torchrun calls it."""
+"""The command `python -m harness`, for torchrun."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes: a file is replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what is to become `path`."""
+    """Return the path that this process writes before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a temporary file, flushes it to the disk and renames it: whole or not at all."""
+    """Write a temporary file, flush it to disk and rename it to `path`."""
     temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:

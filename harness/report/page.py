@@ -58,7 +58,7 @@ def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"draw": draw, "look": look, "name": run_name, "duration": duration}
+    environment.globals.update(draw=draw, look=look, name=run_name, duration=duration)
     runs, found_verdicts = _in_order(groups), verdicts(groups)
     config = table({n: flat_config(run.config) for n, _, run in runs}, groups)
     machine = table({n: flat_environment(run) for n, _, run in runs}, groups)
