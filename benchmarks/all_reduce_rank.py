@@ -282,7 +282,7 @@ def summed(numbers: Tensor, how: dist.ReduceOp.RedOpType, group: dist.ProcessGro
 
 
 def interface(text: str) -> Interface:
-    """Of NAMESPACE:NAME."""
+    """Parse NAMESPACE:NAME."""
     return Interface(*text.split(":"))
 
 

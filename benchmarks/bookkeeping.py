@@ -52,13 +52,13 @@ PARTS = "counters", "agreement", "log lines", "threads"
 
 
 class NoMetrics(Metrics):
-    """Counts nothing."""
+    """Metrics that count nothing."""
 
     def add_micro_batch(self, *arguments: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def end_step(self, *arguments: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class MeteredMetrics(Metrics):
@@ -67,12 +67,12 @@ class MeteredMetrics(Metrics):
     meter: Meter
 
     def add_micro_batch(self, *arguments: Any) -> None:
-        """Timed."""
+        """Time the call of a micro-batch."""
         with self.meter("counters"):
             super().add_micro_batch(*arguments)
 
     def end_step(self, *arguments: Any) -> None:
-        """Timed."""
+        """Time the call at a step's end."""
         with self.meter("counters"):
             super().end_step(*arguments)
 

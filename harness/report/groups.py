@@ -91,7 +91,7 @@ def flat_config(config: Config) -> dict[str, object]:
 
 
 def curve_keys(config: Config) -> dict[str, object]:
-    """The keys that determine the curve, without the seed."""
+    """Return the keys that determine the curve, without the seed."""
     flat = flat_config(config)
     return {k: v for k, v in flat.items() if k.partition(".")[0] not in ("seed", "expect", "run")}
 

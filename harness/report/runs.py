@@ -17,7 +17,7 @@ from harness.recipe.schedule import final_epochs
 from harness.runs.headline import Headline, recorded_headline
 from harness.runs.logging.jsonl import read_lines, standing_lines
 
-# a line of log.jsonl, environment.json or status.json: its keys depend on the event and the version
+# a line of log.jsonl, or environment.json, or status.json, whose keys depend on event and version
 JsonObject = dict[str, Any]
 
 

@@ -59,7 +59,7 @@ def _expected(group: Group) -> tuple[float, float, int]:
 
 
 def image_points(group: Group) -> float:
-    """The weight of one validation image in percentage points."""
+    """Return the weight of one validation image in percentage points."""
     return 100 / group.config.data.val_images
 
 

@@ -1,5 +1,7 @@
-"""`harness verify`: a proof on this machine, with the user's model, data and loader, that a config
-gives one curve on any number of ranks, with any micro-batch, and through an interruption.
+"""`harness verify`: a proof that a config gives one curve on any number of ranks.
+
+It is made on this machine, with the user's model, data and loader, and covers other micro-batches
+and an interruption.
 
 Ranks are real processes (rank.py, started by launch.py). Each number of ranks is compared with one
 rank (compare.py), in the order of cause and effect: the first failing line is where to look.

@@ -45,8 +45,10 @@ QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 @dataclass(frozen=True)
 class Line:
-    """One comparison. `over`: how much was compared. `difference` counts unequal items if
-    `bound` is 0, otherwise it is relative. `detail`: where and how it failed.
+    """One comparison.
+
+    `over`: how much was compared. `difference` counts unequal items if `bound` is 0, otherwise it
+    is relative. `detail`: where and how it failed.
     """
 
     where: str

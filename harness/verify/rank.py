@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 @dataclass
 class Rank:
-    """This rank of a launch; its public methods are the tasks. Rank 0 saves `results`."""
+    """One rank of a launch; its public methods are the tasks. Rank 0 saves `results`."""
 
     folder: Path
     request: Request

@@ -21,14 +21,14 @@ START_EVERY = 10  # every tenth step is also made from equal weights
 
 @dataclass(frozen=True)
 class Setting:
-    """What is verified. `ranks` are world sizes, rising from 1; `folder` is for temporary files."""
+    """The object of a verification: `ranks` are world sizes, rising from 1."""
 
     config: Config
     ranks: Sequence[int]
     steps: int
     train: Index
     val_images: int  # the number evaluated
-    folder: Path
+    folder: Path  # for temporary files
     rank_program: Sequence[str]
 
     @property

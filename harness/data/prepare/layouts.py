@@ -72,6 +72,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def class_folders(folder: Path) -> list[Path]:
+    """List class folders by name."""
     return sorted(e for e in folder.iterdir() if is_class_name(e.name) and e.is_dir())
 
 
