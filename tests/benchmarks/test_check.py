@@ -62,7 +62,7 @@ def test_exit_code_and_lines(tmp_path, monkeypatch, capsys, median, code):
     assert ("WORSE" in out) == bool(code) and "resnet8, bare: ratio" in out
 
 
-def test_nothing_to_compare_is_said(tmp_path, monkeypatch, capsys):
+def test_nothing_to_compare_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         check.main()

@@ -113,6 +113,6 @@ def test_the_gpu_is_measured_in_batches_that_were_asked_for(
     assert (results["batch"], results["batches_a_block"]) == (5, 3)
 
 
-def test_a_folder_without_images_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no images in it or its subfolders"):
         loaders.find_images(tmp_path)

@@ -103,7 +103,7 @@ CALL = "prepare_imagenet(Path(sys.argv[1]), Path(sys.argv[2]), expected=Counts(1
 # Renames of an uninterrupted call: 1 the source's record, 2 to 7 validation images, then four
 # images and their class, three times (12 and 17 and 22 are classes), 23 train, 24 val, 25 marker.
 @pytest.mark.parametrize("n", [1, 5, 10, 12, 22, 24, 25])
-def test_imagenet_goes_on_after_sigkill(tmp_path: Path, archives: Path, n: int) -> None:
+def test_imagenet_continues_after_sigkill(tmp_path: Path, archives: Path, n: int) -> None:
     folder = tmp_path / "i"
     killed = child(CALL, folder, archives, before=KILL_AT_RENAME.format(n=n))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -157,7 +157,7 @@ def test_imagenet_failed_write_is_one_line(tmp_path: Path, archives: Path) -> No
     prepare_imagenet(tmp_path / "i", archives, expected=SMALL)
 
 
-def test_imagenet_disk_full_is_one_line_and_goes_on(tmp_path: Path, archives: Path) -> None:
+def test_imagenet_disk_full_is_one_line_and_continues(tmp_path: Path, archives: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]

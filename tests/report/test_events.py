@@ -25,7 +25,7 @@ def test_a_kill_another_number_of_ranks_and_a_damaged_image(harmed):
     assert re.fullmatch(r"skipped 1 damaged image, \d+ times \(ids \d+\)", found["images"])
 
 
-def test_divergence_is_told_with_step_and_images(diverged):
+def test_divergence_names_step_and_images(diverged):
     kinds = events_of(diverged)
     assert kinds[0][0] == "divergence" and "not finite at step 1" in kinds[0][1]
     assert re.match(r"diverged at step 1: the loss is not finite \(image ids \d+, ", kinds[1][1])

@@ -65,7 +65,7 @@ def test_assets_are_the_figures_as_svg_with_their_data(study, tmp_path, capsys):
     assert rows[-1] == ["none, seed 1", "3.0", str(last["error"]), "", ""]
 
 
-def test_a_run_that_goes_on_is_told_as_such_and_has_no_error_yet(written, tmp_path):
+def test_an_unfinished_run_is_shown_as_running_and_has_no_error_yet(written, tmp_path):
     lines = [start(0, 0), train(5, 1, 50.0, 100.0), evaluation(5, 2, 40.0)]
     status = {"step": 5, "total_steps": 15, "heartbeat": 0.0}
     run = written(lines, torn='{"event"', state="running", **status)
@@ -103,7 +103,7 @@ def test_a_page_without_any_expectation(written, tmp_path):
     assert "no expectation for this recipe" in page and 'class="band"' not in page
 
 
-def test_mistakes_are_told_in_a_line_and_nothing_is_written(study, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_line_and_nothing_is_written(study, tmp_path, monkeypatch, capsys):
     to = tmp_path / "r.html"
     (tmp_path / "no.json").write_text('{"points": 7}')
     for paths, message in [
@@ -130,7 +130,7 @@ def test_mistakes_are_told_in_a_line_and_nothing_is_written(study, tmp_path, mon
     assert not to.exists()
 
 
-def test_a_run_that_cannot_be_read_is_told_and_left_out(written, tmp_path, capsys):
+def test_an_unreadable_run_is_reported_and_skipped(written, tmp_path, capsys):
     for name in ("a", "b"):
         written([start(0, 0), evaluation(5, 1, 9.0)], f"study/x/{name}", error=9.0)
     (tmp_path / "study" / "x" / "a" / "config.yaml").write_text("seed: [")

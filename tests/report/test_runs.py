@@ -79,7 +79,7 @@ def test_a_study_is_read_as_variant_and_seed_in_the_order_of_numbers(written, tm
     assert find_run_folders(tmp_path / "study" / "plain") == [(tmp_path / "study" / "plain", "")]
 
 
-def test_no_run_is_a_mistake_that_is_told(tmp_path):
+def test_a_path_without_runs_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
         find_run_folders(tmp_path / "absent")
     with pytest.raises(UserError, match="no run folder, and none below it"):

@@ -77,7 +77,7 @@ def test_holm_by_hand():
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
 
 
-def test_a_difference_that_stands_alone_may_not_stand_amongst_many_rows():
+def test_a_difference_that_is_significant_alone_may_not_be_among_many_rows():
     """24.02 alone is just outside; of ten rows it may be by chance. Rows without a verdict do not
     count."""
     alone = [run(24.02, variant="a"), run(99.0, variant="b", expect=None)]
