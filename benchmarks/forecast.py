@@ -65,7 +65,7 @@ def paper_lines() -> Iterator[str]:
         ]
         yield f"| {servers} | {needed[0]:.1f} | {needed[1]:.1f} |"
     yield ""
-    yield "| Gbit/s a server | spread of a GPU's step | 8 to 352 GPUs | efficiency at 256 |"
+    yield "| Gbit/s per server | spread of a GPU's step | 8 to 352 GPUs | efficiency at 256 |"
     yield "| --- | --- | --- | --- |"
     for gbit_per_s, spread in ((15, 0), (25, 0), (50, 0), (50, 0.02), (50, 0.05), (50, 0.08)):
         between = Link(PAPER_BETWEEN_LATENCY_S, gbit_per_s * GBIT)
@@ -93,7 +93,7 @@ def share(work: Workload, gpus: int, gbit_per_s: float) -> float:
 def gpu_lines() -> Iterator[str]:
     """Yield the table for one worker of 32 images per GPU, k = GPUs, 400 Gbit/s each."""
     buckets = resnet50_buckets()
-    yield "| one GPU | GPUs (k) | ms a step | exposed, ms | efficiency | bfloat16 | n = 256 |"
+    yield "| one GPU | GPUs (k) | ms per step | exposed, ms | efficiency | bfloat16 | n = 256 |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for name, images_per_s in PUBLISHED.items():
         for gpus in GPUS:
@@ -112,7 +112,7 @@ def limit_lines() -> Iterator[str]:
     buckets, gpus = resnet50_buckets(), GPUS[-1]
     yield (
         "| one GPU | n | exposed: limited by | waiting for the slowest, spread 1 % | "
-        "Gbit/s a GPU for 95 %: float32 | bfloat16 |"
+        "Gbit/s per GPU for 95 %: float32 | bfloat16 |"
     )
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, images_per_s in PUBLISHED.items():
@@ -133,7 +133,7 @@ def limit_lines() -> Iterator[str]:
 
 def bucket_lines() -> Iterator[str]:
     """Yield milliseconds of exposed communication by DDP's bucket size, 32 images per GPU."""
-    yield "| one GPU | GPUs | Gbit/s a GPU | " + " | ".join(f"{m} MiB" for m in BUCKETS_MIB) + " |"
+    yield "| one GPU | GPUs | Gbit/s per GPU | " + " | ".join(f"{m} MiB" for m in BUCKETS_MIB) + " |"
     yield "| --- " * (3 + len(BUCKETS_MIB)) + "|"
     sizes = [resnet50_buckets(mib * MIB) for mib in BUCKETS_MIB]
     for name, gbit_per_s in (("H200, PyTorch", 400), ("H200, MLPerf", 400), ("H200, MLPerf", 100)):

@@ -107,7 +107,7 @@ def add_efficiency(points: Sequence[dict[str, Any]]) -> None:
 
 def print_machine(points: Sequence[dict[str, Any]]) -> None:
     """Print a row for each point of a network."""
-    print("scaling  ranks  images   ms a step (quartiles)   exposed, ms   images/s  efficiency")
+    print("scaling  ranks  images   ms per step (quartiles) exposed, ms   images/s  efficiency")
     for point in points:
         step, exposed = point["step_s"], point["exposed_s"]
         quartiles = f"({1e3 * step['quartile_1']:.1f}, {1e3 * step['quartile_3']:.1f})"
@@ -123,7 +123,7 @@ def print_hosts(judged: dict[str, Any], points: Sequence[dict[str, Any]]) -> Non
     print(
         f"\nhosts: compute is a timed wait of {1e3 * WAIT_S:.0f} ms; gradients "
         f"{GRADIENT_BYTES / 2**20:g} MiB in buckets of {BUCKET_BYTES / 2**20:g} MiB, Gloo\n"
-        "hosts  Mbit/s  delay   ms a step (quartiles)   wait, ms  exposed, ms  efficiency  "
+        "hosts  Mbit/s  delay   ms per step (quartiles) wait, ms  exposed, ms  efficiency  "
         "predicted  error"
     )
     for row, point in zip(judged["predictions"], points, strict=True):
