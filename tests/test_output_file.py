@@ -1,4 +1,4 @@
-"""Files that a user names: found unwritable before the work, whole or as they were afterwards."""
+"""Output files: found unwritable before the work, complete or unchanged afterwards."""
 
 import os
 from pathlib import Path

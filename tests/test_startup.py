@@ -1,4 +1,4 @@
-"""Importing quickly leaves the collector on, and is for processes without PyTorch only."""
+"""Fast imports leave the collector on, and only affect processes without PyTorch."""
 
 import gc
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmark of loaders runs, and everybody in it does the work."""
+"""The benchmark of loaders runs, and every contender does the work."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ CASE = Case("resnet8", 16, 8, 1, 1)
 )
 def test_every_loop_is_compiled_where_runs_are(monkeypatch, tmp_path, cuda, words, compiled):
     class Here:
-        """In the place of a pool of one fresh process."""
+        """A stand-in for a pool of one fresh process."""
 
         def __init__(self, method):
             assert method == "spawn"

@@ -1,4 +1,4 @@
-"""Archives made for tests, folders compared, and processes killed."""
+"""Helpers that create archives, compare folders and kill processes."""
 
 import io
 import subprocess
@@ -14,7 +14,7 @@ from harness.errors import UserError
 
 
 def tar(*files: tuple[str | tarfile.TarInfo, bytes], mode: str = "w") -> bytes:
-    """An archive of (name or header, content)."""
+    """Create an archive of (name or header, content)."""
     archive_bytes = io.BytesIO()
     with tarfile.open(fileobj=archive_bytes, mode=mode) as archive:  # type: ignore[call-overload]
         for header, content in files:
@@ -32,7 +32,7 @@ def special(name: str, kind: bytes, target: str = "") -> tuple[tarfile.TarInfo, 
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Files by path, the marker among them."""
+    """Return files by path, including the marker."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -41,7 +41,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def error_of(call: Callable[..., str], *args: Any, **kwargs: Any) -> str:
-    """The message of the UserError that the call raises, which must be one line."""
+    """Return the message of the UserError that the call raises, which must be one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **kwargs)
     message = str(caught.value)
@@ -78,7 +78,7 @@ sys.addaudithook(hook)
 def child(
     call: str, *arguments: Path, before: str = "", after: str = "", under: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Another process prints what the call returns, or "UserError" and its message."""
+    """Start a process that prints what the call returns, or "UserError" and its message."""
     script = CHILD.format(before=before, call=call, after=after)
     command = [*under, sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)

@@ -51,7 +51,7 @@ def jpeg(photo: Callable) -> bytes:
 
 
 def overwritten(content: bytes, new: bytes) -> bytes:
-    """In the middle, where the pixels are."""
+    """Overwrite the middle, where the pixels are."""
     start = len(content) // 2
     return content[:start] + new + content[start + len(new) :]
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_decoded(root: Path, jpeg: bytes, photo: Callable) -> Non
     for name, (content, _) in files.items():
         (ant / name).write_bytes(content)
     (ant / "0.JPEG").unlink()
-    (ant / "0.JPEG").symlink_to("/proc/self/mem")  # cannot be read, by root either
+    (ant / "0.JPEG").symlink_to("/proc/self/mem")  # not even readable by root
     report = check_folder(root)
     reasons = details(report, *DAMAGED)
     assert found(report, CUT) == sorted(f"train/ant/{name}" for name in (*files, "0.JPEG"))
@@ -186,7 +186,7 @@ def test_duplicates_are_equal_bytes(root: Path, jpeg: bytes, capsys) -> None:
         "val/dog/f.jpg": fourth,  # unlabelled images are trained on, too
         "unlabelled/1.jpg": fourth,
         "unlabelled/0.jpg": jpeg[:500],
-        "unlabelled/2.jpg": jpeg[:500],  # damage is told once, as such
+        "unlabelled/2.jpg": jpeg[:500],  # damage is reported once, as damage
     }
     for name, content in files.items():
         (root / name).write_bytes(content)

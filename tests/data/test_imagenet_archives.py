@@ -290,7 +290,7 @@ def test_imagenet_names_what_is_missing_in_archives(tmp_path: Path, archives: Pa
     assert "n04418357.tar contains 2 images, but the development kit lists 4" in error_of(call)
     write_archives(archives, train=tar(class_tar(WNIDS[0]), class_tar(WNIDS[1])))
     assert "in only one of train and val: n04418357" in error_of(call)
-    write_archives(archives)  # the complete ones: the folder is mended
+    write_archives(archives)  # the complete ones: the folder is repaired
     assert "12 training and 6 validation" in call()
 
 

@@ -28,7 +28,7 @@ Save = Callable[[str], bytes]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Writes an image of its own colour below SOURCE, by the format of the name; its bytes."""
+    """Write an image of its own colour, in the format of its name; return its bytes."""
     colours = iter(range(10, 250, 3))
 
     def write(name: str) -> bytes:
@@ -41,7 +41,7 @@ def save(tmp_path: Path) -> Save:
 
 
 def imported(tmp_path: Path, *options: float) -> dict[str, bytes]:
-    """The files of the new folder, whose counts `harness data check` agrees with."""
+    """Return the files of the new folder, whose counts `harness data check` confirms."""
     import_layout(tmp_path / "source", tmp_path / "new", *options)
     assert not check_folder(tmp_path / "new").failed
     (tmp_path / "new" / MARKER).unlink()

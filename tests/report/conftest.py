@@ -1,4 +1,4 @@
-"""Real run folders to report on: a small study, a run that was harmed, one that diverged."""
+"""Real run folders for reports: a small study, an interrupted run, and one that diverged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _write(path: Path, data: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def study(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """STUDY/VARIANT/SEED: gradual warm-up with two seeds, none with one. Not to be changed."""
+    """STUDY/VARIANT/SEED: two seeds of gradual warm-up, one of none. Tests must not change it."""
     folder = tmp_path_factory.mktemp("studies") / "warmup"
     for variant, seed in RUNS:
         expected = json.dumps({"error": 60.0, "std": 25.0, "runs": 5, "source": HOSTILE})
@@ -90,7 +90,7 @@ Line = dict[str, Any]
 
 @pytest.fixture
 def written(tmp_path: Path, digits: Path) -> Callable[..., Path]:
-    """Writes a run folder with such a log and status: for numbers that a person computed."""
+    """Write a run folder with a given log and status, for numbers that a person computed."""
 
     def write(
         lines: list[Line], name: str = "run", torn: str = "", state: str = "finished", **status: Any

@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium: what it shows, what its switches do, what it asks for."""
+"""The page in a real headless Chromium: its content, its switches, its requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def page(study: Path, diverged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a study and a run that diverged, with hostile names in the path and in the config."""
+    """The report of a study and a diverged run, with hostile names in the path and the config."""
     folder = tmp_path_factory.mktemp("page")
     copied = shutil.copytree(study, folder / "a <b> & 'c'")
     (copied / "none").rename(copied / "<img src=x onerror=alert(1)>")
@@ -52,7 +52,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
         options.add_argument(flag)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    os.environ["SE_OFFLINE"] = "true"  # the driver is given, nothing is to be looked for
+    os.environ["SE_OFFLINE"] = "true"  # the driver is given, so selenium must not search for one
     driver = webdriver.Chrome(options, Service(DRIVER))
     yield driver
     driver.quit()
@@ -60,10 +60,10 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
 
 @pytest.fixture
 def browser(chromium: webdriver.Chrome, page: Path) -> Iterator[webdriver.Chrome]:
-    """Opens the page from the disk; fails on anything on the console and any other request."""
+    """Open the page from disk; fail on any console message and any other request."""
     chromium.get("about:blank")
     for log in ("browser", "performance"):
-        chromium.get_log(log)  # of the browser's own start
+        chromium.get_log(log)  # the browser's own start-up messages
     chromium.get(page.as_uri())
     yield chromium
     assert chromium.get_log("browser") == []
@@ -81,13 +81,13 @@ def figure(browser: webdriver.Chrome, name: str) -> WebElement:
 
 
 def shown(browser: webdriver.Chrome, name: str) -> list[bool]:
-    """Of each series of a figure, in order."""
+    """Return whether each series of a figure is shown, in order."""
     series = figure(browser, name).find_elements(By.CSS_SELECTOR, ".series")
     return [one.value_of_css_property("display") != "none" for one in series]
 
 
 def press(browser: webdriver.Chrome, text: str) -> WebElement:
-    """Presses the legend's entry of that text."""
+    """Click the legend entry with that text."""
     buttons = browser.find_elements(By.CSS_SELECTOR, "#legend button")
     (button,) = [
         b

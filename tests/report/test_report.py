@@ -1,4 +1,4 @@
-"""harness report, as a user calls it: what it writes, refuses and leaves out."""
+"""`harness report` as a user calls it: what it writes, refuses and skips."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Verdicts against SciPy's own tests, by hand, and by how often they are wrong."""
+"""Verdicts compared with SciPy's own tests and hand calculations, and their error rates."""
 
 import numpy as np
 import pytest
@@ -78,8 +78,7 @@ def test_holm_by_hand():
 
 
 def test_a_difference_that_is_significant_alone_may_not_be_among_many_rows():
-    """24.02 alone is just outside; of ten rows it may be by chance. Rows without a verdict do not
-    count."""
+    """24.02 alone is just outside; among ten rows it may be chance. Untested rows do not count."""
     alone = [run(24.02, variant="a"), run(99.0, variant="b", expect=None)]
     assert [v.kind for v in verdicts(group_runs(alone))] == ["higher", ""]
     study = [run(24.02, variant="a")] + [run(23.74, variant=str(i)) for i in range(9)]

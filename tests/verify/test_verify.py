@@ -1,4 +1,4 @@
-"""harness verify: passes where all is well, names each planted fault, leaves nothing behind."""
+"""`harness verify` passes sound runs, names each planted fault, and leaves nothing behind."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def config_file(digits, tmp_path_factory) -> Path:
 
 
 def setting_with(config_file: Path, folder: Path, fault: str = "") -> Setting:
-    """`fault` is run in each rank before the rank's own program, whose module is `rank`."""
+    """Check a setting whose ranks run `fault` before their own program, whose module is `rank`."""
     program = [sys.executable, "-c", f"{PLANT}\n{fault}\nsys.exit(rank.main(sys.argv[1:]))"]
     config = load_config(config_file)
     return check_setting(config, [1, 2], STEPS, folder, program if fault else RANK_PROGRAM)
@@ -63,14 +63,14 @@ me, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 @pytest.fixture(scope="module")
 def one(config_file, tmp_path_factory):
-    """What one sound rank does, and the folder of its states."""
+    """Return the results of one sound rank, and its setting."""
     folder = tmp_path_factory.mktemp("one")
     setting = setting_with(config_file, folder)
     return launch_ranks(setting, "1 rank", 1, ["states", *TASKS]), folder
 
 
 def lines_with(config_file: Path, one, fault: str) -> list[Line]:
-    """Two ranks, with the fault, against one without."""
+    """Compare two ranks that have the fault with one that does not."""
     reference, folder = one
     setting = setting_with(config_file, folder, fault)
     found = launch_ranks(setting, "2 ranks", 2, TASKS)
@@ -149,13 +149,13 @@ def test_a_planted_fault_is_named_by_the_first_line_that_fails(
 
 
 def trajectory(weight: float) -> dict:
-    """Losses and last state of two steps with one tensor of weights."""
+    """Return the losses and last state of two steps with one tensor of weights."""
     weights = {"w": torch.tensor([weight, 1.0], dtype=torch.float64)}
     return {"losses": [1.0, 2.0], "state": {"weights": weights}}
 
 
 def gradients(*values: float) -> dict:
-    """Single steps whose gradient is one number."""
+    """Return single steps whose gradient is one number."""
     return {
         "own_steps": [
             {"gradient": torch.tensor([value]), "loss": 1.0, "statistics": torch.ones(1)}
