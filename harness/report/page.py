@@ -17,7 +17,7 @@ from harness.report.events import Event, duration, run_events
 from harness.report.figures import Section, measured, run_name
 from harness.report.groups import Group, flat_config
 from harness.report.runs import RecordedRun
-from harness.report.svg import STYLE, draw, look, plot_data
+from harness.report.svg import STYLE, css_classes, draw, plot_data
 from harness.report.verdicts import Verdict, verdicts
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def render(title: str, groups: Sequence[Group], found: Sequence[Section]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(draw=draw, look=look, name=run_name, duration=duration)
+    environment.globals.update(css_classes=css_classes, draw=draw, name=run_name, duration=duration)
     runs, found_verdicts = _in_order(groups), verdicts(groups)
     config = table({n: flat_config(run.config) for n, _, run in runs}, groups)
     machine = table({n: flat_environment(run) for n, _, run in runs}, groups)

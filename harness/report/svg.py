@@ -224,7 +224,7 @@ def _axes(figure: Figure, x: Ruler, y: Ruler) -> Markup:
     return Markup("").join(parts)
 
 
-def look(colour: int | None) -> str:
+def css_classes(colour: int | None) -> str:
     """Return the CSS classes of a colour number."""
     if colour is None:
         return "plain"
@@ -250,7 +250,7 @@ def _series(series: Series, x: Ruler, y: Ruler) -> Markup:
                 + body
             )
     return Markup('<g class="series {}" data-runs="{}">{}</g>').format(
-        look(series.colour), " ".join(map(str, series.runs)), body
+        css_classes(series.colour), " ".join(map(str, series.runs)), body
     )
 
 
@@ -280,7 +280,7 @@ def _legend(figure: Figure) -> tuple[Markup, float]:
         swatch = line if shape in ("line", "dashes") else _marker(shape, x + 8, y - 4)
         parts.append(
             Markup('<g class="{}">{}<text class="name" x="{}" y="{}">{}</text></g>').format(
-                look(series.colour), swatch, x + 22, y, name
+                css_classes(series.colour), swatch, x + 22, y, name
             )
         )
         x += width

@@ -63,7 +63,7 @@ me, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 @pytest.fixture(scope="module")
 def one(config_file, tmp_path_factory):
-    """Return the results of one sound rank, and its setting."""
+    """Return the results of one sound rank, and the folder of its states."""
     folder = tmp_path_factory.mktemp("one")
     setting = setting_with(config_file, folder)
     return launch_ranks(setting, "1 rank", 1, ["states", *TASKS]), folder

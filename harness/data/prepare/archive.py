@@ -17,7 +17,7 @@ MOST_BYTES = 2**28
 
 
 @contextmanager
-def opened(path: Path | str, content: IO[bytes] | None = None) -> Iterator[tarfile.TarFile]:
+def open_archive(path: Path | str, content: IO[bytes] | None = None) -> Iterator[tarfile.TarFile]:
     """Open the archive at `path`, or the one in `content`, which `path` then names in errors.
 
     Raises UserError if it does not exist, is not a tar archive, or turns out to be damaged.
@@ -59,7 +59,7 @@ def members(archive: tarfile.TarFile, path: Path | str) -> Iterator[tarfile.TarI
             yield member
 
 
-def read(archive: tarfile.TarFile, path: Path | str, member: tarfile.TarInfo) -> bytes:
+def read_member(archive: tarfile.TarFile, path: Path | str, member: tarfile.TarInfo) -> bytes:
     """Return the member's bytes; tarfile itself raises if the archive is truncated."""
     if member.size > MOST_BYTES:
         raise refusal(path, member, f"its {member.size:,} bytes exceed any official file")

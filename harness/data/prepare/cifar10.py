@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from harness.data.prepare.archive import members, opened, read, refusal
+from harness.data.prepare.archive import members, open_archive, read_member, refusal
 from harness.data.prepare.png import png_bytes
 from harness.data.prepare.prepared_folder import Counts, PreparedFolder, prepare
 from harness.errors import UserError
@@ -36,7 +36,7 @@ def prepare_cifar10(folder: Path, archive: Path | None, *, expected: Counts = CI
         prepared.discard()
         path = archive or _download_cifar10(prepared.partial)
         with (
-            opened(path) as tar,
+            open_archive(path) as tar,
             tqdm(total=expected.train + expected.val, unit=" images", disable=None) as bar,
         ):
             for name, content in _cifar10_images(tar, path):
@@ -73,11 +73,13 @@ def _cifar10_images(archive: tarfile.TarFile, path: Path) -> Iterator[tuple[str,
         if match := image_name.fullmatch(name):
             split, label_name, file_name = match.groups()
             split = "val" if split == "test" else "train"
-            yield f"{split}/{label_name}/{file_name}", read(archive, path, member)
+            yield f"{split}/{label_name}/{file_name}", read_member(archive, path, member)
         elif match := batch_name.fullmatch(name):
             split = "train" if match[1] else "val"
             first = 10_000 * (int(match[1] or 1) - 1)  # the tar's own order differs
-            images, labels = read_cifar10_batch(read(archive, path, member), f"{path}: {name}")
+            images, labels = read_cifar10_batch(
+                read_member(archive, path, member), f"{path}: {name}"
+            )
             for i, (image, label) in enumerate(zip(images, labels, strict=True), start=first):
                 yield f"{split}/{CIFAR10_CLASSES[label]}/{i:05d}.png", png_bytes(image)
         elif PurePosixPath(name).name not in ("batches.meta", "readme.html"):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from harness.data.prepare.archive import members, opened, read, refusal
+from harness.data.prepare.archive import members, open_archive, read_member, refusal
 from harness.data.prepare.prepared_folder import PreparedFolder
 from harness.errors import UserError
 
@@ -56,11 +56,11 @@ def fill_imagenet(prepared: PreparedFolder, archives: Path, images: int) -> None
 def read_devkit(path: Path) -> DevKit:
     """Read meta.mat and the ground truth, both by name and in memory."""
     wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
-    with opened(path) as archive:
+    with open_archive(path) as archive:
         for member in members(archive, path):
             folder, name = PurePosixPath(member.name).parts[-2:-1], Path(member.name).name
             if folder == ("data",) and name in wanted:
-                wanted[name] = read(archive, path, member)
+                wanted[name] = read_member(archive, path, member)
     meta, truth = wanted.values()
     wnids, train_images = _synsets(path, meta)
     try:
@@ -91,19 +91,19 @@ def _synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, int]]:
 
 
 def _fill_val(prepared: PreparedFolder, path: Path, devkit: DevKit, bar: tqdm) -> None:
-    with opened(path) as archive:
+    with open_archive(path) as archive:
         for name, member in _named_members(archive, path):
             match = re.fullmatch(r"ILSVRC2012_val_([0-9]{8})\.JPEG", name)
             if not match or not 1 <= int(match[1]) <= len(devkit.val_classes):
                 raise refusal(path, member, "the development kit knows no such validation image")
             place = f"val/{devkit.val_classes[int(match[1]) - 1]}/{name}"
             if not prepared.holds(place, member.size):
-                prepared.write(place, read(archive, path, member))
+                prepared.write(place, read_member(archive, path, member))
             bar.update()
 
 
 def _fill_train(prepared: PreparedFolder, path: Path, devkit: DevKit, bar: tqdm) -> None:
-    with opened(path) as archive:
+    with open_archive(path) as archive:
         for name, member in _named_members(archive, path):
             wnid = name.removesuffix(".tar")
             if not name.endswith(".tar") or wnid not in devkit.train_images:
@@ -112,7 +112,9 @@ def _fill_train(prepared: PreparedFolder, path: Path, devkit: DevKit, bar: tqdm)
             if prepared.images(f"train/{wnid}") == images:
                 bar.update(images)
                 continue
-            with opened(f"{path}/{member.name}", archive.extractfile(member)) as class_archive:
+            with open_archive(
+                f"{path}/{member.name}", archive.extractfile(member)
+            ) as class_archive:
                 _gather_class(prepared, class_archive, f"{path}/{member.name}", wnid, bar)
             gathered = len(os.listdir(prepared.partial / wnid))
             if gathered != images:
@@ -131,7 +133,7 @@ def _gather_class(
         if not re.fullmatch(rf"{wnid}_[0-9]+\.JPEG", name):
             raise refusal(path, member, f"it is not an image of {wnid}")
         if not prepared.holds(f"{wnid}/{name}", member.size):
-            prepared.write(f"{wnid}/{name}", read(archive, path, member))
+            prepared.write(f"{wnid}/{name}", read_member(archive, path, member))
         bar.update()
 
 

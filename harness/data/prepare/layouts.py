@@ -110,7 +110,9 @@ def _imagenet_base(folder: Path) -> Path:
 
 def _is_flat_imagenet(folder: Path) -> bool:
     base = _imagenet_base(folder)
-    flat = (base / "val").is_dir() and any(VAL_NAME.fullmatch(e.name) for e in _some(base / "val"))
+    flat = (base / "val").is_dir() and any(
+        VAL_NAME.fullmatch(e.name) for e in _first_entries(base / "val")
+    )
     return base != folder or flat
 
 
@@ -147,7 +149,7 @@ def _val_solution(table: Path) -> dict[str, str]:
     return {row[0].removesuffix(".JPEG"): row[1] for row in rows}
 
 
-def _some(folder: Path) -> Iterator[Path]:
+def _first_entries(folder: Path) -> Iterator[Path]:
     """Yield the first entries, enough to recognise a folder's contents."""
     for number, entry in enumerate(folder.iterdir()):
         if number == 100:
@@ -161,7 +163,7 @@ def _some(folder: Path) -> Iterator[Path]:
 def _is_named_by_wnid(folder: Path) -> bool:
     splits = split_folders(folder)
     return len(splits) == 2 and all(
-        any(WNID_AT_END.fullmatch(entry.name) for entry in _some(place))
+        any(WNID_AT_END.fullmatch(entry.name) for entry in _first_entries(place))
         for place in splits.values()
     )
 
