@@ -133,7 +133,8 @@ def limit_lines() -> Iterator[str]:
 
 def bucket_lines() -> Iterator[str]:
     """Yield milliseconds of exposed communication by DDP's bucket size, 32 images per GPU."""
-    yield "| one GPU | GPUs | Gbit/s per GPU | " + " | ".join(f"{m} MiB" for m in BUCKETS_MIB) + " |"
+    sizes_mib = " | ".join(f"{mib} MiB" for mib in BUCKETS_MIB)
+    yield f"| one GPU | GPUs | Gbit/s per GPU | {sizes_mib} |"
     yield "| --- " * (3 + len(BUCKETS_MIB)) + "|"
     sizes = [resnet50_buckets(mib * MIB) for mib in BUCKETS_MIB]
     for name, gbit_per_s in (("H200, PyTorch", 400), ("H200, MLPerf", 400), ("H200, MLPerf", 100)):

@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 
 from harness.commands.parsing import Subparsers
-from harness.errors import (
-    FINISHED,
-)
+from harness.errors import FINISHED
 
 
 def add(commands: Subparsers) -> None:

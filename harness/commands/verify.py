@@ -7,11 +7,7 @@ import json
 import signal
 
 from harness.commands.parsing import Subparsers, add_config
-from harness.errors import (
-    FAILED,
-    FINISHED,
-    UserError,
-)
+from harness.errors import FAILED, FINISHED, UserError
 
 
 def add(commands: Subparsers) -> None:

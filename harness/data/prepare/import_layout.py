@@ -22,19 +22,8 @@ from harness.data.sources.listing import SUFFIXES, equal_but_for_form, is_class_
 from harness.errors import UserError
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-NO_IMAGES = (
-    ".txt",
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".xml",
-    ".md",
-    ".html",
-    ".mat",
-    ".db",
-    ".ini",
-)
+NOT_IMAGES: tuple[str, ...] = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md")
+NOT_IMAGES += (".html", ".mat", ".db", ".ini")
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,7 @@ def _format(file: Path) -> str:
         kind = image_format(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; repair or remove it") from None
-    if not kind and file.suffix.lower() in NO_IMAGES:
+    if not kind and file.suffix.lower() in NOT_IMAGES:
         return ""
     if kind not in TRAINED_ON + IMPORTED:
         known = ", ".join(TRAINED_ON + IMPORTED)
