@@ -198,25 +198,11 @@ def _learning_rate(groups: Sequence[Group]) -> Section:
             own = group.label, group.numbers, colour
             kept.append(Series(f"{group.label}, config", *own, "line", *inside[0]))
             kept.append(Series(f"{group.label}, logged", *own, "small", *inside[1]))
-    figures = [
-        Figure(
-            "learning-rate",
-            "Learning rate",
-            Axis(EPOCHS),
-            Axis("learning rate", scale="log10"),
-            tuple(whole),
-        )
-    ]
+    log_lr, lr = Axis("learning rate", scale="log10"), Axis("learning rate", low=0.0)
+    figures = [Figure("learning-rate", "Learning rate", Axis(EPOCHS), log_lr, tuple(whole))]
     if end:
-        figures.append(
-            Figure(
-                "warm-up",
-                "Warm-up, close up",
-                Axis(EPOCHS, low=0.0, high=end),
-                Axis("learning rate", low=0.0),
-                tuple(close),
-            )
-        )
+        early = Axis(EPOCHS, low=0.0, high=end)
+        figures.append(Figure("warm-up", "Warm-up, close up", early, lr, tuple(close)))
     note = "Lines: the config's schedule, at every step. Dots: the values logged while training."
     return Section("Learning rate", note, tuple(figures))
 
@@ -249,21 +235,11 @@ def _throughput(groups: Sequence[Group]) -> Section:
         epochs = member.run.epochs
         speed.append(member.line([(e.position, e.images_per_s) for e in epochs if e.images_per_s]))
         waiting.append(member.line([(e.position, 100 * e.data_wait) for e in epochs]))
+    rate = Axis("images per second, all ranks", low=0)
+    share = Axis("share of the training time", "%", low=0)
     figures = (
-        Figure(
-            "throughput",
-            "Throughput",
-            Axis(EPOCHS),
-            Axis("images per second, all ranks", low=0),
-            tuple(speed),
-        ),
-        Figure(
-            "data-wait",
-            "Waiting for data",
-            Axis(EPOCHS),
-            Axis("share of the training time", "%", low=0),
-            tuple(waiting),
-        ),
+        Figure("throughput", "Throughput", Axis(EPOCHS), rate, tuple(speed)),
+        Figure("data-wait", "Waiting for data", Axis(EPOCHS), share, tuple(waiting)),
     )
     note = "Training steps only, without evaluations and checkpoints."
     return Section("Throughput", note, figures)
