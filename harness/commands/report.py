@@ -12,7 +12,9 @@ from harness.errors import FINISHED
 def add(commands: Subparsers) -> None:
     """Add the command to the parser."""
     report = commands.add_parser("report", help="summarize runs and studies in one HTML file")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN|STUDY|SCALING.json")
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN|STUDY|SCALING.json", help="what to report"
+    )
     report.add_argument("--to", type=Path, required=True, metavar="FILE.html", help="output file")
     report.add_argument(
         "--assets", type=Path, metavar="DIR", help="also write each figure as SVG and CSV"

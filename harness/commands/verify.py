@@ -14,8 +14,8 @@ def add(commands: Subparsers) -> None:
     """Add the command to the parser."""
     verify = commands.add_parser("verify", help="prove that the number of ranks changes nothing")
     add_config(verify)
-    verify.add_argument("--ranks", default="1,2,4", metavar="W,…", help="default: 1,2,4")
-    verify.add_argument("--steps", type=int, default=50, metavar="S", help="default: 50")
+    verify.add_argument("--ranks", default="1,2,4", metavar="W,…", help="numbers of ranks (1,2,4)")
+    verify.add_argument("--steps", type=int, default=50, metavar="S", help="steps to compare (50)")
     verify.add_argument("--json", action="store_true", help="print the comparisons as JSON")
     verify.set_defaults(command=run)
 
