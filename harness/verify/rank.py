@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -140,17 +140,13 @@ class Rank:
     def stop(self) -> None:
         """Train with the real loop until one rank gets SIGTERM and all stop with a checkpoint."""
         run = self._open_run(InterruptingLoader(self.loader, self._interrupts_at()))
-        with closing(run):
-            try:
-                run_steps(run)
-            except Stopped as stopped:
-                self.results["stopped"] = str(stopped)
+        with closing(run), suppress(Stopped):
+            run_steps(run)
 
     def resume(self) -> None:
         """Resume from the checkpoint of `stop`, to the end of the trajectory."""
         run = self._open_run(self.loader)
         with closing(run):
-            self.results["first_step"] = run.first_step
             self._run(run.step, run.first_step, self.loader.train(run.first_step), "resumed")
 
     def _open_run(self, loader: Loader) -> Run:

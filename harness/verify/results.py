@@ -29,5 +29,3 @@ class Results(TypedDict, total=False):
     counted: Tensor  # (V,): how often each validation image was evaluated
     float64_steps: list[StepResult]
     own_steps: list[StepResult]
-    stopped: str
-    first_step: int
