@@ -33,10 +33,12 @@ from benchmarks.step import Case, case_config
 from harness.distributed import World, barrier, process_group, world_from_environment
 from harness.execution.precision import set_precision
 from harness.models.registry import build_model
+from harness.outcome import State
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.schedule import lr_at
 from harness.rendezvous import rendezvous
-from harness.resilience.stopping import Agreement, StopRequest
+from harness.resilience.agreement import Agreement
+from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.runs.run_folder import RunFolder
 from harness.training.metrics import Metrics
@@ -129,7 +131,7 @@ class Loop:
         self.folder = RunFolder(folder / "run")
         if world.rank == 0:
             self.folder.open(self.config, {})
-            self.folder.write_status("running")
+            self.folder.write_status(State.RUNNING)
         self.logger = RunLogger(self.folder.path if world.rank == 0 else None, self.config, 0)
         self.stop, self.done = StopRequest(), 0
 

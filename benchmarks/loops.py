@@ -38,6 +38,7 @@ from harness.distributed import World
 from harness.execution.precision import autocast, set_precision
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
 from harness.models.registry import build_model
+from harness.outcome import State
 from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Watchdog
 from harness.runs.run_folder import RunFolder
@@ -112,7 +113,7 @@ def harness_loop(
         replica = Replica(config, model, world, (watchdog, profile))
         graphs = tune_cuda_graphs(replica, feed.sizes, None, watchdog)
         step = Step(config, replica, feed.micro_batches)
-        folder.write_status("running")
+        folder.write_status(State.RUNNING)
         ways = Given(batches), None, stop, watchdog, profile
         run = Run(config, world, folder, step, feed, *ways, graphs=graphs)
         with closing(run), folder.heartbeat(print), suppress(StopIteration):

@@ -12,10 +12,6 @@ class UserError(Exception):
     """A user's mistake: what is wrong, where, and what to do, in one line (exit code 2)."""
 
 
-class RunFailed(Exception):
-    """A run that cannot go on, for a reason that one line tells (exit code 1)."""
-
-
 def record_for_torchrun(message: str) -> None:
     """Record why this rank fails, in one line, where torchrun's summary of failures finds it.
 

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from harness.distributed import World, group_timeout
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
+from harness.outcome import RunFailed
 from harness.slurm_step import step_id, use_slurm_rendezvous
 
 PAUSE_S = 0.02  # between two looks at the store

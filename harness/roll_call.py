@@ -25,9 +25,10 @@ from harness.data.batch_plan import BatchPlan
 from harness.data.sources.digest import first_difference, first_differing_file
 from harness.data.sources.folder import Index
 from harness.distributed import World, world_from_environment
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
+from harness.outcome import RunFailed, Stopped
 from harness.rendezvous import PROCESS, patience, rendezvous
-from harness.resilience.stopping import Stopped, StopRequest
+from harness.resilience.stopping import StopRequest
 from harness.runs.environment import code_digest, package_files, versions
 from harness.runs.process_identity import ProcessIdentity
 

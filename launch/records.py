@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.atomic_file import write_atomically
 from harness.errors import UserError
+from harness.outcome import Outcome, State
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,19 @@ def write_records(target: Path, records: list[Record], kind: str = "slurm") -> N
     write_atomically(records_folder(target, kind) / "job.json", (text + "\n").encode())
 
 
+def read_outcome(run: Path) -> Outcome | None:
+    """Return how the run in a folder ended; None where it has not."""
+    return Outcome.from_status(read_status(run))
+
+
+def is_finished(run: Path) -> bool:
+    """Return True if the run in a folder has finished."""
+    outcome = read_outcome(run)
+    return outcome is not None and outcome.state is State.FINISHED
+
+
 def read_status(run: Path) -> dict[str, Any]:
-    """status.json of a run folder; {} where there is none (yet)."""
+    """Return status.json of a run folder; {} where there is none (yet)."""
     try:
         return json.loads((run / "status.json").read_text())
     except (OSError, json.JSONDecodeError):

@@ -10,7 +10,7 @@ from harness.config.loading import curve_differences, load_config
 from harness.config.schema import Config
 from harness.config.stages import load_stages
 from harness.errors import UserError
-from launch.records import read_status
+from launch.records import is_finished
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RunSpec:
                 f"{self.run}: was run with another config ({'; '.join(differences)}); "
                 "give the same values or choose another --out"
             )
-        return read_status(self.run).get("state") == "finished"
+        return is_finished(self.run)
 
 
 def with_teachers(

@@ -9,11 +9,13 @@ import re
 import socket
 import time
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from harness.config.schema import NO_EXPECTATION
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
+from harness.outcome import Outcome, State
 from harness.runs.environment import recorded_code_changes
 from harness.runs.headline import read_headline
 from launch.records import Record, read_records, read_status, records_folder
@@ -25,29 +27,46 @@ CODE_EVENTS = re.compile(rb'"event": "(code_changed|resume)"')
 HEAD = ("run", "job", "state", "step", "images/s", "requeued", "")
 
 
+class Stage(Enum):
+    """How far a run has come, as SLURM and its status tell."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDING = "ending"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 @dataclass(frozen=True)
-class State:
-    """`name`: queued, starting, running, ending, finished, stopped, failed or cancelled."""
+class RunState:
+    """The stage of a run, with a reason for people."""
 
-    name: str
-    why: str = ""
+    stage: Stage
+    reason: str = ""
 
 
-def state_of(record: Record) -> tuple[State, Job | None, dict[str, Any]]:
-    """What became of a run: SLURM knows whether it has a job, status.json how far it has come."""
+def state_of(record: Record) -> tuple[RunState, Job | None, dict[str, Any]]:
+    """Return the state of a run: SLURM knows its job, and status.json how far it has come."""
     status = read_status(Path(record.run))
+    outcome = Outcome.from_status(status)
     job = find_job(record.job_id) if record.host is None else None
-    if status.get("state") == "finished":
-        return State("finished", finished_error(Path(record.run), status)), job, status
+    if outcome is not None and outcome.state is State.FINISHED:
+        error = finished_error(Path(record.run), status)
+        return RunState(Stage.FINISHED, error), job, status
     if job is not None and job.active:
         return _under_way(record, job, status), job, status
     if record.host is not None and (here := _state_here(record, status)):
         return here, None, status
     if job is not None and job.state == "CANCELLED":
-        return State("cancelled", _why_cancelled(record, job)), job, status
-    if status.get("state") == "stopped" and (job is None or job.exit_code in (FINISHED, STOPPED)):
-        return State("stopped", f"{status['reason']}; submit it again to go on"), job, status
-    return State("failed", _why_failed(record, job, status)), job, status
+        return RunState(Stage.CANCELLED, _why_cancelled(record, job)), job, status
+    stopped = outcome is not None and outcome.state is State.STOPPED
+    if outcome and stopped and (job is None or job.exit_code in (FINISHED, STOPPED)):
+        reason = f"{outcome.reason}; submit it again to resume"
+        return RunState(Stage.STOPPED, reason), job, status
+    return RunState(Stage.FAILED, _why_failed(record, job, status)), job, status
 
 
 def finished_error(run: Path, status: dict[str, Any]) -> str:
@@ -57,28 +76,29 @@ def finished_error(run: Path, status: dict[str, Any]) -> str:
     return f"error {read_headline(run, status)}, {beside}"
 
 
-def _under_way(record: Record, job: Job, status: dict[str, Any]) -> State:
+def _under_way(record: Record, job: Job, status: dict[str, Any]) -> RunState:
     if job.state in WAITING:
-        return State("queued", job.reason if job.reason != "None" else "")
+        return RunState(Stage.QUEUED, job.reason if job.reason != "None" else "")
     if status.get("state") == "running" and status["heartbeat"] > job.started_s:
-        return State("running", f"on {job.nodes}")
-    return State("starting" if job.state != "COMPLETING" else "ending", f"on {job.nodes}")
+        return RunState(Stage.RUNNING, f"on {job.nodes}")
+    stage = Stage.ENDING if job.state == "COMPLETING" else Stage.STARTING
+    return RunState(stage, f"on {job.nodes}")
 
 
-def _state_here(record: Record, status: dict[str, Any]) -> State | None:
+def _state_here(record: Record, status: dict[str, Any]) -> RunState | None:
     """Of a run without SLURM: whether it is yet to come, or its process lives."""
     if not record.job_id:
-        return State("queued")
+        return RunState(Stage.QUEUED)
     if record.host != socket.gethostname() or not os.path.exists(f"/proc/{record.job_id}"):
         return None
     began = status.get("state") == "running" and status["pid"] == int(record.job_id)
-    return State("running" if began else "starting", f"on {record.host}")
+    return RunState(Stage.RUNNING if began else Stage.STARTING, f"on {record.host}")
 
 
 def _why_cancelled(record: Record, job: Job) -> str:
     if record.after is not None and job.nodes in ("", "(null)"):
         return f"job {record.after}, which it waited for, did not succeed"
-    return "by scancel; submit it again to go on"
+    return "by scancel; submit it again to resume"
 
 
 def _why_failed(record: Record, job: Job | None, status: dict[str, Any]) -> str:
@@ -105,9 +125,11 @@ def tail(path: Path) -> list[str]:
 
 def images_per_s(run: Path) -> float | None:
     """Of the last line that was logged."""
-    for line in reversed(tail(run / "log.jsonl")):
-        if '"event": "train"' in line:
-            return json.loads(line).get("images_per_s")
+    for text in reversed(tail(run / "log.jsonl")):
+        with contextlib.suppress(ValueError):  # cut off by a crash
+            line = json.loads(text)
+            if line["event"] == "train":
+                return line["images_per_s"]
     return None
 
 
@@ -146,10 +168,10 @@ def table(target: Path) -> str:
 def _row(record: Record) -> tuple[str, ...]:
     state, job, status = state_of(record)
     step = f"{status['step']}/{status['total_steps']}" if "total_steps" in status else ""
-    rate = images_per_s(Path(record.run)) if state.name == "running" else None
+    rate = images_per_s(Path(record.run)) if state.stage is Stage.RUNNING else None
     restarts = job.restarts if job is not None else status.get("restarts", 0)
-    cells = (record.name, record.job_id, state.name, step, f"{rate:.0f}" if rate else "")
-    return (*cells, str(restarts), state.why)
+    cells = (record.name, record.job_id, state.stage.value, step, f"{rate:.0f}" if rate else "")
+    return (*cells, str(restarts), state.reason)
 
 
 def follow(records: list[Record]) -> int:
@@ -189,8 +211,8 @@ def _print_from(log: Path, position: int, several: bool) -> int:
 def _report_end(records: list[Record]) -> int:
     states = [state_of(record)[0] for record in records]
     for record, state in zip(records, states, strict=True):
-        print(f"job {record.job_id} {state.name}: {state.why}", flush=True)
-    names = {state.name for state in states}
-    if names == {"finished"}:
+        print(f"job {record.job_id} {state.stage.value}: {state.reason}", flush=True)
+    stages = {state.stage for state in states}
+    if stages == {Stage.FINISHED}:
         return FINISHED
-    return STOPPED if names <= {"finished", "stopped"} else FAILED
+    return STOPPED if stages <= {Stage.FINISHED, Stage.STOPPED} else FAILED

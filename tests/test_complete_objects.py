@@ -23,8 +23,6 @@ ALLOWED = {
     "harness/data/loaders/reference.py": {"self._requests.pending"},
     "harness/distillation/logit_cache.py": {"sweep.shards"},
     "harness/verify/rank.py": {"feed.val", "feed.config"},
-    "launch/local/backend.py": {"child.told"},
-    "launch/slurm/job_step.py": {"log.complaint"},
 }
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from harness.distributed import world_from_environment
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
+from harness.outcome import RunFailed
 from harness.rendezvous import OPENING, Opening, generation, launch_of, rendezvous
 from tests.conftest import free_port, rank_environment
 

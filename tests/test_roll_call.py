@@ -15,9 +15,9 @@ import torch.distributed as dist
 import harness.roll_call
 from harness import load_config
 from harness.data.sources.folder import load_index
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
+from harness.outcome import RunFailed, Stopped
 from harness.rendezvous import patience
-from harness.resilience.stopping import Stopped
 from harness.roll_call import OWN_KEYS, Card, _settings, attend, pronounce
 from tests.conftest import free_port, rank_environment
 

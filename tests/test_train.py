@@ -22,7 +22,7 @@ from harness.commands.command_line import main
 from harness.errors import UserError
 from harness.execution.trained_model import load_trained
 from harness.models.registry import build_model
-from harness.resilience.stopping import Stopped
+from harness.outcome import Stopped
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.runs.logging.jsonl import read_log
 from harness.training.run import Diverged

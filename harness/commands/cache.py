@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from harness.commands.messages import complain, is_first_rank
+from harness.commands.messages import complain, failure, is_first_rank
 from harness.commands.parsing import Subparsers, add_config
-from harness.errors import (
-    FAILED,
-    FINISHED,
-    RunFailed,
-    UserError,
-)
+from harness.errors import FAILED, FINISHED, UserError
 from harness.startup import import_quickly
 
 
@@ -38,17 +33,13 @@ def run(options: argparse.Namespace) -> int:
     if options.top is not None and not 1 <= options.top < config.data.classes:
         raise UserError(f"--top {options.top}: give 1 to {config.data.classes - 1}, or leave it")
     import_quickly("harness.training.setup")
-    from harness.compat import describe_peer_loss
     from harness.training.setup import cache_soft_targets
 
     try:
         folder = cache_soft_targets(config, teachers, options.epochs, options.dtype, options.top)
-    except RunFailed as error:
-        complain(str(error))
-        return FAILED
-    except RuntimeError as error:
-        if lost := describe_peer_loss(error):
-            complain(f"another rank ended or is silent: {lost}")
+    except Exception as error:
+        if reason := failure(error):
+            complain(reason)
             return FAILED
         raise
     if is_first_rank():

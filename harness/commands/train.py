@@ -9,15 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-from harness.commands.messages import complain, is_first_rank
+from harness.commands.messages import complain, failure, is_first_rank
 from harness.commands.parsing import Subparsers, add_config
-from harness.errors import (
-    FAILED,
-    FINISHED,
-    STOPPED,
-    RunFailed,
-    UserError,
-)
+from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from harness.resilience.unfailing_output import unfailing_output
 from harness.startup import import_quickly
 
@@ -40,39 +34,34 @@ def run(options: argparse.Namespace) -> int:
     from harness.config.schema import NO_EXPECTATION
 
     import_quickly("harness.training.setup")
-    from harness.compat import describe_peer_loss
     from harness.distributed import uses_cpu
-    from harness.resilience.stopping import Stopped
+    from harness.outcome import Stopped
     from harness.training.setup import train_stages
     from harness.training.tuning.malloc import keep_freed_memory
 
     if uses_cpu(stages[-1].config.run.device):
         keep_freed_memory()
     first = is_first_rank()
+    command = resume_command(options)
     try:
-        command = resume_command(options)
         result = train_stages(stages, options.out, resume=options.resume, resume_command=command)
     except UserError:
         raise
     except Stopped as stopped:
         if first:
-            print(f"{stopped}\nto go on: {resume_command(options)}", flush=True)
+            print(f"{stopped}\nresume with: {command}", flush=True)
         # torchrun takes any other code than 0 for a failure and would start the ranks again
         return FINISHED if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
-    except RunFailed as error:
-        # torchrun ends the other ranks as soon as one fails; this one still has a word to say
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        complain(str(error))
-        if first:
-            print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
-        return FAILED
     except Exception as error:
-        if lost := describe_peer_loss(error):  # before the run had begun
-            complain(f"another rank ended or is silent: {lost}")
-            return FAILED
-        if first:  # a bug: its traceback is wanted
-            print(f"to go on from the last checkpoint: {resume_command(options)}", file=sys.stderr)
-        raise
+        if reason := failure(error):
+            # torchrun ends the other ranks as soon as one fails; this one still has a word to say
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            complain(reason)
+        if first:
+            print(f"resume from the last checkpoint with: {command}", file=sys.stderr)
+        if reason is None:  # a bug: its traceback is wanted
+            raise
+        return FAILED
     if first:
         print(f"error {result.headline}")
         expect = result.config.expect
@@ -82,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def resume_command(options: argparse.Namespace) -> str:
-    """The command that goes on with this run, as the user launched it."""
+    """Return the command that resumes this run, as the user launched it."""
     words = ["harness"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])

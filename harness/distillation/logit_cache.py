@@ -34,8 +34,9 @@ from harness.data.sources.digest import first_difference
 from harness.data.sources.folder import Index, index_checksum
 from harness.distillation.teacher import AnyTeacher, Teacher, load_teacher
 from harness.distributed import World, barrier, process_group
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
 from harness.execution.evaluation import Evaluation
+from harness.outcome import RunFailed
 from harness.resilience.stopping import StopRequest
 from harness.roll_call import roll_call
 from harness.runs.checkpoint import write_atomically

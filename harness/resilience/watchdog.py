@@ -24,12 +24,13 @@ import torch.distributed as dist
 
 from harness.compat import compiler_phases, main_thread_stack
 from harness.distributed import World
-from harness.errors import FAILED, FINISHED, STOPPED, UserError, record_for_torchrun
+from harness.errors import FAILED, FINISHED, STOPPED, record_for_torchrun
+from harness.outcome import Outcome, State
 from harness.rendezvous import generation
+from harness.resilience.grace import grace_s
 from harness.resilience.step_observer import StepObserver
 from harness.resilience.stopping import StopRequest
 
-GRACE_S = 20.0  # torchrun kills 30 s after it has passed a signal on; writing the status takes some
 TABLES = 4  # a rank whose tick is unchanged in so many consecutive tables is frozen or lost
 LAST_WORDS_S = 5.0  # limit for writing the status at the end, as the disk may hang too
 T = TypeVar("T")
@@ -97,7 +98,7 @@ class Watchdog(StepObserver):
         self._world, self._timeout_s, self._stop = world, timeout_s, stop
         self._grace_s = grace_s()
         self._poll_s = min(1.0, timeout_s / 10)
-        self._record: Callable[[str, str], object] = lambda state, reason: None
+        self._record: Callable[[Outcome], object] = lambda outcome: None
         self._reductions = 0
         self._where: tuple[int, Phase, int] = 0, Phase.STARTING, 0
         self._since: tuple[object, float] = None, time.monotonic()
@@ -135,8 +136,8 @@ class Watchdog(StepObserver):
         self._threads[-1].start()
 
     @contextmanager
-    def recording(self, record: Callable[[str, str], object]) -> Iterator[None]:
-        """Within, call `record(state, reason)` before the process is terminated."""
+    def recording(self, record: Callable[[Outcome], object]) -> Iterator[None]:
+        """Within, call `record` with the outcome before the process is terminated."""
         before, self._record = self._record, record
         try:
             yield
@@ -204,8 +205,8 @@ class Watchdog(StepObserver):
         if code == FAILED and self._world.rank in culprits:
             stack = main_thread_stack()
             print(f"{me}: stack of its main thread:\n{stack}", file=sys.stderr, flush=True)
-        state = "stopped" if code == STOPPED else "failed"
-        last_words = threading.Thread(target=self._record, args=(state, why), daemon=True)
+        outcome = Outcome(State.STOPPED if code == STOPPED else State.FAILED, why)
+        last_words = threading.Thread(target=self._record, args=(outcome,), daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS_S)
         if self._is_publishing():
@@ -307,12 +308,3 @@ class Watchdog(StepObserver):
 
     def _key(self, name: object) -> str:
         return f"watchdog/{generation(self._world)}/{name}"
-
-
-def grace_s() -> float:
-    """Return the seconds a rank may take after a stop signal: HARNESS_GRACE_S, if it is set."""
-    text = os.environ.get("HARNESS_GRACE_S", str(GRACE_S))
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"HARNESS_GRACE_S={text}: give seconds, such as 20") from None

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from harness.atomic_file import write_atomically
-from harness.errors import RunFailed, UserError
+from harness.errors import UserError
+from harness.outcome import RunFailed
 
 NAME = re.compile(r"checkpoint-(\d{3,})-(\d{8,})\.pt")  # incarnation, step
 SHA256 = re.compile(r"[0-9a-f]{64}(?=\s|$)")

@@ -11,8 +11,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import RunFailed, UserError
-from harness.resilience.stopping import Stopped, StopRequest
+from harness.errors import UserError
+from harness.outcome import RunFailed, Stopped
+from harness.resilience.stopping import StopRequest
 from harness.runs.checkpoint import checkpoint_key, list_checkpoints
 from harness.runs.process_identity import ProcessIdentity
 
@@ -96,9 +97,9 @@ class RunOwnership:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         except ValueError as error:
-            raise UserError(f"{path}: damaged ({error}); remove it to go on") from error
+            raise UserError(f"{path}: damaged ({error}); remove it to continue") from error
         if not isinstance(status, dict):
-            raise UserError(f"{path}: damaged (not a JSON object); remove it to go on")
+            raise UserError(f"{path}: damaged (not a JSON object); remove it to continue")
         return status
 
     def owner(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from harness.config.reference import names_with, value_of
 from harness.config.schema import Config
 from harness.config.section import Effect
 from harness.errors import UserError
+from harness.outcome import State
 from harness.runs.checkpoint import list_checkpoints
 from harness.runs.ownership import Fenced, Launch, RunOwnership
 
@@ -67,7 +68,7 @@ class RunFolder:
         restarted = Launch.from_environment().follows(self.ownership.owner())
         if not (resume or restarted):
             raise UserError(
-                f"{self.path}: run folder exists; add --resume to go on, or choose another --out"
+                f"{self.path}: run folder exists; add --resume to continue, or choose another --out"
             )
         stored = load_config(self.path / "config.yaml")
         if differences := curve_differences(stored, config):
@@ -82,7 +83,7 @@ class RunFolder:
         if list_checkpoints(self.checkpoints):
             raise UserError(
                 f"{self.path}: holds checkpoints, but its config.yaml is missing; copy the run's "
-                "config there to go on, or choose another --out"
+                "config there to continue, or choose another --out"
             )
         begun = any(self.path.glob(".incarnation-*"))  # killed before it had written more
         if not begun and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -112,7 +113,7 @@ class RunFolder:
             if old != new and name not in typed:
                 raise UserError(
                     f"{self.path}: ran with {name} {old}, this resume has {new}, which changes "
-                    f"rounding; type {name}={new} to go on under it, or {name}={old}"
+                    f"rounding; type {name}={new} to continue under it, or {name}={old}"
                 )
 
     def open(self, config: Config, environment: dict[str, Any]) -> None:
@@ -149,16 +150,17 @@ class RunFolder:
         with suppress(UserError):  # a file that cannot be read is told when it is written
             self.check_current()
 
-    def write_status(self, state: str, **values: Any) -> bool:
-        """Rank 0: state is running, finished, stopped or failed; also the heartbeat.
+    def write_status(self, state: State, **values: object) -> bool:
+        """Write the state and `values` from rank 0; this is the heartbeat, too.
 
-        A disk that is full or gone is told once, and the run goes on: false. Raises Fenced.
+        A disk that is full or gone is reported once and returns False, and the run continues.
+        Raises Fenced.
         """
         with self._lock:
             news = self._progress | values
             # observers watch the count; the time is for people, as clocks may jump or stand still
             beats = {"heartbeat": round(time.time(), 3), "beats": self._status["beats"] + 1}
-            self._status |= news | {"state": state} | beats
+            self._status |= news | {"state": state.value} | beats
             text = json.dumps(self._status, indent=2) + "\n"
             try:
                 self.check_current()
@@ -188,7 +190,7 @@ class RunFolder:
                     continue
                 beaten_s, written = time.monotonic(), news
                 try:
-                    self.write_status(self._status["state"])
+                    self.write_status(State(self._status["state"]))
                 except Fenced as error:
                     return fenced(str(error))
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from harness.compat import describe_peer_loss
 from harness.config.schema import Config
 from harness.distributed import World
-from harness.errors import FAILED, STOPPED, RunFailed
-from harness.resilience.stopping import Stopped, StopRequest
+from harness.errors import FAILED, STOPPED
+from harness.outcome import Outcome, RunEnded, RunFailed, State, Stopped
+from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Watchdog
 from harness.runs.headline import Headline, headline
 from harness.runs.run_folder import Fenced, RunFolder
@@ -47,18 +48,20 @@ def run_to_the_end(
     with status_kept(world, folder, watchdog, stop, resume_command) as record:
         with closing(open_run()) as run:
             total_steps = run.config.total_steps
-            record("running", step=run.first_step, total_steps=total_steps)
+            record(State.RUNNING, step=run.first_step, total_steps=total_steps)
             run.evaluate_teacher()
             run.evaluate_if_missing()
             run_steps(run)
             result = headline(run.config, run.errors)
-            if (saved := run.saved(total_steps)) != "checkpoint written":
-                raise RunFailed(f"error {result.error:.2f} %, but {saved}; make room and resume")
+            if error := run.wait_for_checkpoint(total_steps):
+                why = f"error {result.error:.2f} %, but {error}; make room and resume"
+                raise RunFailed(why, step=total_steps)
             run.remove_surplus_checkpoints()
             run.logger.event("finish", total_steps, **result.as_mapping())
         expect = run.config.expect
         expected = None if expect is None else expect.error
-        record("finished", step=total_steps, **result.as_mapping(), expected=expected)
+        finished = Outcome(State.FINISHED, "", total_steps, True, True)
+        record(State.FINISHED, **finished.as_status(), **result.as_mapping(), expected=expected)
         return Result(result, folder.path, run.config)
 
 
@@ -72,7 +75,7 @@ def status_kept(
     """
     record: Callable[..., object] = lambda state, **values: None  # noqa: E731
     heartbeat: AbstractContextManager[None] = nullcontext()
-    last_words: Callable[[str, str], object] = lambda state, why: None  # noqa: E731
+    last_words: Callable[[Outcome], object] = lambda outcome: None  # noqa: E731
     if world.rank == 0:
         record = folder.write_status
         last_words = partial(record_hang, folder, resume_command)
@@ -84,17 +87,24 @@ def status_kept(
             raise  # the folder is another incarnation's
         except Exception as error:
             ended = why_it_ended(watchdog, stop, error)
-            state = "stopped" if isinstance(ended, Stopped) else "failed"
-            record(state, reason=(str(ended).splitlines() or [repr(ended)])[0])
+            outcome = outcome_of(ended)
+            record(outcome.state, **outcome.as_status())
             raise ended from (None if ended is error else error)
 
 
-def record_hang(folder: RunFolder, resume_command: str, state: str, why: str) -> None:
+def outcome_of(error: Exception) -> Outcome:
+    """Return the outcome that an exception carries; that of a bug is its first line."""
+    if isinstance(error, RunEnded):
+        return error.outcome
+    return Outcome(State.FAILED, (str(error).splitlines() or [repr(error)])[0])
+
+
+def record_hang(folder: RunFolder, resume_command: str, outcome: Outcome) -> None:
     """Record the status where the watchdog terminates rank 0, and say how to resume."""
     command = resume_command or "the same call with resume=True"
     print(f"resume with: {command}", file=sys.stderr, flush=True)
     with suppress(Fenced):  # a newer incarnation keeps the status
-        folder.write_status(state, reason=why)
+        folder.write_status(outcome.state, **outcome.as_status())
 
 
 def why_it_ended(watchdog: Watchdog, stop: StopRequest, error: Exception) -> Exception:

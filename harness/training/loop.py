@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.resilience.stopping import Agreement, Stopped
+from harness.resilience.agreement import Agreement
 from harness.training.run import Run
 
 
@@ -22,7 +22,7 @@ def run_steps(run: Run) -> None:
             run.save(done)  # synchronises; before the evaluation, which a resume makes up for
         if stop and done < config.total_steps:
             agreement.close()
-            raise Stopped(f"stopped after step {done} of {config.total_steps}, {run.saved(done)}")
+            raise run.stopped(done)
         if epoch_ends and run.evaluation_is_due(done):
             run.evaluate(done)  # synchronises
     agreement.close()

@@ -14,12 +14,13 @@ from harness.config.schema import Config
 from harness.data.batch import Batch, Loader
 from harness.data.batch_plan import BatchPlan
 from harness.distillation.teacher import AnyTeacher
-from harness.distributed import World
-from harness.errors import RunFailed
+from harness.distributed import World, broadcast_from_rank0
 from harness.execution.evaluation import evaluate
 from harness.models.running_statistics import global_running_statistics
+from harness.outcome import RunFailed, Stopped
 from harness.recipe.schedule import final_epochs, lr_at
-from harness.resilience.stopping import ASK_EVERY_S, StopRequest
+from harness.resilience.agreement import ASK_EVERY_S
+from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.runs.checkpoint import CheckpointWriter, checkpoint_path, copy_to_host
 from harness.runs.environment import code_changes, code_record
@@ -66,7 +67,7 @@ class Run:
     def __post_init__(self) -> None:
         self.first_step = self.done = self.start.step  # steps
         self.errors = dict(self.start.errors)  # epoch -> validation error in %
-        self.not_written = ""  # why the last checkpoint is not on the disk
+        self._write_error: str | None = None  # why the last checkpoint is not on the disk
         self._saved_at_s = time.monotonic()
         self._writer = CheckpointWriter(
             self.folder.checkpoints, self.config.run.keep_checkpoints, self._before_write
@@ -159,7 +160,8 @@ class Run:
         return Diverged(
             f"{why} at step {step} (lr {lr_at(self.config, step):.4g}); its images: ids "
             f"{', '.join(map(str, ids[:8]))}, … (all {len(ids)} in {self.folder.log}); "
-            "the last good checkpoint is kept"
+            "the last good checkpoint is kept",
+            step=step + 1,
         )
 
     def _log_replaced(self, local: list[tuple[int, int, int]]) -> None:
@@ -222,13 +224,28 @@ class Run:
                 self._writer.submit(path, self._payload(done), self._best_step())
         self.logger.restart_clock()
 
-    def saved(self, done: int) -> str:
-        """What became of the checkpoint of step `done`, once the disk has it or refused it."""
+    def stopped(self, done: int) -> Stopped:
+        """Return what ends the loop after a stop that all ranks agreed on."""
+        reason = f"stopped after step {done} of {self.config.total_steps}"
+        error = self.wait_for_checkpoint(done)
+        return Stopped(
+            f"{reason}, {'checkpoint written' if error is None else error}",
+            step=done,
+            checkpoint_written=error is None,
+            agreed_by_all_ranks=True,
+        )
+
+    def wait_for_checkpoint(self, done: int) -> str | None:
+        """Wait until rank 0's disk has the checkpoint of step `done`, or has refused it.
+
+        Return the reason of a refusal, on all ranks.
+        """
         self.watchdog.enter_phase(done, Phase.SAVING)
         self._report_checkpoints(finish=True)
-        if not self.not_written:
-            return "checkpoint written"
-        return f"its checkpoint could not be written ({self.not_written}), an older one may stand"
+        error = broadcast_from_rank0(self._write_error, self.control)
+        if error is None:
+            return None
+        return f"its checkpoint could not be written ({error}), an older one may remain"
 
     def _payload(self, done: int) -> dict[str, object]:
         return copy_to_host(self.step.state_dict()) | {
@@ -255,12 +272,12 @@ class Run:
         for outcome in self._writer.outcomes(finish):
             values = {"file": outcome.path.name, "seconds": round(outcome.seconds, 3)}
             if outcome.error is None:
-                self.not_written = ""
+                self._write_error = None
                 self.logger.event("checkpoint", outcome.step, **values)
             elif isinstance(outcome.error, OSError):
-                self.not_written = outcome.error.strerror or str(outcome.error)
+                self._write_error = outcome.error.strerror or str(outcome.error)
                 self.logger.say(
-                    f"warning: {outcome.path}: not written: {self.not_written}; continuing"
+                    f"warning: {outcome.path}: not written: {self._write_error}; continuing"
                 )
                 values["why"] = str(outcome.error)
                 self.logger.event("checkpoint_failed", outcome.step, **values)

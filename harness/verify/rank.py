@@ -42,7 +42,8 @@ from harness.execution.evaluation import evaluate
 from harness.execution.precision import set_precision
 from harness.models.registry import build_model
 from harness.models.running_statistics import global_running_statistics
-from harness.resilience.stopping import Stopped, StopRequest
+from harness.outcome import Stopped
+from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.roll_call import roll_call
 from harness.runs.environment import describe_environment

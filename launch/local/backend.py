@@ -15,14 +15,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 from harness.atomic_file import write_atomically
 from harness.config.loading import dump_config
 from harness.data.loaders.child_process import PR_SET_PDEATHSIG
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
-from launch.records import Record, read_records, read_status, records_folder, write_records
+from harness.outcome import Outcome, State
+from harness.resilience.stopping import StopRequest
+from launch.records import (
+    Record,
+    is_finished,
+    read_outcome,
+    read_records,
+    read_status,
+    records_folder,
+    write_records,
+)
 from launch.run_spec import RunSpec
 from launch.slurm.cluster_file import RANK_VARIABLES
 from launch.slurm.log import BAD_LINE
@@ -31,10 +40,6 @@ from launch.status import finished_error, tail
 POLL_S = 0.2
 PROGRESS_S = 30.0
 BEGUN = "--- "  # before the time at which a run was started, in its log
-STOP_SIGNALS = (
-    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2),
-)
 
 
 @dataclass(frozen=True)
@@ -63,30 +68,6 @@ def devices_here(runs: Sequence[RunSpec], at_once: int | None) -> list[Device]:
 
 
 @dataclass
-class StopRequest:
-    """Ctrl-C, or a signal: the runs are to stop with checkpoints. A second Ctrl-C kills them."""
-
-    asked: bool = False
-    killed: bool = False
-
-    @contextmanager
-    def listen(self) -> Iterator[StopRequest]:
-        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        for number, handler in previous.items():
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # nohup's word stands
-                signal.signal(number, self._handle)
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.killed = self.asked and number == signal.SIGINT
-        self.asked = True
-
-
-@dataclass
 class Child:
     """A run under way."""
 
@@ -95,23 +76,30 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     begun_s: float = field(default_factory=time.monotonic)
-    told: bool = False  # to stop
+    stopping: bool = False  # it was asked to stop
 
-    def outcome(self) -> tuple[str, str]:
-        """finished, stopped or failed; and what a person is told of it."""
-        code, status = self.process.returncode, read_status(self.wanted.run)
-        if code == FINISHED or (self.told and status.get("state") == "finished"):
+    def stop(self) -> None:
+        """Send TERM once, as a second one would end a run that has written its checkpoint."""
+        if not self.stopping:
+            self.process.terminate()
+            self.stopping = True
+
+    def outcome(self) -> Outcome:
+        """Return how the run ended, with a reason for people."""
+        code, recorded = self.process.returncode, read_outcome(self.wanted.run)
+        if code == FINISHED or (self.stopping and is_finished(self.wanted.run)):
             took = timedelta(seconds=round(time.monotonic() - self.begun_s))
-            return "finished", f"{finished_error(self.wanted.run, status)}, in {took}"
+            error = finished_error(self.wanted.run, read_status(self.wanted.run))
+            return Outcome(State.FINISHED, f"{error}, in {took}")
         if code == STOPPED:
-            return "stopped", status.get("reason", "")
-        if code == -signal.SIGTERM and self.told:  # the harness had not yet taken the signal over
-            return "stopped", "before its first step"
+            return recorded or Outcome(State.STOPPED)
+        if code == -signal.SIGTERM and self.stopping:  # the harness had yet to install its handler
+            return Outcome(State.STOPPED, "before its first step")
         how = f"with exit code {code}" if code > 0 else f"by {signal.Signals(-code).name}"
         why = f"ended {how}: {self._complaint()}"
         with self.log.open("a", encoding="utf-8", errors="surrogateescape") as log:
-            log.write(f"error: {why}\n")  # the last line is what `status` shows
-        return "failed", why
+            log.write(f"error: {why}\n")  # `status` shows the last line
+        return Outcome(State.FAILED, why)
 
     def _complaint(self) -> str:
         """What it said last of what is wrong, since it was started."""
@@ -129,22 +117,24 @@ class LocalStudy:
         self.folder, self.wanted, self.free = folder, wanted, [*devices]
         self.waiting = [run for run in wanted if not run.is_finished()]
         self.children: list[Child] = []
-        self.ended = {"finished": len(wanted) - len(self.waiting), "stopped": 0, "failed": 0}
+        self.ended = {State.FINISHED: len(wanted) - len(self.waiting)}
+        self.ended |= {State.STOPPED: 0, State.FAILED: 0}
+        self._kill = False
         self._begun_s = self._told_s = time.monotonic()
         self._images_before = sum(map(_images_done, wanted))
 
     def run(self) -> int:
         """To the end, or until a signal; returns the exit code. Raises UserError."""
-        with only_command(self.folder), StopRequest().listen() as stop:
+        with only_command(self.folder), StopRequest(self._kill_children).listen() as stop:
             self._record()
-            while self.children or (not stop.asked and self._next()):
-                while self.free and not stop.asked and (run := self._next()):
+            while self.children or (stop.signal is None and self._next()):
+                while self.free and stop.signal is None and (run := self._next()):
                     self.waiting.remove(run)
                     self._start(run, self.free.pop(0))
                 time.sleep(POLL_S)
                 self._collect()
-                if stop.asked:
-                    self._stop(stop.killed)
+                if stop.signal is not None:
+                    self._stop()
                 elif time.monotonic() - self._told_s > PROGRESS_S:
                     self._progress()
         return self._end()
@@ -184,7 +174,7 @@ class LocalStudy:
 
         def ready(run: RunSpec) -> bool:
             teacher = run.teacher
-            return teacher is None or (teacher.run not in under_way and _has_ended(teacher))
+            return teacher is None or (teacher.run not in under_way and is_finished(teacher.run))
 
         return next(filter(ready, self.waiting), None)
 
@@ -192,7 +182,7 @@ class LocalStudy:
         """Of a teacher that has failed, and theirs."""
         for run in [run for run in self.waiting if run.teacher and run.teacher.run == teacher.run]:
             self.waiting.remove(run)
-            self.ended["failed"] += 1
+            self.ended[State.FAILED] += 1
             print(f"{run.name} not started: its teacher, {teacher.run}, has failed", flush=True)
             self._give_up_students(run)
 
@@ -201,23 +191,28 @@ class LocalStudy:
         for child in [child for child in self.children if child.process.poll() is not None]:
             self.children.remove(child)
             self.free.append(child.device)
-            state, what = child.outcome()
-            self.ended[state] += 1
-            print(f"{child.wanted.name} {state}: {what}{self._count()}", flush=True)
-            if state == "failed":
+            outcome = child.outcome()
+            self.ended[outcome.state] += 1
+            print(
+                f"{child.wanted.name} {outcome.state.value}: {outcome.reason}{self._count()}",
+                flush=True,
+            )
+            if outcome.state is State.FAILED:
                 self._give_up_students(child.wanted)
 
-    def _stop(self, kill: bool) -> None:
-        """TERM once, as a second one would be deadly to a run that has its checkpoint."""
+    def _kill_children(self) -> None:
+        """Have the runs killed, after a second Ctrl-C."""
+        self._kill = True
+
+    def _stop(self) -> None:
         for child in self.children:
-            if kill:
+            if self._kill:
                 child.process.kill()
-            elif not child.told:
-                child.process.terminate()
-                child.told = True
+            else:
+                child.stop()
 
     def _count(self) -> str:
-        return f" ({self.ended['finished']} of {len(self.wanted)} finished)"
+        return f" ({self.ended[State.FINISHED]} of {len(self.wanted)} finished)"
 
     def _progress(self) -> None:
         """A line: each run's step, and the time left as the images go that were trained on."""
@@ -234,17 +229,13 @@ class LocalStudy:
         print(f"{', '.join(steps)}; {rate:.0f} images/s{left}{self._count()}", flush=True)
 
     def _end(self) -> int:
-        left = len(self.waiting) + self.ended["stopped"]
-        counts = [f"{count} {state}" for state, count in self.ended.items() if count]
+        left = len(self.waiting) + self.ended[State.STOPPED]
+        counts = [f"{count} {state.value}" for state, count in self.ended.items() if count]
         counts += [f"{len(self.waiting)} not started"] if self.waiting else []
         print(f"{len(self.wanted)} runs: {', '.join(counts)}", flush=True)
         if left:
             return STOPPED
-        return FAILED if self.ended["failed"] else FINISHED
-
-
-def _has_ended(run: RunSpec) -> bool:
-    return read_status(run.run).get("state") == "finished"
+        return FAILED if self.ended[State.FAILED] else FINISHED
 
 
 def _files(folder: Path, wanted: RunSpec) -> tuple[Path, Path]:

@@ -10,22 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from harness.errors import FAILED, FINISHED, STOPPED, USER_ERROR
+from submitit.helpers import DelayedSubmission
+
+from harness.errors import FAILED, FINISHED, STOPPED, USER_ERROR, UserError
+from harness.outcome import Outcome
+from harness.resilience.grace import kill_after_s
+from harness.resilience.stopping import StopRequest
 from launch.records import read_status
-from launch.slurm.log import SPARE_S, MergedLog, Pump
+from launch.slurm.log import MergedLog, Pump
+from launch.slurm.requeue import USER_SIGNALS, Decision, TaskEnd, decide
 from launch.slurm.scontrol import Job, SlurmUnavailable, find_job, requeue
 from launch.slurm.task_place import TaskPlace
 
-USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, scancel --signal
-STOP_SIGNALS = (signal.SIGTERM, *USER_SIGNALS)
-REPEAT_S = 0.5  # a stop signal is repeated, as a rank that still imports does not hear it
+REPEAT_S = 0.5  # stop signals are repeated, as a rank that still imports does not hear them
 MAX_RESTARTS = 3  # in place, by torchrun
-AGREED = "stopped after step"  # begins the reason of a run whose ranks stopped together
 
 
 @dataclass
@@ -33,9 +34,9 @@ class Task:
     """submitit's callable for one run; the same on every task of the job.
 
     `arguments` are those of `harness train`; `log` is the merged log; `code` is the folder of the
-    copy of the code that the ranks run, None for the one that Python finds. Ends with 0 where the
-    run has finished or the job was requeued, 75 where it stopped and no requeue is left, else with
-    the code of the rank.
+    copy of the code that the ranks run, None for the code that Python finds. The task exits with 0
+    where the run has finished or the job was requeued, 75 where it stopped and no requeue is left,
+    else with the rank's code.
     """
 
     arguments: tuple[str, ...]
@@ -46,11 +47,10 @@ class Task:
     gpus_per_node: int
     requeues: int
     environment: dict[str, str]
-    code: str | None = None  # also of a task that was submitted before there were copies
-    _signal: int | None = field(default=None, init=False)
-    _signalled_at_s: float = field(default=0.0, init=False)
+    code: str | None = None  # as in tasks submitted before there were copies
 
     def __call__(self) -> None:
+        """Run the child to its end and exit with the task's code."""
         place = TaskPlace(self.launcher)
         log = MergedLog(self.log, place)
         if place.leader:
@@ -59,21 +59,33 @@ class Task:
             if place.leader:
                 log.error(f"requeued more often than requeues: {self.requeues}; submit it again")
             sys.exit(STOPPED)
-        code = self._run_child(place, log)
-        if code != FINISHED or (place.leader and self._stopped_under_torchrun()):
-            sys.exit(self._end(code, place, log))
+        before, stop = self._incarnation(), StopRequest()
+        with stop.listen():
+            code = self._run_child(place, log, stop)
+        outcome = self._outcome_since(before)
+        end = TaskEnd(code, stop.signal, outcome, place.leader, place.restarts, self.requeues)
+        sys.exit(_carry_out(decide(end, lambda: _find_job(place.job_id)), end, place, log))
 
-    def checkpoint(self) -> Any:
-        """submitit asks for it where a signal comes before the child has been started."""
-        from submitit.helpers import DelayedSubmission
-
+    def checkpoint(self) -> DelayedSubmission:
+        """Tell submitit what to submit again where a signal precedes the child's start."""
         return DelayedSubmission(self)
 
-    def _run_child(self, place: TaskPlace, log: MergedLog) -> int:
-        """The exit code of the ranks' process; minus the signal that killed it."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+    def _incarnation(self) -> object:
+        return read_status(Path(self.run)).get("incarnation")
+
+    def _outcome_since(self, incarnation: object) -> Outcome | None:
+        """Return how this start ended; None if status.json is still that of an earlier one."""
+        status = read_status(Path(self.run))
+        return None if status.get("incarnation") == incarnation else Outcome.from_status(status)
+
+    def _run_child(self, place: TaskPlace, log: MergedLog, stop: StopRequest) -> int:
+        """Return the exit code of the ranks' process; minus the signal that killed it."""
         environment = self._environment(place, log)
+        try:
+            killed_after_s = kill_after_s(environment)
+        except UserError as error:
+            log.error(str(error))
+            return USER_ERROR
         with tempfile.TemporaryDirectory() as folder:
             error_file = Path(folder) / "error.json"
             if self.launcher == "torchrun":  # its agent copies the first error of its ranks there
@@ -88,32 +100,33 @@ class Task:
             assert child.stdout and child.stderr
             out = Pump(child.stdout, sys.stdout, log.output)
             with out, Pump(child.stderr, sys.stderr, log.errors):
-                grace_s = float(environment.get("HARNESS_GRACE_S", "25")) + SPARE_S
-                code = self._wait_for(child, place, log, grace_s)
-            log.complaint = read_torchrun_error(error_file) or log.complaint
+                code = self._wait_for(child, place, log, stop, killed_after_s)
+            if cause := read_torchrun_error(error_file):
+                log.note_cause(cause)
         return code
 
     def _wait_for(
-        self, child: subprocess.Popen[bytes], place: TaskPlace, log: MergedLog, grace_s: float
+        self,
+        child: subprocess.Popen[bytes],
+        place: TaskPlace,
+        log: MergedLog,
+        stop: StopRequest,
+        killed_after_s: float,
     ) -> int:
-        """The exit code of `child`, which a stop signal of this task reaches, too."""
-        told = False
+        """Return the exit code of `child`, passing a stop signal of this task on to it."""
+        announced = False
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(REPEAT_S)
-            if self._signal is not None:
-                if place.leader and not told:
-                    log.line(f"{signal.Signals(self._signal).name}: stopping")
-                told = True
-                stop_ranks(child, self.launcher)
-                if time.monotonic() - self._signalled_at_s > grace_s:
-                    log.error(f"still running {grace_s:.0f} s after the signal: killed")
-                    child.kill()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        # a second one of another kind tells no more: the first is why we end
-        if self._signal is None:
-            self._signal, self._signalled_at_s = number, time.monotonic()
+            if stop.signal is None or stop.asked_at_s is None:
+                continue
+            if place.leader and not announced:
+                log.line(f"{stop.signal.name}: stopping")
+            announced = True
+            stop_ranks(child, self.launcher)
+            if time.monotonic() - stop.asked_at_s > killed_after_s:
+                log.error(f"still running {killed_after_s:.0f} s after the signal: killed")
+                child.kill()
 
     def _command(self, place: TaskPlace) -> list[str]:
         train = [self.code or "-m", "harness", "train", *self.arguments]
@@ -124,70 +137,62 @@ class Task:
         ranks += ["--rdzv-backend", "c10d", "--rdzv-id", place.raw_job_id]
         ranks += ["--rdzv-endpoint", f"{place.first_host}:{place.port}"]
         ranks += ["--rdzv-conf", f"is_host={place.leader:d}", "--local-addr", place.host]
-        # not the agent is told to stop, which would end as failed, but its ranks
+        # the ranks are signalled, not the agent, which would end as failed
         ranks += ["--signals-to-handle", "SIGHUP"]
         return [sys.executable, "-m", "torch.distributed.run", *ranks, *train]
 
     def _environment(self, place: TaskPlace, log: MergedLog) -> dict[str, str]:
-        """This environment and what the cluster file adds; what was set stands, and is told."""
+        """Return this environment with the cluster file's; variables that are set prevail."""
         environment = dict(os.environ)
         added = self.environment
         if self.launcher == "torchrun":
-            # without it an agent that comes late waits for ever for the first round's store
+            # without it an agent that joins late waits forever for the first round's store
             added = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | added
         for name, value in added.items():
             here = environment.setdefault(name, value)
             if here != value and place.leader:
-                log.line(f"environment: {name}={here} stands on {place.host}, not {value}")
+                log.line(f"environment: {place.host} keeps its {name}={here}, not {value}")
         return environment
 
-    def _end(self, code: int, place: TaskPlace, log: MergedLog) -> int:
-        """Decides whether a run that has not finished goes back into the queue."""
-        stopped = code in (STOPPED, FINISHED)
-        if stopped and not place.leader:
-            return FINISHED  # the leader decides; another code would have srun kill it meanwhile
-        reason = read_status(Path(self.run)).get("reason", "")
-        if self._signal == signal.SIGTERM and not reason.startswith(AGREED) and code != USER_ERROR:
-            stopped = self._meant_for_the_job(place)
-        elif self._signal in USER_SIGNALS and code != USER_ERROR:
-            stopped = True  # also where no checkpoint came of it
-        if stopped:
-            return self._requeue(place, log) if place.leader else FINISHED
-        if not self._signal:
-            said = f": {log.complaint}" if log.complaint else ""
-            log.error(f"ended {_cause(code)}{said}")
-        elif place.leader:
-            log.error(f"ended as another rank did: {reason or _cause(code)}")
-        return FAILED if code in (STOPPED, FINISHED) else code if code > 0 else 128 - code
 
-    def _meant_for_the_job(self, place: TaskPlace) -> bool:
-        """Whether a TERM was SLURM's; else it was srun's, to all ranks when one has failed."""
-        job = _find_job(place.job_id)
-        return job is not None and (job.preempted or job.state != "RUNNING")
-
-    def _requeue(self, place: TaskPlace, log: MergedLog) -> int:
-        """Only a running job: one that SLURM requeues or that a user cancelled is not ours."""
-        job = _find_job(place.job_id)
-        if job is None or job.state != "RUNNING":
-            log.line(f"stopped; SLURM has the job as {job.state if job else 'unknown'}")
-            return STOPPED if job is None else FINISHED
-        if place.restarts >= self.requeues:
-            log.error(f"stopped, and requeues: {self.requeues} are used up; submit it again")
+def _carry_out(decision: Decision, end: TaskEnd, place: TaskPlace, log: MergedLog) -> int:
+    """Requeue the job if that is the decision, log it, and return the task's exit code."""
+    match decision:
+        case Decision.FINISH | Decision.LEAVE_TO_LEADER:
+            return FINISHED
+        case Decision.REQUEUE:
+            if failure := requeue(place.job_id):
+                log.error(f"stopped, not requeued: {failure}; submit it again")
+                return STOPPED
+            log.line(f"requeued, {place.restarts + 1} of at most {end.requeues} times")
+            return FINISHED
+        case Decision.LEAVE_TO_SLURM:
+            log.line("stopped; SLURM requeues or cancels the job")
+            return FINISHED
+        case Decision.UNKNOWN_JOB:
+            log.line("stopped; SLURM does not know the job; submit it again")
             return STOPPED
-        if failure := requeue(place.job_id):
-            log.error(f"stopped, not requeued: {failure}; submit it again")
+        case Decision.NO_REQUEUE_LEFT:
+            log.error(f"stopped, and requeues: {end.requeues} are used up; submit it again")
             return STOPPED
-        log.line(f"requeued, {place.restarts + 1} of at most {self.requeues} times")
-        return FINISHED
+        case Decision.FAIL:
+            _log_failure(end, place, log)
+            code = end.exit_code
+            return FAILED if code in (STOPPED, FINISHED) else code if code > 0 else 128 - code
 
-    def _stopped_under_torchrun(self) -> bool:
-        """Its ranks end with 0 then too, as torchrun would start them again."""
-        return self.launcher == "torchrun" and read_status(Path(self.run)).get("state") == "stopped"
+
+def _log_failure(end: TaskEnd, place: TaskPlace, log: MergedLog) -> None:
+    if end.signal is None:
+        said = f": {log.complaint}" if log.complaint else ""
+        log.error(f"ended {_cause(end.exit_code)}{said}")
+    elif place.leader:
+        reason = end.outcome.reason if end.outcome else ""
+        log.error(f"ended as another rank did: {reason or _cause(end.exit_code)}")
 
 
 def _ignore_stop_signals() -> None:
-    """In the child: no signal is deadly while it imports; the harness then handles them."""
-    for number in STOP_SIGNALS:
+    """In the child: let no signal end it while it imports; the harness then handles them."""
+    for number in (signal.SIGTERM, *USER_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -204,7 +209,7 @@ def _cause(code: int) -> str:
 
 
 def read_torchrun_error(path: Path) -> str:
-    """The message of torchrun's error file; "" where there is none."""
+    """Return the message of torchrun's error file; "" where there is none."""
     try:
         return str(json.loads(path.read_text())["message"]["message"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -212,7 +217,7 @@ def read_torchrun_error(path: Path) -> str:
 
 
 def stop_ranks(child: subprocess.Popen[bytes], launcher: str) -> None:
-    """TERM to the rank, or to each rank of torchrun's agent."""
+    """Send TERM to the rank, or to each rank of torchrun's agent."""
     ranks = _children(child.pid) if launcher == "torchrun" else [child.pid]
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):

@@ -10,7 +10,7 @@ from typing import IO
 
 from launch.slurm.task_place import TaskPlace
 
-SPARE_S = 5.0  # beyond the ranks' own grace time, before a silent rank is killed
+PIPE_LINGERS_S = 5.0  # after a child's end, as its own children may hold its output open
 TORCH_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 BAD_LINE = re.compile(r"error:|Traceback|Fatal Python error|E\d{4} ")  # the last one: torchrun's
 
@@ -33,6 +33,10 @@ class MergedLog:
         """An error of this task, told on its own standard error too."""
         print(f"error: {text}", file=sys.stderr, flush=True)
         self._file.write(f"error: {self._place}: {text}\n")
+
+    def note_cause(self, text: str) -> None:
+        """Keep what torchrun found to be the first error of its ranks."""
+        self.complaint = text
 
     def output(self, text: str) -> None:
         if self._leader:
@@ -64,7 +68,7 @@ class Pump:
         self._thread.start()
 
     def __exit__(self, *error: object) -> None:
-        self._thread.join(SPARE_S)  # a grandchild may hold the stream open
+        self._thread.join(PIPE_LINGERS_S)
 
     def _copy(self, source: IO[bytes], raw: IO[str], merged: Callable[[str], None]) -> None:
         for line in source:

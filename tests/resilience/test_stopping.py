@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from harness.data.loaders.child_process import worker_processes
-from harness.resilience.stopping import Agreement, StopRequest
+from harness.resilience.agreement import Agreement
+from harness.resilience.stopping import StopRequest
 from harness.resilience.unfailing_output import unfailing_output
 from tests.conftest import start_ranks
 
@@ -38,7 +39,7 @@ def test_alone_the_answer_is_immediate():
 AGREE = """
 import sys
 from harness.distributed import process_group, world_from_environment
-from harness.resilience.stopping import Agreement
+from harness.resilience.agreement import Agreement
 from harness.rendezvous import rendezvous
 world = world_from_environment("cpu")
 step_s = [float(word) for word in sys.argv[1:]][world.rank]

@@ -17,7 +17,8 @@ import torch
 
 from harness import UserError, load_config
 from harness.atomic_file import write_atomically
-from harness.resilience.stopping import Stopped, StopRequest
+from harness.outcome import State, Stopped
+from harness.resilience.stopping import StopRequest
 from harness.runs import ownership as run_ownership
 from harness.runs import process_identity
 from harness.runs.checkpoint import checkpoint_path, save_checkpoint
@@ -38,7 +39,7 @@ run_ownership.WATCH_S = 2.0
 folder = run_folder.RunFolder(Path(sys.argv[1]))
 folder.ownership.wait_until_free(StopRequest())
 folder.open(load_config(sys.argv[2]), {})
-folder.write_status("running")
+folder.write_status(run_folder.State.RUNNING)
 with folder.heartbeat(print):
     print("running", os.getpid(), time.time(), flush=True)
     sys.stdin.read()
@@ -64,7 +65,7 @@ def run_here(folder: Path, small) -> RunFolder:
     """A run of this process that beats no more, as if it had been killed."""
     run = RunFolder(folder)
     run.open(load_config(small()), {})
-    run.write_status("running", step=7)
+    run.write_status(State.RUNNING, step=7)
     return run
 
 
@@ -198,14 +199,14 @@ def test_a_full_disk_does_not_make_a_run_look_dead(small, tmp_path, monkeypatch)
 
     monkeypatch.setattr("harness.runs.run_folder.write_atomically", full)
     before = run.ownership._signs()
-    assert not run.write_status("running")
+    assert not run.write_status(State.RUNNING)
     assert run.ownership._signs() != before
 
 
 @pytest.mark.parametrize("claim", ["", "{", '{"host": "node7", "pid": 1, "boot_id": "another"}'])
 def test_a_claim_of_a_process_that_died_before_its_first_status(small, tmp_path, watch, claim):
     run = run_here(tmp_path / "run", small)
-    run.write_status("stopped")
+    run.write_status(State.STOPPED)
     (run.path / ".incarnation-002").write_text(claim)
     assert take_over(run.path, small) == 3
 
@@ -221,7 +222,7 @@ def test_the_number_goes_on_where_small_files_were_lost(small, tmp_path):
 
 def test_checkpoints_without_a_config_are_not_started_over(small, tmp_path):
     run = run_here(tmp_path / "run", small)
-    run.write_status("stopped")
+    run.write_status(State.STOPPED)
     save_checkpoint(checkpoint_path(run.checkpoints, 1, 20), {"step": 20})
     (run.path / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"its config\.yaml is missing"):
@@ -234,13 +235,13 @@ def test_a_run_whose_folder_was_made_again_does_not_write_into_the_new_one(small
     new = RunFolder(old.path)
     new.open(load_config(small()), {})
     with pytest.raises(Fenced, match="another run was started in its place"):
-        old.write_status("running")  # before the new one has written its first status
-    assert new.write_status("running") and new.read_status()["token"] == new.ownership.token
+        old.write_status(State.RUNNING)  # before the new one has written its first status
+    assert new.write_status(State.RUNNING) and new.read_status()["token"] == new.ownership.token
     for claim in new.path.glob(".incarnation-*"):
         claim.unlink()  # hidden files that somebody removed
-    assert new.write_status("running")
+    assert new.write_status(State.RUNNING)
     with pytest.raises(Fenced):
-        old.write_status("running")
+        old.write_status(State.RUNNING)
 
 
 def test_agents_of_equal_host_and_number_are_different_launches(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from harness import load_config
+from harness.outcome import State
 from harness.runs.run_folder import Fenced, RunFolder
 from tests.faults import wait_for
 
@@ -13,7 +14,7 @@ from tests.faults import wait_for
 def folder(small, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.open(load_config(small()), {})
-    folder.write_status("running", step=0)
+    folder.write_status(State.RUNNING, step=0)
     return folder
 
 
@@ -26,7 +27,7 @@ def test_what_the_loop_reports_is_written_by_the_heartbeat(folder):
         folder.report(step=40)
         wait_for(lambda: json.loads(status.read_text())["step"] == 40, "the status of step 40")
     folder.report(step=60)
-    folder.write_status("stopped", reason="asked to")
+    folder.write_status(State.STOPPED, reason="asked to")
     ended = json.loads(status.read_text())
     assert (ended["state"], ended["step"], ended["reason"]) == ("stopped", 60, "asked to")
 

@@ -10,9 +10,9 @@ import yaml
 
 from harness import load_config
 from harness.distributed import World
-from harness.errors import RunFailed
 from harness.execution.compilation import compile_blocks
 from harness.models.registry import build_model
+from harness.outcome import RunFailed
 from harness.recipe.minibatch import Minibatch
 from harness.runs.logging.jsonl import read_log
 from harness.runs.run_folder import RunFolder

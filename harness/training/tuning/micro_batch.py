@@ -17,8 +17,8 @@ import torch.distributed as dist
 from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
 from harness.distributed import World, broadcast_from_rank0, max_over_ranks
-from harness.errors import RunFailed
 from harness.execution.compilation import uncompiled
+from harness.outcome import RunFailed
 from harness.recipe.minibatch import Minibatch
 from harness.resilience.watchdog import Phase, Watchdog
 from harness.training.replica import Replica

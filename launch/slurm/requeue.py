@@ -1,0 +1,80 @@
+"""Whether a task's job goes back into the queue, decided from what is known at its end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from harness.errors import FINISHED, STOPPED, USER_ERROR
+from harness.outcome import Outcome, State
+from launch.slurm.scontrol import Job
+
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, scancel --signal
+
+
+class Decision(Enum):
+    """What a task does at its end."""
+
+    FINISH = "the run is finished"
+    LEAVE_TO_LEADER = "another task of the job decides"
+    LEAVE_TO_SLURM = "SLURM requeues the job itself, or a user cancelled it"
+    REQUEUE = "put the job back into the queue"
+    NO_REQUEUE_LEFT = "the job was requeued as often as allowed"
+    UNKNOWN_JOB = "SLURM does not know the job"
+    FAIL = "the run failed"
+
+
+@dataclass(frozen=True)
+class TaskEnd:
+    """How a task's rank, or torchrun's agent, ended.
+
+    `exit_code` is negative for the signal that killed it. `signal` is the first one that the task
+    received. `outcome` is that of this start of the run, None where it recorded none.
+    """
+
+    exit_code: int
+    signal: signal.Signals | None
+    outcome: Outcome | None
+    leader: bool
+    restarts: int
+    requeues: int
+
+
+def decide(end: TaskEnd, find_job: Callable[[], Job | None]) -> Decision:
+    """Decide by the task's end and, where that is not enough, by what SLURM says of the job."""
+    outcome = end.outcome
+    stopped = outcome is not None and outcome.state is State.STOPPED
+    if end.exit_code == FINISHED and not stopped:
+        return Decision.FINISH
+    # ranks of torchrun end with 0 when they stop, as it would restart them otherwise
+    asked_to_stop = end.exit_code in (STOPPED, FINISHED)
+    if asked_to_stop and not end.leader:
+        return Decision.LEAVE_TO_LEADER  # any other exit code makes srun kill the leader
+    if end.exit_code != USER_ERROR:
+        agreed = outcome is not None and stopped and outcome.agreed_by_all_ranks
+        if end.signal == signal.SIGTERM and not agreed:
+            asked_to_stop = _is_slurms(find_job())
+        elif end.signal in USER_SIGNALS:
+            asked_to_stop = True  # also where no checkpoint came of it
+    if not asked_to_stop:
+        return Decision.FAIL
+    return _requeue(end, find_job) if end.leader else Decision.LEAVE_TO_LEADER
+
+
+def _is_slurms(job: Job | None) -> bool:
+    """Return True if a TERM came from SLURM, False if from srun, which ends all ranks if one fails.
+
+    SLURM's comes with a preemption, or with a change of the job's state.
+    """
+    return job is not None and (job.preempted or job.state != "RUNNING")
+
+
+def _requeue(end: TaskEnd, find_job: Callable[[], Job | None]) -> Decision:
+    job = find_job()
+    if job is None:
+        return Decision.UNKNOWN_JOB
+    if job.state != "RUNNING":
+        return Decision.LEAVE_TO_SLURM
+    return Decision.NO_REQUEUE_LEFT if end.restarts >= end.requeues else Decision.REQUEUE
