@@ -1,4 +1,4 @@
-"""What follows a training step from outside: the watchdog, the profiler, a test."""
+"""The interface of a step's observers, such as the watchdog and the profiler."""
 
 from __future__ import annotations
 

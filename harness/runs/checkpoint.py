@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, checksummed, the newest valid one wins."""
+"""Checkpoints: written atomically, with a checksum; a resume takes the newest valid one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ from harness.atomic_file import write_atomically
 from harness.errors import UserError
 from harness.outcome import RunFailed
 
+Payload = dict[str, Any]  # what a checkpoint holds, by key
 NAME = re.compile(r"checkpoint-(\d{3,})-(\d{8,})\.pt")  # incarnation, step
 SHA256 = re.compile(r"[0-9a-f]{64}(?=\s|$)")
 
 
 def _ignore(text: str) -> None:
-    """The `report` of callers that have no one to inform."""
+    """Drop a report."""
 
 
 class DamagedCheckpoint(RunFailed):
@@ -33,12 +34,12 @@ class DamagedCheckpoint(RunFailed):
 
 
 def checkpoint_path(folder: Path, incarnation: int, step: int) -> Path:
-    """`step` is the number of steps done. Newest is the greatest (incarnation, step)."""
+    """Name a checkpoint after `step` steps; the greatest (incarnation, step) is the newest."""
     return folder / f"checkpoint-{incarnation:03d}-{step:08d}.pt"
 
 
 def checkpoint_key(path: Path) -> tuple[int, int]:
-    """(incarnation, step) of a checkpoint's name."""
+    """Parse a checkpoint's name: (incarnation, step). Raises UserError."""
     match = NAME.fullmatch(path.name)
     if match is None:
         raise UserError(f"{path}: not a checkpoint's name (checkpoint-INCARNATION-STEP.pt)")
@@ -67,10 +68,10 @@ def _checksum_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Writes `payload` and, first, its SHA-256 beside it, so that a checkpoint is never without.
+def save_checkpoint(path: Path, payload: Payload) -> None:
+    """Write `payload` and, before it, its SHA-256 beside it, so that no checkpoint lacks one.
 
-    Raises OSError where the disk is full or the folder is gone; older checkpoints stay intact.
+    Raises OSError where the disk is full or the folder is missing; older checkpoints stay intact.
     """
     buffer = io.BytesIO()
     torch.save(payload, buffer)
@@ -80,7 +81,7 @@ def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     write_atomically(path, content)
 
 
-def load_checkpoint(path: Path, report: Callable[[str], None] = _ignore) -> dict[str, Any]:
+def load_checkpoint(path: Path, report: Callable[[str], None] = _ignore) -> Payload:
     """Read a checkpoint to the CPU; never execute what the file contains.
 
     A checkpoint without a checksum beside it (a copy of the .pt alone, a purge of small files) is
@@ -91,9 +92,7 @@ def load_checkpoint(path: Path, report: Callable[[str], None] = _ignore) -> dict
     return read_checkpoint(path, report)[0]
 
 
-def read_checkpoint(
-    path: Path, report: Callable[[str], None] = _ignore
-) -> tuple[dict[str, Any], str]:
+def read_checkpoint(path: Path, report: Callable[[str], None] = _ignore) -> tuple[Payload, str]:
     """Read a checkpoint as `load_checkpoint`; return it with the SHA-256 (hex) of its file."""
     try:
         content = path.read_bytes()
@@ -117,7 +116,7 @@ def read_checkpoint(
 
 
 def _recorded_checksum(path: Path) -> tuple[str | None, str]:
-    """The SHA-256 beside a checkpoint; else None, and why there is none."""
+    """Return the SHA-256 beside a checkpoint; else None, and why there is none."""
     file = _checksum_path(path)
     try:
         found = SHA256.match(file.read_text(errors="replace"))
@@ -141,7 +140,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict] | None:
+def newest_checkpoint(folder: Path, report: Callable[[str], None]) -> tuple[Path, Payload] | None:
     """Return the newest valid checkpoint; report the damaged ones that are passed over.
 
     Returns None where the folder holds no checkpoint at all. Raises UserError where it holds some
@@ -200,20 +199,24 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
         _checksum_path(path).unlink(missing_ok=True)
 
 
-def copy_to_host(value: Any) -> Any:
-    """A copy of nested dicts and lists with all tensors in host memory, which training leaves."""
+def copy_to_host(state: Mapping[str, object]) -> Payload:
+    """Copy nested dicts and lists with all tensors to host memory, which training never changes."""
+    return {key: _copy(value) for key, value in state.items()}
+
+
+def _copy(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return type(value)((key, copy_to_host(item)) for key, item in value.items())
+        return type(value)((key, _copy(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return type(value)(copy_to_host(item) for item in value)
+        return type(value)(_copy(item) for item in value)
     return value
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a checkpoint of `step` ended: `error` is None where it was written, in `seconds`."""
+class WriteOutcome:
+    """The end of writing a checkpoint of `step`: `error` is None where it was written."""
 
     path: Path
     step: int
@@ -222,23 +225,23 @@ class Outcome:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one after the other, and removes surplus ones.
+    """Writes checkpoints in a thread, one after another, and removes surplus ones.
 
-    `before_write` is called in the thread: what it raises (a newer incarnation) is the outcome.
+    `before_write` is called in the thread; an error of it (a newer incarnation) is the outcome.
     """
 
     def __init__(self, folder: Path, keep: int, before_write: Callable[[], None]) -> None:
         self._folder, self._keep, self._before_write = folder, keep, before_write
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: list[Future[Outcome]] = []
+        self._writing: list[Future[WriteOutcome]] = []
 
-    def submit(self, path: Path, payload: dict[str, Any], best_step: int | None) -> None:
-        """Takes over `payload`, which nobody else may change; waits for the checkpoint before."""
+    def submit(self, path: Path, payload: Payload, best_step: int | None) -> None:
+        """Write `payload`, which nobody else may change; wait for the previous checkpoint first."""
         wait(self._writing)
         self._writing.append(self._thread.submit(self._write, path, payload, best_step))
 
-    def outcomes(self, finish: bool = False) -> list[Outcome]:
-        """What became of the checkpoints since the last call; `finish` waits for the last one."""
+    def outcomes(self, finish: bool = False) -> list[WriteOutcome]:
+        """Return the outcomes since the last call; `finish` waits for the last one."""
         if finish:
             wait(self._writing)
         ended = [writing for writing in self._writing if writing.done()]
@@ -246,14 +249,14 @@ class CheckpointWriter:
         return [writing.result() for writing in ended]
 
     def prune(self, best_step: int | None) -> None:
-        """Keeps the newest few and the one of `best_step`."""
+        """Remove checkpoints but the newest few and the one of `best_step`."""
         prune_checkpoints(self._folder, self._keep, best_step)
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Wait for what is being written."""
         self._thread.shutdown()
 
-    def _write(self, path: Path, payload: dict[str, Any], best_step: int | None) -> Outcome:
+    def _write(self, path: Path, payload: Payload, best_step: int | None) -> WriteOutcome:
         begun_s = time.monotonic()
         error = None
         try:
@@ -262,4 +265,4 @@ class CheckpointWriter:
             self.prune(best_step)
         except Exception as raised:
             error = raised
-        return Outcome(path, payload["step"], time.monotonic() - begun_s, error)
+        return WriteOutcome(path, payload["step"], time.monotonic() - begun_s, error)

@@ -1,4 +1,4 @@
-"""Which code and which libraries produced a result, and on which hardware."""
+"""The environment of a result: code, libraries and hardware."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from harness.runs.logging.jsonl import Record
 
 if TYPE_CHECKING:  # the launcher computes the digest of the code without PyTorch
     import torch
 
-COMMIT = "COMMIT"  # in a copy of the harness: the commit it was made of, "" where unknown
+COMMIT = "COMMIT"  # in a copy of the harness: the commit that it was made from, "" where unknown
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")  # the distributions that have it
 
 
 @cache
 def code_digest(packages: tuple[str, ...] = ("harness",)) -> str:
-    """SHA-256 (hex) of the .py files of `packages`: their relative names and their bytes.
+    """Return the SHA-256 (hex) of the .py files of `packages`: their relative names and bytes.
 
-    Where the packages lie has no influence, nor have compiled files, hidden ones, and templates,
-    which change no result. Read once in a process. Raises ModuleNotFoundError.
+    It does not depend on where the packages are, on compiled or hidden files, or on templates,
+    which change no result. Computed once per process. Raises ModuleNotFoundError.
     """
     digest = hashlib.sha256()
     for package in packages:
@@ -40,9 +42,9 @@ def code_digest(packages: tuple[str, ...] = ("harness",)) -> str:
 
 
 def package_files(package: str) -> Iterator[tuple[str, Path]]:
-    """(name relative to the package's parent, path) of each file of an importable package.
+    """Yield (name relative to the package's parent, path) of each file of an importable package.
 
-    Hidden files and compiled ones are left out. Raises ModuleNotFoundError where there is no such
+    Hidden and compiled files are left out. Raises ModuleNotFoundError where there is no such
     package, or it has no files.
     """
     spec = find_spec(package)
@@ -63,7 +65,7 @@ def package_files(package: str) -> Iterator[tuple[str, Path]]:
 
 
 def code_commit() -> str | None:
-    """The commit of this harness: git's, or the one that a copy of the code was made of."""
+    """Return the commit of this harness: git's, or the one that a copy was made from."""
     package = Path(__file__).parents[1]
     try:
         return (package / COMMIT).read_text().strip() or None
@@ -72,7 +74,7 @@ def code_commit() -> str | None:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The 40 digits of the commit that `folder` belongs to, with -dirty where files were changed.
+    """Return the 40 digits of the commit that `folder` belongs to, with -dirty after changes.
 
     None where git does not track `folder`, as in an installed package, or git is not installed.
     """
@@ -83,8 +85,8 @@ def git_commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git prints; None where it fails or is not installed."""
-    command = ["git", "--no-optional-locks", "-C", str(folder), *words]  # every rank asks
+    """Return what git prints; None where it fails or is not installed."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), *words]  # every rank runs it
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -93,9 +95,9 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the harness, of Python and of the libraries that a result depends on.
+    """Return the versions of the harness, Python and the libraries that a result depends on.
 
-    None stands for a library that is not installed.
+    None means that a library is not installed.
     """
     import numpy
     import PIL
@@ -116,15 +118,15 @@ def versions() -> dict[str, str | None]:
 
 
 def _dali_version() -> str | None:
-    """From the metadata, as importing DALI takes a second and most processes do not need it."""
+    """Read it from the metadata, as importing DALI takes a second and few processes need it."""
     for distribution in DALI:
         with suppress(PackageNotFoundError):
             return version(distribution)
     return None
 
 
-def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
-    """Versions, hardware, code, commit and command of this process, one of `ranks`."""
+def describe_environment(device: torch.device, ranks: int) -> Record:
+    """Describe versions, hardware, code, commit and command of this process, one of `ranks`."""
     import torch
 
     cuda = device.type == "cuda"
@@ -144,21 +146,21 @@ def describe_environment(device: torch.device, ranks: int) -> dict[str, Any]:
     }
 
 
-def code_record(environment: dict[str, Any]) -> dict[str, Any]:
-    """The part of a described environment that each start and resume puts into the log."""
+def code_record(environment: Record) -> Record:
+    """Return the part of a described environment that each start and resume logs."""
     return {key: environment.get(key) for key in ("code_digest", "git_commit", "versions")}
 
 
-def code_changes(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """How code and versions differ between two records, such as "torch 2.14.1 → 2.15.0".
+def code_changes(before: Record, after: Record) -> str:
+    """Describe how code and versions differ between two records: "torch 2.14.1 → 2.15.0".
 
-    "" where they do not. What one of the records does not know, as older ones do not know the
-    digest, is not compared.
+    "" where they are equal. What one of the records lacks, as older ones lack the digest, is not
+    compared.
     """
     changes = []
     digests = [record.get("code_digest") for record in (before, after)]
     commits = [record.get("git_commit") for record in (before, after)]
-    # a commit that changes documents only is no other code
+    # a commit that changes only documents does not change the code
     if _differ(*digests) if all(digests) else _differ(*commits):
         name, names = ("commit", commits) if _differ(*commits) else ("code", digests)
         changes.append(f"{name} {' → '.join(_short(str(digits)) for digits in names)}")
@@ -177,8 +179,8 @@ def _short(digits: str) -> str:
     return digits[:9] + ("-dirty" if digits.endswith("-dirty") else "")
 
 
-def recorded_code_changes(lines: Iterable[dict[str, Any]]) -> dict[int, str]:
-    """{step: how the code changed there} of a log's lines, in the order of writing.
+def recorded_code_changes(lines: Iterable[Record]) -> dict[int, str]:
+    """Return {step: how the code changed there} from a log's lines, in the order of writing.
 
     A run resumed at an earlier step repeats the steps that ran under the changed code.
     """

@@ -1,4 +1,4 @@
-"""The error of a run: the median over its final epochs, with the last and the best beside it."""
+"""The headline of a run: the median error of its final epochs, with the last and the best."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.recipe.schedule import FINAL_EPOCHS, error_rule, final_epochs
-from harness.runs.logging.jsonl import read_log
+from harness.runs.logging.jsonl import Record, read_log
 
 
 @dataclass(frozen=True)
 class Headline:
     """Validation errors in %: the median over `epochs`, the last epoch's, the best epoch's.
 
-    `last` and `best` are None where an old run folder does not hold them any more.
+    `last` and `best` are None where an old run folder no longer holds them.
     """
 
     error: float
@@ -28,11 +27,11 @@ class Headline:
 
     @property
     def rule(self) -> str:
-        """Such as `median of epochs 28 to 30`, or `epoch 12`."""
+        """Return the rule in words, such as `median of epochs 28 to 30`, or `epoch 12`."""
         return error_rule(self.epochs)
 
-    def as_mapping(self) -> dict[str, Any]:
-        """As status.json and the log's last line have it."""
+    def as_mapping(self) -> dict[str, object]:
+        """Return the values for status.json and the log's last line."""
         return {
             "error": self.error,
             "final_epochs": [*self.epochs],
@@ -47,7 +46,7 @@ class Headline:
 
 
 def headline(config: Config, errors: Mapping[int, float]) -> Headline:
-    """The headline of a whole run; `errors`: epoch, counted from 1 -> validation error in %.
+    """Compute the headline of a run; `errors`: epoch, counted from 1 -> validation error in %.
 
     Raises KeyError where a final epoch was not evaluated.
     """
@@ -56,14 +55,12 @@ def headline(config: Config, errors: Mapping[int, float]) -> Headline:
     return Headline(error, tuple(epochs), errors[epochs[-1]], min(errors.values()))
 
 
-def recorded_headline(
-    config: Config, status: Mapping[str, Any], errors: Mapping[int, float]
-) -> Headline:
-    """The headline of a finished run from its status and its log's evaluations.
+def recorded_headline(config: Config, status: Record, errors: Mapping[int, float]) -> Headline:
+    """Return the headline of a finished run from its status and its log's evaluations.
 
-    A version before the learning rate was considered recorded the median of the final 5 epochs and
-    no `final_epochs`: such a run's headline is computed from `errors`. Only where the log lacks an
-    evaluation is it the recorded figure, with the epochs that figure was made of.
+    An old version recorded the median of the final 5 epochs whatever the learning rate, and no
+    `final_epochs`: such a run's headline is computed from `errors`. Where the log lacks an
+    evaluation, it is the recorded figure, with the epochs that figure was made of.
     """
     epochs = [*final_epochs(config)]
     if status.get("final_epochs") != epochs and errors.keys() >= set(epochs):
@@ -74,14 +71,14 @@ def recorded_headline(
     return Headline(status["error"], tuple(recorded), *beside)
 
 
-def read_headline(run: Path, status: Mapping[str, Any]) -> Headline:
-    """The headline of the finished run in the folder `run`. Raises UserError."""
+def read_headline(run: Path, status: Record) -> Headline:
+    """Read the headline of the finished run in the folder `run`. Raises UserError."""
     config = load_config(run / "config.yaml")
     errors = {} if "final_epochs" in status else logged_errors(run / "log.jsonl")
     return recorded_headline(config, status, errors)
 
 
 def logged_errors(log: Path) -> dict[int, float]:
-    """Epoch -> validation error in %, of the evaluations in log.jsonl that stand."""
+    """Return {epoch: validation error in %} from the evaluations of a log.jsonl that count."""
     lines = read_log(log)
     return {line["epoch"]: line["error"] for line in lines if line["event"] == "evaluation"}

@@ -1,1 +1,1 @@
-"""The training loop and what it works with."""
+"""Training: the loop, the step, the set-up and the end of a run."""

@@ -24,7 +24,7 @@ from harness.training.run import Run
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run achieved."""
+    """The result of a finished run."""
 
     headline: Headline
     folder: Path

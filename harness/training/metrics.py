@@ -1,4 +1,4 @@
-"""What training steps have given, kept on the device and summed when a line is logged."""
+"""The metrics of training steps, kept on the device and summed when a line is logged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NEVER = 2**62
 
 @dataclass(frozen=True)
 class TrainMetrics:
-    """Global means since the last reading."""
+    """Global means over the steps since the last call of `read`."""
 
     loss: float
     error: float  # training error in %, of the labelled images
     replaced: int  # images that could not be decoded
-    overflows: int  # float16: updates that were skipped
+    overflows: int  # float16: skipped updates
     overflows_in_row: int  # up to the last step
     first_bad_step: int | None  # the first step with a loss that is not finite
     kl: float | None = None  # KL divergence of the student from its teacher; None without one
@@ -29,46 +29,47 @@ class TrainMetrics:
 
 
 class Metrics:
-    """Of the steps since the last reading; adding to it never synchronises.
+    """Collects the metrics of steps until they are read; adding to it never synchronises.
 
-    Nothing is summed before it is read: each small operation in a step costs as much as it does
-    at a log line, where one takes the place of those of many steps.
+    Nothing is summed before it is read: a small operation costs as much in each step as at a log
+    line, where one replaces those of many steps.
     """
 
     def __init__(self, device: torch.device, minibatch: int) -> None:
         self.device, self.minibatch = device, minibatch
         self._steps: list[int] = []
-        self._overflows: list[Tensor] = []  # of each step in float16
-        # of each micro-batch: loss, correct images, labelled images, and KL with a teacher
+        self._overflows: list[Tensor] = []  # one per step in float16
+        # per micro-batch: loss, correct images, labelled images, and KL with a teacher
         self._local: list[tuple[Tensor, ...]] = []
         self._overflows_in_row = 0
 
     def add_micro_batch(
         self, loss: Tensor, logits: Tensor, labels: Tensor, kl: Tensor | None = None
     ) -> None:
-        """`loss` and `kl`: the micro-batch's share of the step's, Σ/(kn); `logits`: (B, K)."""
+        """Add a micro-batch. `loss` and `kl` are its share of the step's; `logits` (B, K)."""
         correct = (logits.argmax(1) == labels).sum()
         counts = loss.detach(), correct, (labels != UNLABELLED).sum()
         self._local.append(counts if kl is None else (*counts, kl))
 
     def end_step(self, step: int, overflow: Tensor | None = None) -> None:
-        """`overflow`: 1.0 where float16 gradients overflowed, so that the update was skipped.
+        """End step `step`; `overflow` is 1.0 where float16 gradients overflowed, else 0.0.
 
-        Such a step is counted by itself: it is no divergence, and its loss is in no mean.
+        The update of such a step was skipped. It counts as no divergence, and its loss enters no
+        mean.
         """
         self._steps.append(step)
         if overflow is not None:
             self._overflows.append(overflow)
 
     def read(self, local_replaced: int = 0) -> TrainMetrics:
-        """Means over the ranks since the last reading. Synchronises device and ranks."""
+        """Return the means over all ranks since the last call. Synchronises device and ranks."""
         overflowed = self._overflowed()
         local = self._local_by_step().masked_fill_(overflowed.to(self.device), 0.0)
         replaced, kl = local.new_tensor([local_replaced]), local[3:].sum().view(1)
         sums = sum_over_ranks(torch.cat([local[:2].sum(1), replaced, kl, local[2]]))
         loss, correct, images_replaced, divergence, *labelled = sums.tolist()
         counted = max(len(self._steps) - int(overflowed.sum()), 1)
-        reading = TrainMetrics(
+        metrics = TrainMetrics(
             loss=loss / counted,
             error=100.0 * (1.0 - correct / sum(labelled)) if any(labelled) else math.nan,
             labelled_shares=[images / self.minibatch for images in labelled],
@@ -82,18 +83,18 @@ class Metrics:
         self._steps.clear()
         self._overflows.clear()
         self._local.clear()
-        return reading
+        return metrics
 
     def _local_by_step(self) -> Tensor:
-        """(3 or 4, steps) float64: this rank's loss, correct and labelled images, and KL.
+        """Return (3 or 4, steps) float64: this rank's loss, correct and labelled images, and KL.
 
-        A rank has as many micro-batches in each step: their number is settled before the first.
+        A rank has the same number of micro-batches in each step.
         """
         columns = [torch.stack(column).double() for column in zip(*self._local, strict=True)]
         return torch.stack(columns).view(len(columns), len(self._steps), -1).sum(2)
 
     def _overflowed(self) -> Tensor:
-        """(steps,) bool, on the host. Counts those in a row, over readings."""
+        """Return which steps overflowed, (steps,) bool on the host; count those in a row."""
         if not self._overflows:
             return torch.zeros(len(self._steps), dtype=torch.bool)
         overflowed = (torch.stack(self._overflows) > 0).cpu()
@@ -102,7 +103,7 @@ class Metrics:
         return overflowed
 
     def _first_bad_step(self, local_losses: Tensor) -> int:
-        """Of any rank."""
+        """Return the first step at which the loss of any rank is not finite."""
         finite = local_losses.isfinite().tolist()
         bad = [step for step, fine in zip(self._steps, finite, strict=True) if not fine]
         first = torch.tensor(bad[0] if bad else NEVER, device=self.device)

@@ -1,4 +1,4 @@
-"""What a step minimises. An objective is asked with each micro-batch for the loss of its logits."""
+"""Objectives: the loss that a step minimises, for each micro-batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.recipe.losses import kl_divergence, soft_loss, training_loss
 class Loss:
     """A micro-batch's share of a step's loss: sums over its images, divided by kn.
 
-    `minimised` is what the gradient is taken of. `kl` is only logged: the KL divergence of the
+    `minimised` is what is differentiated. `kl` is only logged: the KL divergence of the
     student from its teacher, None without one.
     """
 
@@ -29,15 +29,15 @@ class Loss:
 LossOf = Callable[[Tensor, Tensor], Loss]
 # a teacher's logits, float32 (B, K) on the device, for a micro-batch of a step
 SoftTargets = Callable[[int, Batch], Tensor]
-# asked before the network is, whose activations then take the memory
+# called before the forward pass, whose activations then take the memory
 Objective = Callable[[int, Batch], LossOf]
 
 
 def build_objective(config: Config, soft_targets: SoftTargets | None) -> Objective:
-    """What `config` minimises; `soft_targets` are those of its distill section.
+    """Return what `config` minimises; `soft_targets` are those of its distill section.
 
-    Plain: the cross entropy with the labels. Distillation (Hinton et al. 2015, section 2): the
-    weighted sum of that and the cross entropy with the soft targets.
+    Plain training: the cross entropy with the labels. Distillation (Hinton et al. 2015, section
+    2): the weighted sum of that and the cross entropy with the soft targets.
     """
     recipe, distill = config.recipe, config.distill
     hard_loss = partial(

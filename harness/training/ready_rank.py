@@ -1,4 +1,4 @@
-"""What each rank validates and opens by itself, before the process group exists."""
+"""A rank before the process group exists: what it validates and opens by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resuming a run: choose its newest checkpoint, check that it fits, and take it over."""
+"""Resume a run: choose its newest checkpoint, check that it fits, and load it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -15,7 +14,7 @@ from harness.data.sources.digest import first_difference
 from harness.distillation.teacher import AnyTeacher
 from harness.distributed import broadcast_from_rank0, first_reason
 from harness.errors import UserError
-from harness.runs.checkpoint import DamagedCheckpoint, newest_checkpoint, read_checkpoint
+from harness.runs.checkpoint import DamagedCheckpoint, Payload, newest_checkpoint, read_checkpoint
 from harness.training.step import Step
 
 
@@ -69,7 +68,7 @@ def restore(
     return Start(payload["step"], dict(payload["errors"]))
 
 
-def _check_data(run: Path, payload: Mapping[str, Any], batch_plan: BatchPlan, warn: bool) -> None:
+def _check_data(run: Path, payload: Payload, batch_plan: BatchPlan, warn: bool) -> None:
     """Compare the data: labels and image ids are positions in the index, so order matters."""
     indices = {"train": batch_plan.train, "val": batch_plan.val}
     here = {split: index.class_digests() for split, index in indices.items()}
@@ -93,14 +92,14 @@ def _check_data(run: Path, payload: Mapping[str, Any], batch_plan: BatchPlan, wa
             )
 
 
-def load_alike(path: Path, control: dist.ProcessGroup | None) -> dict[str, Any]:
+def load_alike(path: Path, control: dist.ProcessGroup | None) -> Payload:
     """Load a checkpoint that every rank reads by itself, from a file that must be the same.
 
     No weights are sent after this, so ranks whose nodes do not share the run folder would train
     apart. Raises UserError, on all ranks, where one cannot read the file or finds a different one
     under its name.
     """
-    payload: dict[str, Any] = {}
+    payload: Payload = {}
     digest = reason = ""
     try:
         payload, digest = read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""What a run logs on rank 0, and the loggers that receive it."""
+"""Rank 0's logger: builds events and scalars, and passes them to all sinks."""
 
 from __future__ import annotations
 

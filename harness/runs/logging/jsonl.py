@@ -11,13 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+Record = dict[str, Any]  # a JSON object from a file: its values have the types that were written
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+
+def read_log(path: Path) -> list[Record]:
     """Return the lines of a log that count: without torn and superseded ones."""
     return standing_lines(read_lines(path))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Record]:
     """Return all lines of a log in the order of writing, except one that a crash cut off."""
     if not path.exists():
         return []
@@ -28,7 +30,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [line for text in texts if (line := _parse_line(text))]
 
 
-def _parse_line(text: str) -> dict[str, Any] | None:
+def _parse_line(text: str) -> Record | None:
     try:
         line = json.loads(text)
     except json.JSONDecodeError:
@@ -36,12 +38,12 @@ def _parse_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def standing_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def standing_lines(lines: list[Record]) -> list[Record]:
     """Leave out superseded lines.
 
     A run resumed at step s continues from there, which supersedes what was logged after s before.
     """
-    standing: list[dict[str, Any]] = []
+    standing: list[Record] = []
     for line in lines:
         if line["event"] == "resume":
             standing = [kept for kept in standing if kept["step"] <= line["step"]]

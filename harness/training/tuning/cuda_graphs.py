@@ -32,7 +32,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class GraphTrial:
-    """Whether a run uses CUDA graphs, and the trial's measurement of a step's passes.
+    """The result of the trial: whether graphs are used, and the times of a step's passes.
 
     `refusal` says why they cannot be used; the times are None then, and without a trial.
     """
