@@ -139,8 +139,8 @@ def test_a_disk_full_for_a_while_costs_checkpoints_only(small, tmp_path):
     out = read_until(process, "reached step 31")
     older = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [load_checkpoint(path)["step"] for path in older] == [10, 5]
-    assert "checkpoint-001-00000015.pt: not written: File too large; going on" in out
-    assert out.count("log.jsonl: not written: File too large; going on") == 1
+    assert "checkpoint-001-00000015.pt: not written: File too large; continuing" in out
+    assert out.count("log.jsonl: not written: File too large; continuing") == 1
     assert out.count("status.json: not written: File too large") == 1
     limit_files(process, resource.RLIM_INFINITY)
     out, _ = process.communicate()
