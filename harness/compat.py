@@ -10,12 +10,16 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from inspect import signature
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+BatchNorm = _BatchNorm  # the base class of all batch norms; torch exports the subclasses only
 
 
 def compiler_phases() -> int:
@@ -37,6 +41,16 @@ def found_overflow(
     """
     found = scaler._found_inf_per_device(optimizer)
     return torch.stack([value.to(device) for value in found.values()]).amax()
+
+
+def compiler_patch(recompile_limit: int) -> AbstractContextManager[object]:
+    """Return a context of the compiler's settings; see `compilation.compiler_settings`.
+
+    torch has no public way to raise the limit, or to turn the cutting of blocks under DDP off.
+    """
+    from torch._dynamo import config as dynamo  # takes a second
+
+    return dynamo.patch(recompile_limit=recompile_limit, suppress_errors=True, optimize_ddp=False)
 
 
 def buffer_sync_off() -> dict[str, bool]:

@@ -8,6 +8,7 @@ from inspect import signature
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harness import compat
@@ -25,10 +26,26 @@ def test_an_overflow_is_found_without_the_scale(largest, overflow):
     assert (weight[0].item() == 1.0) == bool(overflow)  # the update was skipped
 
 
+def test_each_batch_norm_has_the_base_class():
+    for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        assert issubclass(norm, compat.BatchNorm)
+    assert not issubclass(nn.GroupNorm, compat.BatchNorm)
+
+
 def test_all_tensors_become_zero():
     tensors = [torch.ones(2), torch.full((3,), float("inf"))]
     compat.zero_all(tensors)
     assert not any(tensor.any() for tensor in tensors)
+
+
+def test_the_compilers_settings_hold_within_and_are_restored():
+    from torch._dynamo import config
+
+    names = ("recompile_limit", "suppress_errors", "optimize_ddp")
+    before = [getattr(config, name) for name in names]
+    with compat.compiler_patch(7):
+        assert [getattr(config, name) for name in names] == [7, True, False]
+    assert [getattr(config, name) for name in names] == before
 
 
 def test_ddp_has_the_argument_that_stops_it_from_sending_buffers():

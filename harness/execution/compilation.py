@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from harness.compat import compiler_patch
 from harness.config.schema import Config
 from harness.recipe.initialization import residual_blocks
 
@@ -32,11 +33,7 @@ def compiler_settings(compiled: bool) -> AbstractContextManager[object]:
     warning. Under DDP the compiler would cut the blocks at the bounds of gradient buckets, which
     is meant for models that are compiled as one.
     """
-    if not compiled:
-        return nullcontext()
-    from torch._dynamo import config as dynamo  # takes a second
-
-    return dynamo.patch(recompile_limit=RECOMPILES, suppress_errors=True, optimize_ddp=False)
+    return compiler_patch(RECOMPILES) if compiled else nullcontext()
 
 
 def uncompiled(config: Config) -> AbstractContextManager[object]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness.compat import BatchNorm
 from harness.config.schema import NO_EXPECTATION, Config, ExpectConfig
 from harness.config.stages import Stage
 from harness.errors import UserError
@@ -173,7 +173,7 @@ def inspect_model(
     undecayed: set[nn.Parameter] = set()
     for group in optimizer.param_groups:
         (decayed if group["weight_decay"] > 0 else undecayed).update(group["params"])
-    batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    batch_norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     last_gammas = [last_batch_norm(block).weight for _, block in residual_blocks(model)]
     fc = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]

@@ -6,8 +6,9 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from harness.compat import BatchNorm
 
 
 def residual_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -59,7 +60,7 @@ def initialize(model: nn.Module, seed: int, last_gamma: float = 0) -> None:
             # "zero-mean Gaussian with standard deviation of 0.01"; not a variance of 0.01
             _draw(module.weight, 0.01, seed, f"{name}.weight")
             module.bias.zero_()  # not in the paper; fb.resnet.torch, which it builds on
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, BatchNorm):
             module.reset_running_stats()
             module.weight.fill_(1.0)
             module.bias.zero_()

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from harness.compat import BatchNorm
 
 if TYPE_CHECKING:
     from harness.config.schema import RecipeConfig
@@ -33,7 +34,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Section 5.1: weight decay not on "the learnable BN coefficients (namely, γ and β)". Chosen by
     module type: torchvision calls some batch norms `downsample.1`. The fc bias is decayed.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     undecayed = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
     return [
         {

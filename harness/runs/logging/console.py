@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 
 from tqdm import tqdm
 
 from harness.config.schema import Config
+from harness.runs.logging.jsonl import Record
 
 
 class ConsoleSink:
@@ -33,11 +34,17 @@ class ConsoleSink:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def event(self, event: Mapping[str, object]) -> None:
+    def event(self, event: Record) -> None:
         if event["event"] == "train":
-            self._progress(**event)  # type: ignore[arg-type]
-        elif render := RENDER.get(str(event["event"])):
-            self.say(render(event, self._config))
+            self._show_progress(event)
+        elif event["event"] == "evaluation":
+            self.say(
+                f"epoch {event['epoch']}/{self._config.recipe.epochs}  {_errors(event)}  "
+                f"loss {event['loss']:.4f}  "
+                f"({event['total']} of {self._config.data.val_images} images counted)"
+            )
+        elif event["event"] == "teacher":
+            self.say(f"teacher  {_errors(event)}  ({event['total']} validation images)")
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Show nothing: events hold the same numbers."""
@@ -49,31 +56,19 @@ class ConsoleSink:
         if self._bar is not None:
             self._bar.close()
 
-    def _progress(
-        self,
-        *,
-        step: int,
-        epoch: int,
-        loss: float,
-        error: float,
-        lr: float,
-        images_per_s: float,
-        data_wait: float,
-        overflows: int = 0,
-        replaced: int = 0,
-        **other: object,
-    ) -> None:
-        total = self._config.total_steps
+    def _show_progress(self, event: Record) -> None:
+        step, total = event["step"], self._config.total_steps
         trained_s = time.monotonic() - self._begun_s
         left_s = round(trained_s / (step - self._first_step) * (total - step))
         text = (
-            f"epoch {epoch}/{self._config.recipe.epochs}  step {step}/{total}  "
-            f"loss {loss:.4f}  train error {error:.2f} %  lr {lr:.4g}  "
-            f"{images_per_s:.0f} images/s  data {100 * data_wait:.0f} %  "
-            f"left {timedelta(seconds=left_s)}"
+            f"epoch {event['epoch']}/{self._config.recipe.epochs}  step {step}/{total}  "
+            f"loss {event['loss']:.4f}  train error {event['error']:.2f} %  "
+            f"lr {event['lr']:.4g}  {event['images_per_s']:.0f} images/s  "
+            f"data {100 * event['data_wait']:.0f} %  left {timedelta(seconds=left_s)}"
         )
-        text += f"  overflows {overflows}" if overflows else ""
-        text += f"  replaced {replaced}" if replaced else ""
+        for name in ("overflows", "replaced"):
+            if name in event:
+                text += f"  {name} {event[name]}"
         if self._bar is None:
             self.say(text)
         else:
@@ -81,22 +76,5 @@ class ConsoleSink:
             self._bar.update(step - self._bar.n)
 
 
-def _evaluation(event: Mapping[str, object], config: Config) -> str:
-    return (
-        f"epoch {event['epoch']}/{config.recipe.epochs}  error {event['error']:.2f} %  "
-        f"top-5 error {event['top5_error']:.2f} %  loss {event['loss']:.4f}  "
-        f"({event['total']} of {config.data.val_images} images counted)"
-    )
-
-
-def _teacher(event: Mapping[str, object], config: Config) -> str:
-    return (
-        f"teacher  error {event['error']:.2f} %  top-5 error {event['top5_error']:.2f} %  "
-        f"({event['total']} validation images)"
-    )
-
-
-RENDER: dict[str, Callable[[Mapping[str, object], Config], str]] = {
-    "evaluation": _evaluation,
-    "teacher": _teacher,
-}
+def _errors(event: Record) -> str:
+    return f"error {event['error']:.2f} %  top-5 error {event['top5_error']:.2f} %"

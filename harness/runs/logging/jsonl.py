@@ -61,7 +61,7 @@ class JsonlSink:
         # end a torn last line, so that the next one is a line of its own
         self._torn = path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
 
-    def event(self, event: Mapping[str, object]) -> None:
+    def event(self, event: Record) -> None:
         # JSON knows neither NaN nor infinity
         line = {k: v if _is_json(v) else None for k, v in event.items()}
         content = (json.dumps(line, allow_nan=False) + "\n").encode()

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 from harness.config.schema import Config
+from harness.runs.logging.jsonl import Record
 
 
 class Sink(Protocol):
     """Receives what rank 0 logs. A further logger implements it; see docs/loggers.md."""
 
-    def event(self, event: Mapping[str, object]) -> None:
+    def event(self, event: Record) -> None:
         """Take one event: its name under "event", the steps done under "step", "time", values."""
         ...
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.runs.logging.jsonl import Record
+
 if TYPE_CHECKING:  # a log can be read without PyTorch
     from torch.utils.tensorboard import SummaryWriter
 
@@ -27,7 +29,7 @@ class TensorBoardSink:
             print(f"warning: {str(folder)!a}: not written: the name is not UTF-8; continuing")
         threading.excepthook = self._hook
 
-    def event(self, event: Mapping[str, object]) -> None:
+    def event(self, event: Record) -> None:
         """Write nothing: TensorBoard shows scalars."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
