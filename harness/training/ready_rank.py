@@ -17,7 +17,7 @@ from harness.data.loaders.choice import open_loader, resolve_loader, resolve_thr
 from harness.data.sources.folder import load_indices
 from harness.distillation.logit_cache import crop_epochs, open_teacher
 from harness.distillation.teacher import AnyTeacher
-from harness.distributed import World, world_from_environment
+from harness.distributed import World, idle_gpus, world_from_environment
 from harness.models.registry import build_without_weights, check_model
 from harness.recipe.minibatch import Minibatch
 from harness.resilience.stopping import StopRequest
@@ -78,6 +78,8 @@ def ready_rank(
             opened.enter_context(closing(loader))
             identity = teacher.identity if teacher else None
             call.present(as_given, world, batch_plan, folder.path, identity)
+        if world.rank == 0 and (idle := idle_gpus(world)):
+            print(idle, flush=True)
         keeps = resuming and "run.micro_batch" not in cli_overrides
         parts = config, world, batch_plan, model, loader, teacher, loggers, checkpoint
         yield ReadyRank(*parts, tunes, keeps, call.store)

@@ -17,7 +17,6 @@ from harness.distillation.logit_cache import write_cache
 from harness.distributed import (
     barrier,
     broadcast_from_rank0,
-    idle_gpus,
     process_group,
     world_from_environment,
 )
@@ -54,10 +53,9 @@ def train(
     """Run `config` on the ranks that the environment names; return its result on all of them.
 
     `out` is the run folder (runs/MODEL_MINIBATCH by default); `cli_overrides` the dotted keys given
-    on the command line; `resume_command` is printed where the watchdog terminates the process;
-    `stop` is shared with earlier stages. The process's signal handlers, number formats and hooks
-    are restored at the end. Raises UserError before anything is written; Stopped, Diverged and
-    Fenced later.
+    on the command line; `resume_command` is printed if the watchdog terminates the process; `stop`
+    is shared with earlier stages. Signal handlers, number formats and hooks are restored. Raises
+    UserError before anything is written; Stopped, Diverged and Fenced later.
     """
     folder = RunFolder(Path(out or f"runs/{config.model.name}_{config.recipe.minibatch}"))
     if resume and (result := finished_result(folder, config)):
@@ -67,16 +65,15 @@ def train(
         opened.enter_context(stop.listen())
         opened.enter_context(precision_within(config.run.precision))
         rank = opened.enter_context(ready_rank(config, folder, resume, cli_overrides, stop))
-        world, batch_plan, teacher = rank.world, rank.batch_plan, rank.teacher
+        config, world, batch_plan, teacher = rank.config, rank.world, rank.batch_plan, rank.teacher
         watchdog = opened.enter_context(Watchdog(world, config.run.hang_timeout_s, stop))
         control = opened.enter_context(process_group(world, rank.store, config.run.hang_timeout_s))
         watchdog.join_ranks()
         checkpoint = broadcast_from_rank0(rank.checkpoint, control)
         network = place_network(rank, from_start=checkpoint is None)
         profile = Profile(config.run.profile_steps, world, control, folder.path)
-        replica = Replica(rank.config, network, world, (watchdog, profile))
+        replica = Replica(config, network, world, (watchdog, profile))
         environment = describe_environment(world.device, world.world_size)
-        config = rank.config
         if rank.tunes_micro_batch:
             recorded = folder.recorded_micro_batch(environment) if rank.keeps_micro_batch else None
             config = tune_micro_batch(replica, batch_plan, recorded, world, control, watchdog)
@@ -84,8 +81,6 @@ def train(
         step = Step(config, replica, batch_plan.micro_batches, build_objective(config, teacher))
         start = restore(checkpoint, step, batch_plan, teacher, control) if checkpoint else START
         if world.rank == 0:
-            if idle := idle_gpus(world):
-                print(idle, flush=True)
             folder.open(config, environment)  # last, as the heartbeat begins right after it
         barrier(control)
         parts = config, world, folder, step, batch_plan, rank.loader, control, stop, watchdog
