@@ -35,7 +35,7 @@ from harness.runs.process_identity import ProcessIdentity
 # a rank may have values of its own of these keys of run, which change neither results nor what the
 # ranks do together
 OWN_KEYS = {
-    *("data_root", "loader_threads", "hang_timeout_s"),
+    *("data_root", "data_format", "loader_threads", "hang_timeout_s"),
     *("checkpoint_every_minutes", "keep_checkpoints"),  # rank 0's alone count
 }
 LAST_WORDS_S = 8.0  # an error waits this long for the other ranks to hear of it

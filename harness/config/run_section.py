@@ -20,6 +20,11 @@ class RunConfig(Section):
     effect: ClassVar[Effect] = Effect.NONE
 
     data_root: Text = key("Folder of the images, with train/ and val/.", "data/imagenet")
+    data_format: Text = key(
+        "Format of the images: folder, or one that an installed package adds "
+        "(docs/data_formats.md).",
+        "folder",
+    )
     device: Literal["auto", "cpu", "cuda"] = key(
         "Device of each rank; auto takes GPUs where there are any.", "auto", effect=Effect.HARDWARE
     )

@@ -93,6 +93,7 @@ def test_omitted_keys_take_the_documented_defaults(load):
         "distill": None,
         "run": {
             "data_root": "data/imagenet",
+            "data_format": "folder",
             "device": "auto",
             "precision": "float32",
             "micro_batch": "auto",
