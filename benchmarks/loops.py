@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.data.batch_plan import BatchPlan
-from harness.data.sources.folder import Index
+from harness.data.sources.folder import FolderSource
 from harness.distributed import World
 from harness.execution.precision import autocast, set_precision
 from harness.models.ghost_batch_norm import GhostBatchNorm2d
@@ -103,7 +103,7 @@ def harness_loop(
     images = config.data.train_images
     # the index is never read: untouched zeros take no memory
     names, labels, sizes = (np.zeros(images, dtype) for dtype in ("S1", np.int64, np.int32))
-    index = Index(Path("none"), ("none",), names, labels, sizes, sizes)
+    index = FolderSource(Path("none"), ("none",), names, labels, sizes, sizes)
     cuda = device.type == "cuda"
     feed = BatchPlan(config, index, index, 0, 1, int(config.run.micro_batch), channels_last=cuda)
     with tempfile.TemporaryDirectory() as name, Watchdog(world, 300.0, stop) as watchdog:

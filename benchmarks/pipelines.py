@@ -31,8 +31,8 @@ from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.choice import open_loader
-from harness.data.sources.folder import Index
-from harness.data.sources.scan import size_of
+from harness.data.sources.folder import FolderSource
+from harness.data.sources.header import size_of
 
 SIZE = 224
 AREA, RATIO = (0.08, 1.0), (0.75, 4 / 3)
@@ -59,14 +59,14 @@ class Job:
 # ---- this project
 
 
-def job_index(paths: Sequence[Path]) -> Index:
+def job_index(paths: Sequence[Path]) -> FolderSource:
     """Return the images of a job as one class."""
     sizes = {path: size_of(path) for path in set(paths)}
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     names = np.array([os.fsencode(path.relative_to(folder)) for path in paths])
     widths, heights = np.array([sizes[path] for path in paths], dtype=np.int32).T
     labels = np.zeros(len(paths), dtype=np.int64)
-    return Index(folder.parent, (folder.name,), names, labels, widths.copy(), heights.copy())
+    return FolderSource(folder.parent, (folder.name,), names, labels, widths.copy(), heights.copy())
 
 
 def job_config(images: int, batch: int) -> Config:

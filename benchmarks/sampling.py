@@ -27,7 +27,7 @@ from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
 from harness.data.sampling import permutation
 from harness.data.sources import folder as kept
-from harness.data.sources.folder import Index, load_index
+from harness.data.sources.folder import FolderSource, open_folder
 from harness.data.sources.index_places import cache_places
 
 TRAIN, VAL, CLASSES = 1_281_167, 50_000, 1000
@@ -56,7 +56,7 @@ def make_up_index(root: Path, split: str, images: int) -> None:
     labels = np.sort(np.arange(images) % CLASSES)
     names = [f"n{label:08}_{number % 99999}.JPEG" for number, label in enumerate(labels.tolist())]
     sides = np.random.default_rng(1).integers(300, 600, (2, images), dtype=np.int32)
-    index = Index(root / split, tuple(classes), np.array(names, "S"), labels, *sides)
+    index = FolderSource(root / split, tuple(classes), np.array(names, "S"), labels, *sides)
     place = cache_places(root / split)[0]
     kept._write_cache(place, index, [0] * CLASSES, time.time_ns())
 
@@ -70,7 +70,7 @@ def rank_memory(root: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before_mb = resident_mb("VmRSS")
     start_s = time.perf_counter()
-    train, val = load_index(root, "train"), load_index(root, "val")
+    train, val = open_folder(root, "train"), open_folder(root, "val")
     load_s = time.perf_counter() - start_s
     index_mb = resident_mb("VmRSS") - before_mb
     feed = BatchPlan(config, train, val, 0, *CASES[0], channels_last=True)
@@ -112,7 +112,7 @@ def longest_stall_ms(beside: Callable[[], object]) -> float:
     return longest_s * 1e3
 
 
-def waits_ms(train: Index, val: Index, ranks: int, micro_batch: int) -> list[float]:
+def waits_ms(train: FolderSource, val: FolderSource, ranks: int, micro_batch: int) -> list[float]:
     """Return the milliseconds that requests around an epoch's end wait, made at a rank's pace."""
     config = paper_config()
     feed = BatchPlan(config, train, val, 0, ranks, micro_batch, channels_last=True)
@@ -144,7 +144,7 @@ def measure(repetitions: int) -> dict[str, Any]:
         make_up_index(root, "train", TRAIN)
         make_up_index(root, "val", VAL)
         memory = in_a_fresh_process(rank_memory, root)
-        train, val = load_index(root, "train"), load_index(root, "val")
+        train, val = open_folder(root, "train"), open_folder(root, "val")
 
     def permute() -> None:
         permutation(1, 0, TRAIN)

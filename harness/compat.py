@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 BatchNorm = _BatchNorm  # the base class of all batch norms; torch exports the subclasses only
 
@@ -86,3 +87,21 @@ def describe_peer_loss(error: Exception) -> str:
     if isinstance(error, RuntimeError) and by_gloo:
         return by_gloo[1].split(". ")[0]
     return str(error).splitlines()[0] if isinstance(error, dist.DistError) else ""
+
+
+def kill_workers(loader: DataLoader) -> None:
+    """End the worker processes of a DataLoader with persistent workers, even busy ones.
+
+    The public way, to drop the loader, waits for each worker, and then sends SIGTERM, which
+    workers that ignore stop signals never receive.
+    """
+    iterator = getattr(loader, "_iterator", None)  # None without workers
+    if iterator is not None:
+        iterator._shutdown_workers()
+        for process in iterator._workers:
+            process.kill()
+
+
+def is_cuda_error(error: RuntimeError) -> bool:
+    """Return whether DALI failed for a reason other than an image: it has no class for that."""
+    return "CUDA" in str(error)

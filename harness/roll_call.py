@@ -23,7 +23,7 @@ from harness.config.errors import found
 from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
 from harness.data.sources.digest import first_difference, first_differing_file
-from harness.data.sources.folder import Index
+from harness.data.sources.source import ImageSource
 from harness.distributed import World, world_from_environment
 from harness.errors import UserError
 from harness.outcome import RunFailed, Stopped
@@ -75,7 +75,7 @@ class RollCall:
             socket.gethostname(),
             settings={"WORLD_SIZE": self._world.world_size},
         )
-        self._indices: dict[str, Index] = {}
+        self._indices: dict[str, ImageSource] = {}
         self.store: dist.Store | None = None
 
     def present(

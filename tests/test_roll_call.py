@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import harness.roll_call
 from harness import load_config
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 from harness.errors import UserError
 from harness.outcome import RunFailed, Stopped
 from harness.rendezvous import patience
@@ -122,7 +122,7 @@ DIFFERS = "the images of class 3 differ between rank 1 on node7 and rank 0 on no
 def test_the_first_differing_class_and_file_of_the_data_are_named(digits, tmp_path, damage, named):
     """Wherever the folders lie."""
     shutil.copytree(digits / "val", tmp_path / "val")
-    indices = [load_index(digits, "val"), load_index(tmp_path, "val")]
+    indices = [open_folder(digits, "val"), open_folder(tmp_path, "val")]
 
     def ends():
         ours, theirs = ({"val": index.digest} for index in indices)
@@ -134,7 +134,7 @@ def test_the_first_differing_class_and_file_of_the_data_are_named(digits, tmp_pa
 
     assert ends() == [None, None]
     damage(tmp_path / "val")
-    indices[1] = load_index(tmp_path, "val")
+    indices[1] = open_folder(tmp_path, "val")
     assert f"rank 1 on node7: data: val: {named}" in refusal(ends())
 
 

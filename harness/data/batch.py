@@ -1,4 +1,4 @@
-"""What a loader gives, and what is asked of a loader."""
+"""A batch of images, and the loader that produces batches."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from harness.errors import UserError
-
-
-class BadImageError(UserError):
-    """An image that cannot be decoded; the message names its path."""
-
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images as they come from a loader: pixels are normalised on the device.
+    """Images as a loader produces them. They are normalised later, on the device.
 
-    `images` uint8 (B, 3, crop, crop), in memory as (B, crop, crop, 3); `labels` and `ids` int64
-    (B,), those of the pixels in it; `replaced`: (bad id, id of the image in its place).
+    images: uint8 (B, 3, crop, crop), laid out in memory as (B, crop, crop, 3).
+    labels, ids: int64 (B,), of the images whose pixels these are.
+    replaced: pairs of a bad image's id and the id of the image in its place.
     """
 
     images: Tensor
@@ -29,27 +24,27 @@ class Batch:
     replaced: list[tuple[int, int]]
 
     def pin_memory(self) -> Batch:
-        """A copy in pinned memory, from which a GPU reads without waiting."""
+        """Return a copy in pinned memory, which a GPU reads without waiting."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 class Loader(Protocol):
-    """Carries out a feed. Batches come in the feed's order, whatever the number of threads.
+    """Carries out a batch plan, in its order, whatever the number of threads.
 
-    Raises BadImageError (always in evaluation; in training with data.on_bad_image: fail) and
-    UserError for files that changed since they were indexed.
+    Raises BadImageError (always in evaluation; in training with data.on_bad_image: fail), and
+    UserError for images that changed after their sizes were recorded.
     """
 
     name: str
 
     def train(self, first_step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from the global step `first_step` to the run's end."""
+        """Return this rank's micro-batches from the global step `first_step` to the run's end."""
         ...
 
     def evaluate(self) -> Iterator[Batch]:
-        """This rank's validation images; may be asked for while training goes on."""
+        """Return this rank's validation images. May be called while training continues."""
         ...
 
     def close(self) -> None:
-        """Ends all threads and processes of the loader; may be called twice."""
+        """End all threads and processes of the loader. May be called twice."""
         ...

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.config.schema import Config
-from harness.data.sampling import EvalBatchSpec, TrainBatchSpec, crops, permutation, resizes
-from harness.data.sources.folder import Index
+from harness.data.sampling import EvalBatchSpec, TrainBatchSpec, crops, part, permutation, resizes
+from harness.data.sources.source import ImageSource
 from harness.recipe.minibatch import Minibatch
 
 EVALUATION_BATCH = 256  # images
@@ -18,20 +18,20 @@ DRAWN_AT_ONCE = 8192  # images whose windows are drawn together: 0.17 µs an ima
 
 
 class BatchPlan:
-    """What a rank's loader is to produce: a pure function of its arguments.
+    """What a rank's loader is to produce, in order: a pure function of its arguments.
 
-    `share` is (workers of this rank) / k; `micro_batches` the workers of each of its micro-batches.
-    After `crop_epochs` the crops of the first epoch come again; the order of the images does not.
+    `share` is (workers of this rank) / k; `micro_batches` holds the workers of each micro-batch.
+    After `crop_epochs` the crops of the first epoch are repeated; the order of the images is not.
 
-    Place w*n + i of a step is worker w's image i, and image place p of step s is the image at
-    s*kn + p of the epoch's permutation. The last N mod kn of a permutation are not used.
+    Place w*n + i of a step is worker w's image i, and the image at place p of step s is at s*kn + p
+    of the epoch's permutation. The last N mod kn of a permutation are not used.
     """
 
     def __init__(
         self,
         config: Config,
-        train: Index,
-        val: Index,
+        train: ImageSource,
+        val: ImageSource,
         rank: int,
         world_size: int,
         micro_batch: int,
@@ -47,8 +47,22 @@ class BatchPlan:
         self.use_micro_batch(micro_batch)
         self._executor = ThreadPoolExecutor(1, "permutation")
 
+    def with_val_images(self, images: int) -> BatchPlan:
+        """Return this plan for the first `images` validation images only."""
+        data = self.config.data.model_copy(update={"val_images": images})
+        return BatchPlan(
+            self.config.model_copy(update={"data": data}),
+            self.train,
+            self.val.first(images),
+            self._rank,
+            self._world_size,
+            self.micro_batch,
+            self._channels_last,
+            self._crop_epochs,
+        )
+
     def use_micro_batch(self, images: int) -> None:
-        """Sets the images of a micro-batch, at most all of the rank, for training from then on."""
+        """Set the images of a micro-batch, at most all of the rank's, for training from here on."""
         minibatch, local_workers = self.minibatch, round(self.share * self.config.workers)
         self.micro_batch = minibatch.micro_batch_images(local_workers, images)
         ranks = self._rank, self._world_size
@@ -57,15 +71,15 @@ class BatchPlan:
         self.sizes = [len(places) for places in self._places]  # images of each micro-batch
 
     def training(self, first_step: int) -> Iterator[TrainBatchSpec]:
-        """Micro-batch after micro-batch, from the global step `first_step` to the run's last."""
+        """Yield the micro-batches from the global step `first_step` to the run's last."""
         config, train = self.config, self.train
-        places = np.concatenate(self._places)  # of a step: its micro-batches, one after another
+        places = np.concatenate(self._places)  # of a step, micro-batch after micro-batch
         steps_at_once = max(DRAWN_AT_ONCE // len(places), 1)
         first_epoch, step_of_epoch = divmod(first_step, config.steps_per_epoch)
         following = self._executor.submit(self._permutation, first_epoch)
         for epoch in range(first_epoch, config.recipe.epochs):
             order = following.result()
-            following = self._executor.submit(self._permutation, epoch + 1)  # made ahead
+            following = self._executor.submit(self._permutation, epoch + 1)  # meanwhile
             for first in range(step_of_epoch, config.steps_per_epoch, steps_at_once):
                 steps = range(first, min(first + steps_at_once, config.steps_per_epoch))
                 ids = np.concatenate([self._step_of_epoch(order, step)[places] for step in steps])
@@ -73,11 +87,11 @@ class BatchPlan:
                 windows = crops(config.seed, epoch % self._crop_epochs, ids, *sizes_of, config.data)
                 ends = np.cumsum(self.sizes * len(steps)).tolist()
                 for start, end in zip([0, *ends], ends, strict=False):
-                    yield windows.part(start, end)
+                    yield part(windows, start, end)
             step_of_epoch = 0
 
     def evaluation(self) -> Iterator[EvalBatchSpec]:
-        """This rank's contiguous share of the validation images, every image once over all ranks.
+        """Yield this rank's contiguous share of the validation images; the ranks share all of them.
 
         Shares differ by at most one image, so a rank may have none.
         """
@@ -88,7 +102,7 @@ class BatchPlan:
             yield resizes(ids, val.heights[ids], val.widths[ids], self.config.data)
 
     def step_ids(self, step: int) -> NDArray[np.int64]:
-        """All kn image ids of a global step, by place."""
+        """Return all kn image ids of a global step, by place."""
         epoch, step_of_epoch = divmod(step, self.config.steps_per_epoch)
         return self._step_of_epoch(self._permutation(epoch), step_of_epoch)
 

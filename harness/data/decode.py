@@ -1,41 +1,36 @@
-"""Decode an image file to RGB with PIL, and render a crop of it as torchvision does."""
+"""Decode an image to RGB with PIL, and render a crop of it as torchvision does."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from harness.data.batch import BadImageError
-from harness.data.sources.folder import Index
-from harness.data.sources.scan import FORMATS, image_fault
+from harness.data.bad_image import BadImageError
+from harness.data.sources.header import FORMATS, image_fault
+from harness.data.sources.source import ImageSource
 from harness.errors import UserError
 
 
-def decode(path: Path) -> Image.Image:
-    """The image as RGB, EXIF orientation not applied.
+def decode(content: bytes, name: str) -> Image.Image:
+    """Return an encoded image as RGB, EXIF orientation not applied.
 
-    Raises BadImageError for a file that is no intact JPEG or PNG, UserError where it cannot be
-    read (missing, forbidden, a disk error).
+    `name` is for messages. Raises BadImageError for anything but an intact JPEG or PNG.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
             return to_rgb(image)
-    except OSError as error:
-        if error.errno is not None:  # no fault of the image
-            raise UserError(f"{path}: cannot be read: {error.strerror}; check it") from None
-        raise BadImageError(f"{path}: cannot be decoded: {image_fault(error)}") from None
     except MemoryError:
         raise
     except Exception as error:  # PIL raises many kinds for what a broken file contains
-        raise BadImageError(f"{path}: cannot be decoded: {image_fault(error)}") from None
+        raise BadImageError(f"{name}: cannot be decoded: {image_fault(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Gray is repeated, CMYK and palettes are converted, alpha is dropped."""
+    """Repeat gray, convert CMYK and palettes, drop alpha."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):
@@ -49,10 +44,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def render_crop(
     image: Image.Image, top: int, left: int, height: int, width: int, flip: bool, size: int
 ) -> NDArray[np.uint8]:
-    """A training window as uint8 (size, size, 3).
+    """Return a training window as uint8 (size, size, 3).
 
-    What torchvision's resized_crop (bilinear, with PIL's antialiasing) and hflip do, without
-    their checks, which cost more than the work where images are small.
+    As torchvision's resized_crop (bilinear, with PIL's antialiasing) and hflip, without their
+    checks, which cost more than the work itself when images are small.
     """
     window = image.crop((left, top, left + width, top + height))
     window = window.resize((size, size), Image.Resampling.BILINEAR)
@@ -64,30 +59,36 @@ def render_crop(
 def render_resize(
     image: Image.Image, resized_height: int, resized_width: int, top: int, left: int, size: int
 ) -> NDArray[np.uint8]:
-    """An image for evaluation as uint8 (size, size, 3): torchvision's Resize and CenterCrop."""
+    """Return an image for evaluation, uint8 (size, size, 3): as Resize and CenterCrop do."""
     image = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def read_image(index: Index, image_id: int) -> Image.Image:
-    """Decodes an image of an index. Raises as `decode`, and UserError where the index is stale."""
-    path = index.path(image_id)
-    stale = f"the index is stale: {f'delete {index.cache}' if index.cache else 'start again'}"
+def read_image(source: ImageSource, image_id: int) -> Image.Image:
+    """Read and decode an image of a source.
+
+    Raises BadImageError as `decode`, and UserError where the image cannot be read or its size is
+    not the one that the source recorded.
+    """
+    name, location = source.name(image_id), source.location
     try:
-        image = decode(path)
-    except BadImageError:
-        raise
-    except UserError:
-        if path.exists():
-            raise
+        content = source.read(image_id)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path}: cannot be read: it was there when its folder was indexed; restore it, or if "
-            f"it was removed on purpose, {stale}"
+            f"{name}: cannot be read: it was there when {location} was indexed; restore it, or if "
+            f"it was removed on purpose, {_stale(source, image_id)}"
         ) from None
-    expected = (index.widths[image_id], index.heights[image_id])
-    if image.size != expected:
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}; check it") from None
+    image = decode(content, name)
+    width, height = source.widths[image_id], source.heights[image_id]
+    if image.size != (width, height):
         raise UserError(
-            f"{path}: {image.width} x {image.height} pixels, {expected[0]} x {expected[1]} when it "
-            f"was indexed; {stale}"
+            f"{name}: {image.width} x {image.height} pixels, {width} x {height} when it was "
+            f"indexed; {_stale(source, image_id)}"
         )
     return image
+
+
+def _stale(source: ImageSource, image_id: int) -> str:
+    return f"the index is stale: {source.remedy_if_stale(image_id)}"

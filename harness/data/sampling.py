@@ -1,22 +1,21 @@
 """Which image, which crop, which flip: a pure function of (seed, epoch, image id).
 
 There is no generator and so no state: nothing depends on the number of ranks or threads, or on
-where a run resumes. Image ids are positions in the training index.
+where a run resumes. An image's id is its position in the image source.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from harness.config.schema import DataConfig
-from harness.errors import UserError
 
-Ints = NDArray[Any]
+Ints = NDArray[np.integer]
 
 TRIES = 10  # section 5.1 by [fb]: "area 8-100 %, ratio 3/4-4/3, 10 tries"
 DRAWS = 4  # of a try: area, ratio, top, left
@@ -27,7 +26,7 @@ _SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 class Purpose(IntEnum):
-    """What a hash is for: equal keys give independent hashes under different purposes."""
+    """The use of a hash: equal keys give independent hashes under different purposes."""
 
     PERMUTATION = 1
     CROP = 2
@@ -37,9 +36,9 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class TrainBatchSpec:
-    """A micro-batch of training windows, each array (B,), in pixels of the stored image.
+    """The images and windows of a micro-batch, each array (B,), in pixels of the stored image.
 
-    int64 `ids`; int32 `top`, `left`, `height`, `width`; bool `flip`. All are of one `epoch`.
+    int64 `ids`; int32 `top`, `left`, `height`, `width`; bool `flip`. All belong to one `epoch`.
     """
 
     ids: NDArray[np.int64]
@@ -50,21 +49,14 @@ class TrainBatchSpec:
     flip: NDArray[np.bool_]
     epoch: int
 
-    def part(self, start: int, end: int) -> TrainBatchSpec:
-        """The windows from place `start` to before `end`."""
-        place = slice(start, end)
-        top, left, height, width = (
-            x[place] for x in (self.top, self.left, self.height, self.width)
-        )
-        return TrainBatchSpec(
-            self.ids[place], top, left, height, width, self.flip[place], self.epoch
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class EvalBatchSpec:
-    """A batch for evaluation, each array (B,): the whole image is resized to `resized_height` x
-    `resized_width`, and the square of the config's `crop` at (`top`, `left`) of that is taken."""
+    """The images of an evaluation batch and what is made of them, each array (B,).
+
+    The whole image is resized to `resized_height` x `resized_width`; then the square of the
+    config's `crop` is taken at (`top`, `left`). int64 `ids`, the others int32.
+    """
 
     ids: NDArray[np.int64]
     resized_height: NDArray[np.int32]
@@ -73,11 +65,22 @@ class EvalBatchSpec:
     left: NDArray[np.int32]
 
 
-def hash64(purpose: Purpose, *keys: ArrayLike) -> NDArray[np.uint64]:
-    """A 64-bit hash of non-negative integers, broadcast against each other.
+BatchSpec = TrainBatchSpec | EvalBatchSpec
+Spec = TypeVar("Spec", bound=BatchSpec)
 
-    A chain of splitmix64 generators (Steele et al. 2014): each key picks a number of the stream
-    that the hash of the keys before it seeds. With all keys but the last fixed it is one to one.
+
+def part(spec: Spec, start: int, end: int) -> Spec:
+    """Return the images from place `start` to before `end`."""
+    fields: dict = vars(spec)
+    arrays = {name: x[start:end] for name, x in fields.items() if isinstance(x, np.ndarray)}
+    return type(spec)(**(fields | arrays))
+
+
+def hash64(purpose: Purpose, *keys: ArrayLike) -> NDArray[np.uint64]:
+    """Return a 64-bit hash of non-negative integers, broadcast against each other.
+
+    A chain of splitmix64 generators (Steele et al. 2014): each key picks a number from the stream
+    seeded by the hash of the keys before it. With all keys but the last fixed it is one to one.
     """
     state = np.uint64(purpose)
     with np.errstate(over="ignore"):
@@ -90,28 +93,28 @@ def hash64(purpose: Purpose, *keys: ArrayLike) -> NDArray[np.uint64]:
 
 
 def uniform(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Hashes as numbers in [0, 1): the upper 53 bits."""
+    """Return hashes as numbers in [0, 1), made of their upper 53 bits."""
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def permutation(seed: int, epoch: int, images: int) -> NDArray[np.int64]:
-    """The order of an epoch: int64 (images,). 0.15 s at 1.28 M images."""
+    """Return the order of an epoch: int64 (images,). 0.15 s at 1.28 M images."""
     # no two ids have equal hashes, so every sorting algorithm gives this order
     return np.argsort(hash64(Purpose.PERMUTATION, seed, epoch, np.arange(images)), kind="stable")
 
 
 def crops(
-    seed: int, epoch: int, ids: Ints, heights: Ints, widths: Ints, data: DataConfig
+    seed: int, epoch: int, ids: NDArray[np.int64], heights: Ints, widths: Ints, data: DataConfig
 ) -> TrainBatchSpec:
-    """Windows and flips of the images `ids` in `epoch`; `heights`, `widths` are theirs, all (B,).
+    """Return windows and flips of the images `ids`, of `heights` x `widths`, in `epoch`; all (B,).
 
-    torchvision's RandomResizedCrop.get_params: area uniform, ratio log-uniform, up to 10 tries
+    As torchvision's RandomResizedCrop.get_params: area uniform, ratio log-uniform, up to 10 tries
     to fit, then the central window of the nearest ratio. An unknown size (0) counts as 1 x 1.
     """
     heights = np.maximum(heights, 1).astype(np.int64)
     widths = np.maximum(widths, 1).astype(np.int64)
     windows = np.stack(_central_windows(heights, widths, data.crop_ratio))
-    open_places = np.arange(len(ids))  # those that no window fits yet
+    open_places = np.arange(len(ids))  # where no window fits yet
     for attempt in range(TRIES):
         draws = np.arange(attempt * DRAWS, (attempt + 1) * DRAWS)[:, None]
         bits = hash64(Purpose.CROP, seed, epoch, ids[open_places], draws)
@@ -129,7 +132,7 @@ def crops(
 def _tried_windows(
     draws: NDArray[np.float64], heights: Ints, widths: Ints, data: DataConfig
 ) -> tuple[Ints, NDArray[np.bool_]]:
-    """A window of each image, (4, B): top, left, height, width; and whether it fits, (B,)."""
+    """Return windows (4, B), as top, left, height and width, and whether each fits, (B,)."""
     area, ratio, down, across = draws
     low, high = data.crop_area
     area = (low + (high - low) * area) * (heights * widths)
@@ -144,7 +147,7 @@ def _tried_windows(
 def _central_windows(
     heights: Ints, widths: Ints, ratios: tuple[float, float]
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """The largest central window with a ratio within `ratios`: top, left, height, width."""
+    """Return the largest central windows with a ratio within `ratios`: top, left, height, width."""
     low, high = ratios
     tall, wide = widths / heights < low, widths / heights > high
     height = np.where(tall, np.maximum(np.rint(widths / low), 1), heights).astype(np.int64)
@@ -152,10 +155,11 @@ def _central_windows(
     return (heights - height) // 2, (widths - width) // 2, height, width
 
 
-def resizes(ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> EvalBatchSpec:
-    """Short side to `data.resize`, then the central square of `data.crop`; all (B,).
+def resizes(ids: NDArray[np.int64], heights: Ints, widths: Ints, data: DataConfig) -> EvalBatchSpec:
+    """Resize the short side to `data.resize`, then take the central square of `data.crop`.
 
-    torchvision's Resize truncates the long side, its CenterCrop rounds halves to even.
+    All arrays are (B,). torchvision's Resize truncates the long side; its CenterCrop rounds halves
+    to even.
     """
     heights, widths = (
         np.maximum(heights, 1).astype(np.int64),
@@ -167,12 +171,3 @@ def resizes(ids: Ints, heights: Ints, widths: Ints, data: DataConfig) -> EvalBat
     top = np.rint((resized_height - data.crop) / 2).astype(np.int32)
     left = np.rint((resized_width - data.crop) / 2).astype(np.int32)
     return EvalBatchSpec(ids, resized_height, resized_width, top, left)
-
-
-def replacement(seed: int, epoch: int, image_id: int, attempt: int, images: int) -> int:
-    """The image in the place of a bad one: any of the `images` but `image_id` itself."""
-    if images < 2:
-        raise UserError("data.on_bad_image: skip: there is no other image; add images")
-    bits = hash64(Purpose.REPLACEMENT, seed, epoch, image_id, attempt)
-    other = int(uniform(bits) * (images - 1))
-    return other + (other >= image_id)

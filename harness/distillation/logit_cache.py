@@ -31,7 +31,7 @@ from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.choice import open_loader
 from harness.data.sampling import TrainBatchSpec, crops
 from harness.data.sources.digest import first_difference
-from harness.data.sources.folder import Index, index_checksum
+from harness.data.sources.source import ImageSource
 from harness.distillation.teacher import AnyTeacher, Teacher, load_teacher
 from harness.distributed import World, barrier, process_group
 from harness.errors import UserError
@@ -124,7 +124,7 @@ def identify(config: Config, feed: BatchPlan, teacher: Teacher, top: int | None)
         "format": FORMAT_VERSION,
         "seed": config.seed,
         "images": len(feed.train),
-        "index": index_checksum(feed.train),
+        "index": feed.train.checksum(),
         "crop": data.crop,
         "crop_area": list(data.crop_area),
         "crop_ratio": list(data.crop_ratio),
@@ -195,7 +195,7 @@ def write_cache(
     return folder
 
 
-def _begin(folder: Path, plan: dict[str, Any], size_mb: float, train: Index) -> None:
+def _begin(folder: Path, plan: dict[str, Any], size_mb: float, train: ImageSource) -> None:
     """Rank 0: plan.json says whose the shards are until the manifest does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,11 +217,11 @@ def _begin(folder: Path, plan: dict[str, Any], size_mb: float, train: Index) -> 
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
-def _check_data(place: str, held: dict[str, Any], train: Index) -> None:
+def _check_data(place: str, held: dict[str, Any], train: ImageSource) -> None:
     """Raises UserError where the plan or manifest `held` records other images than `train`."""
     here = train.class_digests()
     there = held.get("class_digests", here)  # an older harness kept a checksum alone
-    if difference := first_difference(there, here, "the cache", str(train.folder)):
+    if difference := first_difference(there, here, "the cache", str(train.location)):
         raise UserError(f"{place}: was made from other data: {difference}; {MAKE_AGAIN}")
 
 

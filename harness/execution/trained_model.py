@@ -17,8 +17,11 @@ from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.data.batch_plan import BatchPlan
+from harness.data.dataset import check_count, check_headers
 from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
-from harness.data.sources.folder import Index, check_count, check_headers, load_index, some_of
+from harness.data.sources.listing import first_three
+from harness.data.sources.registry import open_source
+from harness.data.sources.source import ImageSource
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.execution.evaluation import Evaluation, evaluate
@@ -81,38 +84,38 @@ def load_trained(
     return TrainedModel(config, model, checkpoint, payload.get("class_names", ()))
 
 
-def load_validation(trained: TrainedModel) -> Index:
+def load_validation(trained: TrainedModel) -> ImageSource:
     """The validation images, each labelled with the network's class of its folder's name.
 
     The folder may have some of the network's classes only. Raises UserError where it has others,
     or is not the data that the config describes.
     """
     config = trained.config
-    val = load_index(config.run.data_root, "val")
+    val = open_source(config.run, "val")
     check_count(val, "val_images", config.data.val_images)
     check_headers(val, skip=False, remedy="mend it")
     classes = tuple(trained.class_names)
     if not classes:  # a checkpoint of an older harness
         if len(val.classes) != config.data.classes:
             raise UserError(
-                f"{val.folder}: {len(val.classes)} classes, but the network has "
+                f"{val.location}: {len(val.classes)} classes, but the network has "
                 f"{config.data.classes}, whose names {trained.checkpoint} does not record; give "
                 "the folders of all of them"
             )
         _warn(
-            f"{trained.checkpoint}: records no class names; taken to be those of {val.folder}, "
+            f"{trained.checkpoint}: records no class names; taken to be those of {val.location}, "
             "sorted"
         )
         return val
-    known = f"the network's {len(classes)} classes ({some_of(classes)})"
+    known = f"the network's {len(classes)} classes ({first_three(classes)})"
     for name in val.classes:
         if name not in classes:
             raise UserError(
-                f"{val.folder}: class {name} is none of {known}; rename the folder as it was in "
+                f"{val.location}: class {name} is none of {known}; rename the folder as it was in "
                 "training, or remove it"
             )
     if absent := [name for name in classes if name not in val.classes]:
-        _warn(f"{val.folder}: has no images of {some_of(absent)} of {known}")
+        _warn(f"{val.location}: has no images of {first_three(absent)} of {known}")
     return val.relabelled(classes)
 
 
@@ -131,9 +134,7 @@ def evaluate_trained(trained: TrainedModel, predictions: Path | None = None) -> 
     set_precision(config.run.precision)
     val = load_validation(trained)
     channels_last = world.device.type == "cuda"
-    feed = BatchPlan(
-        config, val.without_images(), val, 0, 1, config.recipe.worker_batch, channels_last
-    )
+    feed = BatchPlan(config, val.first(0), val, 0, 1, config.recipe.worker_batch, channels_last)
     threads = resolve_threads(config.run.loader_threads, local_ranks=1)
     name = resolve_loader(config.run.loader, world.rank)
     loader = open_loader(config, feed, name, threads, channels_last)

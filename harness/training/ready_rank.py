@@ -14,7 +14,7 @@ from harness.config.schema import Config
 from harness.data.batch import Loader
 from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
-from harness.data.sources.folder import load_indices
+from harness.data.dataset import open_dataset
 from harness.distillation.logit_cache import crop_epochs, open_teacher
 from harness.distillation.teacher import AnyTeacher
 from harness.distributed import World, idle_gpus, world_from_environment
@@ -110,7 +110,7 @@ def prepare(config: Config, world: World) -> tuple[BatchPlan, Config]:
     check_model(config)
     run, minibatch = config.run, Minibatch(config.workers, config.recipe.worker_batch)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
-    train_index, val_index = load_indices(config)
+    train_index, val_index = open_dataset(config)
     micro_batch = minibatch.micro_batch_images(local_workers, run.micro_batch)
     cuda = world.device.type == "cuda"
     resolved = {

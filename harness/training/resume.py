@@ -84,7 +84,7 @@ def _check_data(run: Path, payload: Payload, batch_plan: BatchPlan, warn: bool) 
                 flush=True,
             )
     for split, digests in then.items():
-        place = str(indices[split].folder)
+        place = str(indices[split].location)
         if difference := first_difference(digests, here[split], "the checkpoint", place):
             raise UserError(
                 f"{run}: was trained on other data: {difference}; restore the data, or start a "

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +28,6 @@ from harness.data.batch import Batch, Loader
 from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.child_process import settle_child
 from harness.data.loaders.choice import open_loader
-from harness.data.sources.folder import Index
 from harness.distributed import (
     World,
     barrier,
@@ -243,17 +242,6 @@ def in_precision(config: Config, precision: str) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update=changed)})
 
 
-def first_images(index: Index, images: int) -> Index:
-    """Return an index of the first `images` images only."""
-    return replace(
-        index,
-        names=index.names[:images],
-        labels=index.labels[:images],
-        widths=index.widths[:images],
-        heights=index.heights[:images],
-    )
-
-
 @contextmanager
 def join(
     world: World, store: dist.Store | None, hang_timeout_s: float
@@ -287,9 +275,8 @@ def carry_out(folder: Path, request: Request, config: Config) -> None:
             # an error on one rank ends all. No card is presented: verify itself compares the
             # ranks' configs and shows the result in its own lines
             feed, config = prepare(config, world)
-            feed.val = first_images(feed.val, request.val_images)
-            data = config.data.model_copy(update={"val_images": request.val_images})
-            config = feed.config = config.model_copy(update={"data": data})
+            feed = feed.with_val_images(request.val_images)
+            config = feed.config
             cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
             loader = open_loader(config, feed, config.run.loader, threads, cuda)
             opened.enter_context(closing(loader))

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from harness.config.schema import Config
-from harness.data.sources.folder import Index, check_indices, load_index
+from harness.data.dataset import check_dataset
+from harness.data.sources.registry import open_source
+from harness.data.sources.source import ImageSource
 from harness.errors import UserError
 from harness.models.registry import check_model
 from harness.recipe.minibatch import Minibatch
@@ -26,7 +28,7 @@ class Setting:
     config: Config
     ranks: Sequence[int]
     steps: int
-    train: Index
+    train: ImageSource
     val_images: int  # the number evaluated
     folder: Path  # for temporary files
     rank_program: Sequence[str]
@@ -123,8 +125,8 @@ def check_setting(
         raise UserError(f"--steps {steps}: give 1 to {config.total_steps}, the steps of the config")
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: cuda, but no CUDA device is available; set run.device=cpu")
-    train, val = (load_index(config.run.data_root, split) for split in ("train", "val"))
-    check_indices(train, val, config)
+    train, val = (open_source(config.run, split) for split in ("train", "val"))
+    check_dataset(train, val, config)
     val_images = min(len(val), steps * config.recipe.minibatch)
     return Setting(config, world_sizes, steps, train, val_images, folder, rank_program)
 

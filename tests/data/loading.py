@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.transforms import functional
 
 from harness.config.schema import Config
@@ -15,7 +16,7 @@ from harness.data.batch_plan import BatchPlan
 from harness.data.decode import decode
 from harness.data.loaders.choice import open_loader
 from harness.data.sampling import TrainBatchSpec
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def loader_of(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Loader]:
-    train, val = load_index(root, "train"), load_index(root, "val")
+    train, val = open_folder(root, "train"), open_folder(root, "val")
     feed = BatchPlan(config, train, val, rank, world_size, micro_batch=4, channels_last=True)
     loader = open_loader(config, feed, name, threads, device_is_cuda=False)
     try:
@@ -42,9 +43,13 @@ def assert_equal(a: Batch, b: Batch) -> None:
     assert a.replaced == b.replaced
 
 
+def decode_file(path: Path) -> Image.Image:
+    return decode(path.read_bytes(), str(path))
+
+
 def expected_image(feed: BatchPlan, request: TrainBatchSpec, place: int) -> torch.Tensor:
     window = [int(x[place]) for x in (request.top, request.left, request.height, request.width)]
-    image = decode(feed.train.path(request.ids[place]))
+    image = decode_file(Path(feed.train.name(request.ids[place])))
     image = functional.resized_crop(image, *window, [20, 20])
     image = functional.hflip(image) if request.flip[place] else image
     return functional.pil_to_tensor(image)

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from harness.config.schema import Config
-from harness.data.batch import BadImageError, Batch
+from harness.data.bad_image import BadImageError, replacement
+from harness.data.batch import Batch
 from harness.data.loaders.reference import ReferenceLoader
-from harness.data.sampling import crops, replacement
-from harness.data.sources.folder import load_index
+from harness.data.sampling import crops
+from harness.data.sources.folder import open_folder
 from harness.errors import UserError
 from tests.data.loading import assert_equal, expected_image, loader_of
 
@@ -22,7 +23,7 @@ Make = Callable[..., Config]
 
 
 def damaged_ids(root: Path, names: tuple[str, ...]) -> list[int]:
-    train = load_index(root, "train")
+    train = open_folder(root, "train")
     return [i for i in range(len(train)) if train.relative_path(i) in names]
 
 
@@ -78,14 +79,14 @@ def test_bad_images_are_replaced_alike_on_any_number_of_ranks(
     names = tuple(f"ant/{i}.JPEG" for i in range(8)) + tuple(f"cat/{i}.jpg" for i in range(8))
     break_images(root / "train", names)
     bad = damaged_ids(root, names)
-    config, train = make_config(on_bad_image="skip"), load_index(root, "train")
+    config, train = make_config(on_bad_image="skip"), open_folder(root, "train")
     one_rank = whole_run(root, config, "reference", 0, 1)
     for other in (("reference", 1, 2), ("memory", 0, 1), ("memory", 0, 4)):
         for a, b in zip(one_rank, whole_run(root, config, *other), strict=True):
             assert_equal(a, b)
     with loader_of(root, config) as loader:
         assert isinstance(loader, ReferenceLoader)
-        feed = loader._feed
+        feed = loader._batch_plan
     for step, batch in enumerate(one_rank):
         asked = feed.step_ids(step).tolist()
         assert [i for i, _ in batch.replaced] == [i for i in asked if i in bad]
@@ -119,7 +120,7 @@ def test_a_bad_validation_image_always_fails(
 def test_a_data_set_of_bad_images_is_given_up(
     root: Path, make_config: Make, break_images: Callable
 ) -> None:
-    train = load_index(root, "train")
+    train = open_folder(root, "train")
     break_images(root / "train", [train.relative_path(i) for i in range(40)])
     with (
         loader_of(root, make_config(on_bad_image="skip")) as loader,
@@ -132,7 +133,7 @@ def test_a_data_set_of_bad_images_is_given_up(
 def test_a_lost_file_is_no_bad_image(root: Path, make_config: Make, threads: int) -> None:
     with loader_of(root, make_config(on_bad_image="skip"), threads=threads) as loader:
         (root / "train" / "ant" / "0.JPEG").unlink()
-        message = r"0\.JPEG: cannot be read: it was there when its folder was indexed; .* is stale"
+        message = r"0\.JPEG: cannot be read: it was there when .*train was indexed; .* is stale"
         with pytest.raises(UserError, match=message) as caught:
             list(loader.train(0))
         assert not isinstance(caught.value, BadImageError)
@@ -142,7 +143,7 @@ def test_a_lost_file_is_no_bad_image(root: Path, make_config: Make, threads: int
 def test_a_changed_size_says_that_the_index_is_stale(
     root: Path, make_config: Make, name: str
 ) -> None:
-    load_index(root, "train")
+    open_folder(root, "train")
     Image.new("RGB", (9, 9)).save(root / "train" / "ant" / "0.JPEG")
     message = (
         r"ant/0\.JPEG: 9 x 9 pixels, 48 x 32 when it was indexed; "

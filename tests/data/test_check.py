@@ -22,8 +22,9 @@ from PIL import Image
 from harness.commands.command_line import main
 from harness.data.check.findings import KINDS
 from harness.data.check.folder import Report, check_folder
-from harness.data.decode import decode
-from harness.data.sources.folder import check_indices, load_index
+from harness.data.dataset import check_dataset
+from harness.data.sources.folder import open_folder
+from tests.data.loading import decode_file
 from tests.faults import children_of, wait_for
 
 CUT = "cannot be decoded"
@@ -111,7 +112,7 @@ def test_what_is_damaged_inside_but_decodes(root: Path, jpeg: bytes, photo: Call
     }
     for name, content in files.items():
         (ant / name).write_bytes(content)
-        decode(ant / name)  # no complaint
+        decode_file(ant / name)  # no complaint
     report = check_folder(root)
     assert found(report, INSIDE) == sorted(f"train/ant/{name}" for name in files)
     reasons = details(report, INSIDE)
@@ -313,7 +314,7 @@ def test_what_check_passes_training_takes(root: Path, make_config: Callable, cap
     assert keys == {"train_images": 40, "val_images": 10, "unlabelled_images": 1, "classes": 3}
     assert "train: 3 classes of 12, 14 and 14 images (least, median, most)" in out
     del keys["unlabelled_images"]  # which need a config that distills
-    check_indices(load_index(root, "train"), load_index(root, "val"), make_config(**keys))
+    check_dataset(open_folder(root, "train"), open_folder(root, "val"), make_config(**keys))
     (root / "unlabelled" / name).write_bytes(b"")
     assert main(["data", "check", str(root), "--json"]) == 1
     parsed = json.loads(capsys.readouterr().out)

@@ -14,14 +14,15 @@ import pytest
 from PIL import Image
 
 from harness.config.schema import Config
+from harness.data.dataset import open_dataset
 from harness.data.sources import folder as index_module
 from harness.data.sources.digest import UNLABELLED_KEY, first_difference, first_differing_file
-from harness.data.sources.folder import Index, load_index, load_indices
+from harness.data.sources.folder import FolderSource, open_folder
 
 
-def an_index(**changes: Any) -> Index:
+def an_index(**changes: Any) -> FolderSource:
     """Three images of two classes and one without a class."""
-    index = Index(
+    index = FolderSource(
         Path("nowhere"),
         ("ant", "größe"),
         np.array([b"0.jpg", b"10.png", b"\xff.jpg", b"u.jpg"]),
@@ -63,7 +64,7 @@ def test_each_part_of_the_data_counts(changes: dict[str, Any]) -> None:
 def test_where_and_how_the_data_lie_does_not_count() -> None:
     index = an_index()
     for changes in (
-        {"folder": Path("elsewhere"), "cache": Path("a cache")},
+        {"location": Path("elsewhere"), "cache": Path("a cache")},
         {"names": index.names.astype("S99")},
         {"widths": index.widths.astype(">i4"), "labels": index.labels.astype(">i8")},
     ):
@@ -73,8 +74,8 @@ def test_where_and_how_the_data_lie_does_not_count() -> None:
 def test_the_digest_is_kept_and_computed_where_it_is_missing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scanned = load_index(root, "train")
-    kept = load_index(root, "train")
+    scanned = open_folder(root, "train")
+    kept = open_folder(root, "train")
     assert (
         kept.kept_digests
         == scanned.class_digests()
@@ -86,7 +87,7 @@ def test_the_digest_is_kept_and_computed_where_it_is_missing(
         former = {key: file[key] for key in file.files if key != "digests"}
     np.savez(scanned.cache, **former)
     monkeypatch.setattr(index_module, "_scan", lambda *_: pytest.fail("scanned again"))
-    old = load_index(root, "train")
+    old = open_folder(root, "train")
     assert old.kept_digests is None and old.digest == scanned.digest
 
 
@@ -103,7 +104,7 @@ def test_a_copy_has_the_same_digest_and_unlabelled_images_count(
         config = make_config()
         data = config.data.model_copy(update={"unlabelled_images": unlabelled})
         run = config.run.model_copy(update={"data_root": str(folder)})
-        train, _ = load_indices(config.model_copy(update={"data": data, "run": run}))
+        train, _ = open_dataset(config.model_copy(update={"data": data, "run": run}))
         assert train.class_digests() == replace(train, kept_digests=None).class_digests()
         return train.digest
 
@@ -118,7 +119,7 @@ def test_a_million_images_take_less_than_a_second() -> None:
     names = np.char.add("n01440764_", np.arange(len(labels)).astype(str)).astype("S16")
     sizes = np.full(len(labels), 500, np.int32)
     classes = tuple(f"n{number:08}" for number in range(1000))
-    index = Index(Path("nowhere"), classes, names, labels, sizes, sizes)
+    index = FolderSource(Path("nowhere"), classes, names, labels, sizes, sizes)
     start = time.process_time()
     assert len(index.digest) == 64
     assert time.process_time() - start < 1

@@ -17,7 +17,7 @@ from benchmarks.sampling import (
 )
 from harness.data.batch_plan import BatchPlan
 from harness.data.sampling import permutation
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_an_epoch_of_the_paper(full: Path) -> None:
     # floor(1,281,167 / 8192) = 156 steps; rank 1 of 8 has workers 32 to 63, so the places 1024 to
     # 2047 of each step, in 4 micro-batches of 256
     config = paper_config()
-    feed = BatchPlan(config, load_index(full, "train"), load_index(full, "val"), 1, 8, 256, True)
+    feed = BatchPlan(config, open_folder(full, "train"), open_folder(full, "val"), 1, 8, 256, True)
     requests = list(feed.training(156))
     assert len(requests) == 156 * 4
     order = permutation(config.seed, 1, TRAIN)[: 156 * 8192].reshape(156, 8, 1024)

@@ -16,11 +16,12 @@ import pytest
 from PIL import Image
 
 from harness.config.schema import Config
-from harness.data.batch import BadImageError
+from harness.data.bad_image import BadImageError
 from harness.data.check.folder import check_folder
+from harness.data.dataset import check_dataset
 from harness.data.decode import decode
 from harness.data.sources import scan
-from harness.data.sources.folder import check_indices, load_index
+from harness.data.sources.folder import open_folder
 from harness.errors import UserError
 
 
@@ -34,11 +35,11 @@ def resize_in_place(path: Path, size: tuple[int, int]) -> None:
 
 
 def test_classes_are_sorted_and_so_are_their_images(root: Path) -> None:
-    index = load_index(root, "val")
+    index = open_folder(root, "val")
     assert index.classes == ("ant", "cat", "dog")
     assert index.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 3
     assert index.relative_path(5) == "cat/1.jpg"
-    assert index.path(5) == root / "val" / "cat" / "1.jpg"
+    assert index.name(5) == str(root / "val" / "cat" / "1.jpg")
     # the fixture's i-th image of a class is 28 + 5 i wide
     assert index.widths.tolist() == [28, 33, 38, 43] * 2 + [28, 33, 38]
     assert index.heights.tolist() == [30] * 11
@@ -55,7 +56,7 @@ def test_only_visible_images_directly_in_their_class_count(root: Path) -> None:
     (root / "val" / "loose.jpg").write_bytes(image)
     (ant / "UPPER.JPEG").write_bytes(image)
     (ant / "größe 1.jpg").write_bytes(image)
-    index = load_index(root, "val")
+    index = open_folder(root, "val")
     names = [index.relative_path(i) for i in range(len(index)) if index.labels[i] == 0]
     assert names == [
         f"ant/{n}" for n in ("0.jpg", "1.jpg", "2.jpg", "3.jpg", "UPPER.JPEG", "größe 1.jpg")
@@ -65,7 +66,7 @@ def test_only_visible_images_directly_in_their_class_count(root: Path) -> None:
 def test_content_not_the_suffix_says_what_a_file_is(root: Path) -> None:
     Image.new("RGB", (17, 5)).save(root / "val" / "ant" / "0.jpg", "PNG")
     (root / "val" / "ant" / "1.jpg").write_text("no image")
-    index = load_index(root, "val")
+    index = open_folder(root, "val")
     assert (index.widths[0], index.heights[0]) == (17, 5)
     assert (index.widths[1], index.heights[1]) == (0, 0)
 
@@ -74,15 +75,15 @@ def test_sizes_are_those_of_the_stored_pixels(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to view
     Image.new("RGB", (30, 10)).save(root / "val" / "ant" / "0.jpg", exif=exif)
-    index = load_index(root, "val")
+    index = open_folder(root, "val")
     assert (index.widths[0], index.heights[0]) == (30, 10)
 
 
 def test_kept_index_is_read_not_scanned(root: Path) -> None:
-    first = load_index(root, "train")
+    first = open_folder(root, "train")
     assert first.cache == cache_of(root) and first.cache.exists()
-    resize_in_place(first.path(0), (7, 9))  # unseen: only folders are looked at
-    second = load_index(root, "train")
+    resize_in_place(Path(first.name(0)), (7, 9))  # unseen: only folders are looked at
+    second = open_folder(root, "train")
     assert second.classes == first.classes
     for name in ("names", "labels", "widths", "heights"):
         np.testing.assert_array_equal(getattr(second, name), getattr(first, name))
@@ -133,11 +134,11 @@ def test_stale_index_is_scanned_anew(
 ) -> None:
     (root / "train" / "ant" / "0.JPEG").write_text("broken")
     os.utime(root / "train" / "ant")  # just made, as far as the clock can tell
-    before = load_index(root, "train")
+    before = open_folder(root, "train")
     assert len(before) == 40 and before.widths[0] == 0
     change(root)
     cache_of(root).with_name("untouched.npz").write_bytes(cache_of(root).read_bytes())
-    after = load_index(root, "train")
+    after = open_folder(root, "train")
     assert len(after) == images
     assert after.classes == tuple(sorted(path.name for path in (root / "train").iterdir()))
     assert cache_of(root).read_bytes() != (root / "untouched.npz").read_bytes()
@@ -146,9 +147,9 @@ def test_stale_index_is_scanned_anew(
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 torn"])
 def test_damaged_kept_index_is_replaced(root: Path, content: bytes) -> None:
-    load_index(root, "train")
+    open_folder(root, "train")
     cache_of(root).write_bytes(content)
-    assert len(load_index(root, "train")) == 40
+    assert len(open_folder(root, "train")) == 40
     assert cache_of(root).stat().st_size > 1000
 
 
@@ -158,23 +159,23 @@ def forbid_writing_beside(root: Path) -> None:
 
 def test_kept_in_the_cache_folder_where_the_data_cannot_be_written(root: Path) -> None:
     forbid_writing_beside(root)
-    first = load_index(root, "train")
+    first = open_folder(root, "train")
     assert first.cache is not None and first.cache.parent == root.parent / "cache" / "harness"
     assert not cache_of(root).exists()
-    resize_in_place(first.path(0), (7, 9))
-    assert load_index(root, "train").widths[0] == first.widths[0]
+    resize_in_place(Path(first.name(0)), (7, 9))
+    assert open_folder(root, "train").widths[0] == first.widths[0]
 
 
 def test_works_where_nothing_can_be_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_writing_beside(root)
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
-    index = load_index(root, "train")
+    index = open_folder(root, "train")
     assert len(index) == 40 and index.cache is None
 
 
 def test_a_second_process_waits_and_reads(root: Path) -> None:
     kept = cache_of(root)
-    old_width = load_index(root, "train").widths[0]
+    old_width = open_folder(root, "train").widths[0]
     kept.rename(root / "moved")
     resize_in_place(root / "train" / "ant" / "0.JPEG", (7, 9))
     context = get_context("fork")
@@ -182,7 +183,7 @@ def test_a_second_process_waits_and_reads(root: Path) -> None:
     with open(kept.with_suffix(".lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = context.Process(
-            target=lambda: answers.put(int(load_index(root, "train").widths[0]))
+            target=lambda: answers.put(int(open_folder(root, "train").widths[0]))
         )
         process.start()
         process.join(0.3)
@@ -195,11 +196,11 @@ def test_a_second_process_waits_and_reads(root: Path) -> None:
 
 
 def test_several_processes_read_the_same_sizes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = load_index(root, "train")
+    one = open_folder(root, "train")
     cache_of(root).unlink()
     monkeypatch.setattr(scan, "PARALLEL_FROM", 1)
     monkeypatch.setattr(scan, "CHUNK", 5)
-    many = load_index(root, "train")
+    many = open_folder(root, "train")
     np.testing.assert_array_equal(many.widths, one.widths)
     np.testing.assert_array_equal(many.heights, one.heights)
 
@@ -207,9 +208,9 @@ def test_several_processes_read_the_same_sizes(root: Path, monkeypatch: pytest.M
 SCAN = """
 import sys
 from harness.data.sources import scan
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 scan.PARALLEL_FROM, scan.CHUNK = 1, 50
-load_index(sys.argv[1], "train")
+open_folder(sys.argv[1], "train")
 """
 
 
@@ -242,7 +243,7 @@ def test_a_killed_scan_goes_on_where_it_was(many: Path) -> None:
         stream.write('\n{"key": "12", "sizes": [[26,')
     resize_in_place(many / "train" / "dog" / "00.png", (7, 9))  # the file behind all names
     subprocess.run([sys.executable, "-c", SCAN, str(many)], check=True)
-    index = load_index(many, "train")
+    index = open_folder(many, "train")
     assert len(index) == 12_140 and not partial.exists()
     # ant's 14 images are the first chunk; cat's follow in pieces of 50, its *.jpg before c*.png
     widths = index.widths[14 : 14 + 12_114]
@@ -258,7 +259,7 @@ def test_a_changed_class_is_not_taken_from_a_killed_scan(many: Path) -> None:
     (many / "train" / "cat" / "c00000.png").rename(many / "train" / "cat" / "b.png")
     os.utime(many / "train" / "cat", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     subprocess.run([sys.executable, "-c", SCAN, str(many)], check=True)
-    index = load_index(many, "train")
+    index = open_folder(many, "train")
     assert index.relative_path(14 + 14) == "cat/b.png"
     # of the first piece of cat only: the others hold the same images as before
     assert set(index.widths[14 + 14 : 14 + 50].tolist()) == {7}
@@ -269,27 +270,27 @@ def test_a_folder_changed_since_is_not_taken_from_a_killed_scan(many: Path) -> N
     resize_in_place(many / "train" / "dog" / "00.png", (7, 9))
     os.utime(many / "train" / "cat")
     subprocess.run([sys.executable, "-c", SCAN, str(many)], check=True)
-    index = load_index(many, "train")
+    index = open_folder(many, "train")
     assert set(index.widths[14 + 14 : 14 + 12_114].tolist()) == {7}
 
 
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere/train: No such file.*run\.data_root"):
-        load_index(tmp_path / "nowhere", "train")
+        open_folder(tmp_path / "nowhere", "train")
 
 
 def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match=r"train: no class folders.*run\.data_root"):
-        load_index(tmp_path, "train")
+        open_folder(tmp_path, "train")
 
 
 def test_folders_of_the_system_are_no_classes(root: Path) -> None:
     for name in ("@eaDir", "lost+found", "__MACOSX", ".ipynb_checkpoints"):
         (root / "train" / name).mkdir()
         shutil.copy(root / "train" / "cat" / "0.jpg", root / "train" / name)
-    assert load_index(root, "train").classes == ("ant", "cat", "dog")
-    assert len(load_index(root, "train")) == 40
+    assert open_folder(root, "train").classes == ("ant", "cat", "dog")
+    assert len(open_folder(root, "train")) == 40
 
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # the same text in NFC and NFD
@@ -300,24 +301,24 @@ def test_classes_that_differ_in_unicode_form_only_are_explained(
 ) -> None:
     (root / "train" / "cat").rename(root / "train" / COMPOSED)
     (root / "val" / "cat").rename(root / "val" / DECOMPOSED)
-    train, val = load_index(root, "train"), load_index(root, "val")
+    train, val = open_folder(root, "train"), open_folder(root, "val")
     explained = r"'cafe\\u0301' and 'caf\\xe9' differ in Unicode form only \(NFC, NFD\)"
     with pytest.raises(UserError, match=explained):
-        check_indices(train, val, make_config())
+        check_dataset(train, val, make_config())
     (root / "train" / DECOMPOSED).mkdir()
     with pytest.raises(UserError, match=r"train: the classes .* look alike, as their names differ"):
-        load_index(root, "train")
+        open_folder(root, "train")
 
 
 def test_class_without_images(root: Path) -> None:
     (root / "train" / "bee").mkdir()
     with pytest.raises(UserError, match=r"train: no images \(.*\) in class bee; add"):
-        load_index(root, "train")
+        open_folder(root, "train")
     assert not cache_of(root).exists()
 
 
 def check(root: Path, config: Config) -> None:
-    check_indices(load_index(root, "train"), load_index(root, "val"), config)
+    check_dataset(open_folder(root, "train"), open_folder(root, "val"), config)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_an_image_of_too_many_pixels_is_refused_for_that(
     with pytest.raises(UserError, match=rf"ant/0\.JPEG: cannot be decoded: {why}; mend it or set"):
         check(root, make_config())
     with pytest.raises(BadImageError, match=rf"ant/0\.JPEG: cannot be decoded: {why}$"):
-        decode(path)
+        decode(path.read_bytes(), str(path))
     (found,) = check_folder(root).findings["cannot be decoded"]
     assert found.path == "train/ant/0.JPEG" and found.detail.startswith("it has more than 178,")
 
@@ -361,11 +362,11 @@ def test_an_image_of_too_many_pixels_is_refused_for_that(
 def test_a_bad_image_that_was_removed_is_no_obstacle(root: Path) -> None:
     path = root / "train" / "ant" / "0.JPEG"
     path.write_text("no image")
-    load_index(root, "train")
+    open_folder(root, "train")
     stamp = path.parent.stat()
     path.unlink()
     os.utime(path.parent, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # unseen by its folder
-    assert len(load_index(root, "train")) == 39
+    assert len(open_folder(root, "train")) == 39
 
 
 def test_unreadable_headers_are_refused(root: Path, make_config: Callable[..., Config]) -> None:

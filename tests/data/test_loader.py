@@ -16,7 +16,7 @@ from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.choice import open_loader, resolve_loader
 from harness.data.sampling import TrainBatchSpec, crops, permutation
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 from harness.errors import UserError
 from harness.recipe.minibatch import Minibatch
 
@@ -32,7 +32,7 @@ def feed_of(
     micro_batch: int = 4,
     channels_last: bool = False,
 ) -> BatchPlan:
-    train, val = load_index(root, "train"), load_index(root, "val")
+    train, val = open_folder(root, "train"), open_folder(root, "val")
     return BatchPlan(config, train, val, rank, world_size, micro_batch, channels_last)
 
 
@@ -62,7 +62,7 @@ def steps_by_place(
 def test_a_step_is_the_same_on_any_number_of_ranks(
     root: Path, make_config: Make, world_size: int, micro_batch: int, channels_last: bool
 ) -> None:
-    config, train = make_config(), load_index(root, "train")
+    config, train = make_config(), open_folder(root, "train")
     steps = steps_by_place(root, config, world_size, micro_batch, channels_last)
     assert len(steps) == 9
     feed = feed_of(root, config)
@@ -117,7 +117,7 @@ def test_evaluation_counts_every_image_once(root: Path, make_config: Make, world
 
 
 def test_evaluation_with_fewer_images_than_ranks(root: Path, make_config: Make) -> None:
-    train, val = load_index(root, "train"), load_index(root, "val")
+    train, val = open_folder(root, "train"), open_folder(root, "val")
     three = replace(
         val,
         names=val.names[:3],
@@ -134,7 +134,7 @@ def test_evaluation_with_fewer_images_than_ranks(root: Path, make_config: Make) 
 
 
 def test_evaluation_goes_in_batches(root: Path, make_config: Make) -> None:
-    val = load_index(root, "val")
+    val = open_folder(root, "val")
     many = replace(
         val,
         names=np.resize(val.names, 600),
@@ -142,7 +142,7 @@ def test_evaluation_goes_in_batches(root: Path, make_config: Make) -> None:
         widths=np.resize(val.widths, 600),
         heights=np.resize(val.heights, 600),
     )
-    feed = BatchPlan(make_config(), load_index(root, "train"), many, 0, 1, 2, False)
+    feed = BatchPlan(make_config(), open_folder(root, "train"), many, 0, 1, 2, False)
     assert [len(request.ids) for request in feed.evaluation()] == [256, 256, 88]
 
 
@@ -185,7 +185,7 @@ def test_auto_without_dali_takes_the_reference_loader_and_says_so_once(
     without_dali: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert [resolve_loader("auto", rank) for rank in (1, 0)] == ["reference", "reference"]
-    said = f"run.loader: {without_dali}; the reference loader is taken\n"
+    said = f"run.loader: {without_dali}; using the reference loader\n"
     assert capsys.readouterr().out == said
 
 

@@ -15,13 +15,13 @@ from harness.data.batch import Batch
 from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.choice import open_loader
 from harness.data.loaders.prefetch import DEPTH, Prefetcher
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 
 Make = Callable[..., Config]
 
 
 def feed_of(root: Path, config: Config) -> BatchPlan:
-    train, val = load_index(root, "train"), load_index(root, "val")
+    train, val = open_folder(root, "train"), open_folder(root, "val")
     return BatchPlan(config, train, val, 0, 1, micro_batch=8, channels_last=False)
 
 
@@ -70,7 +70,7 @@ def test_training_goes_on_after_an_evaluation(root: Path, make_config: Make) -> 
 
 
 def threads_ahead() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "batches ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_an_early_end_leaves_no_thread(root: Path, make_config: Make) -> None:

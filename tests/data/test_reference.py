@@ -20,10 +20,10 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from harness.config.schema import Config
-from harness.data.decode import decode, render_crop, render_resize
+from harness.data.decode import render_crop, render_resize
 from harness.data.loaders.reference import ReferenceLoader
 from harness.data.sampling import resizes
-from tests.data.loading import assert_equal, expected_image, loader_of
+from tests.data.loading import assert_equal, decode_file, expected_image, loader_of
 
 Make = Callable[..., Config]
 
@@ -52,7 +52,7 @@ def test_every_kind_of_image_becomes_rgb(
 ) -> None:
     path = tmp_path / f"image.{suffix}"
     image.save(path)
-    decoded = decode(path)
+    decoded = decode_file(path)
     assert decoded.mode == "RGB" and decoded.size == (16, 16)
     tolerance = 2 if suffix == "jpg" else 0
     np.testing.assert_allclose(
@@ -66,7 +66,7 @@ def test_palettes_with_transparency_keep_their_colours(tmp_path: Path) -> None:
     image.save(tmp_path / "image.png", transparency=b"\x00\x80")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        decoded = decode(tmp_path / "image.png")
+        decoded = decode_file(tmp_path / "image.png")
     assert decoded.getpixel((3, 3)) == (10, 200, 30)
 
 
@@ -77,9 +77,9 @@ def test_exif_orientation_is_not_applied(
     exif[0x0112] = 6  # rotate by 90 degrees to view
     photo(0, 40, 24).save(tmp_path / "rotated.jpg", exif=exif)
     photo(0, 40, 24).save(tmp_path / "plain.jpg")
-    rotated = decode(tmp_path / "rotated.jpg")
+    rotated = decode_file(tmp_path / "rotated.jpg")
     assert rotated.size == (40, 24)
-    assert rotated.tobytes() == decode(tmp_path / "plain.jpg").tobytes()
+    assert rotated.tobytes() == decode_file(tmp_path / "plain.jpg").tobytes()
 
 
 def test_windows_are_rendered_as_by_torchvision(photos: list[Image.Image]) -> None:
@@ -116,7 +116,7 @@ def test_batches_hold_what_torchvision_gives(root: Path, make_config: Make, thre
     config = make_config()
     with loader_of(root, config, threads=threads) as loader:
         assert isinstance(loader, ReferenceLoader)
-        feed = loader._feed
+        feed = loader._batch_plan
         batches = list(loader.train(0))
         requests = list(feed.training(0))
         evaluated = list(loader.evaluate())
@@ -131,7 +131,7 @@ def test_batches_hold_what_torchvision_gives(root: Path, make_config: Make, thre
     assert [batch.ids.tolist() for batch in evaluated] == [list(range(11))]
     transform = transforms.Compose([transforms.Resize(24), transforms.CenterCrop(20)])
     for image_id in range(11):
-        image = transform(Image.open(feed.val.path(image_id)).convert("RGB"))
+        image = transform(Image.open(feed.val.name(image_id)).convert("RGB"))
         assert torch.equal(evaluated[0].images[image_id], functional.pil_to_tensor(image))
     assert evaluated[0].labels.tolist() == feed.val.labels.tolist()
 

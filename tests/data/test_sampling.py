@@ -9,13 +9,13 @@ from PIL import Image
 from torchvision import transforms
 
 from harness.config.schema import DataConfig
+from harness.data.bad_image import replacement
 from harness.data.sampling import (
     Purpose,
     TrainBatchSpec,
     crops,
     hash64,
     permutation,
-    replacement,
     resizes,
 )
 from harness.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
 from harness.data.batch import Batch
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 from tests.data.loading import loader_of
 from tests.data.zoo import SIDE, refused, zoo
 
@@ -37,11 +37,11 @@ def folder(photo: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(folder: Path) -> Config:
     """Four epochs of all training images, of which those that cannot be decoded are replaced."""
-    images = len(load_index(folder, "train"))
+    images = len(open_folder(folder, "train"))
     mapping = {
         "data": {
             "train_images": images,
-            "val_images": len(load_index(folder, "val")),
+            "val_images": len(open_folder(folder, "val")),
             "classes": 2,
             "crop": 20,
             "resize": 24,
@@ -78,7 +78,7 @@ def test_every_kind_is_within_the_same_bounds(
     found = batches_of(folder, config, name)
     for batch, other in zip(expected, found, strict=True):
         assert torch.equal(batch.ids, other.ids) and batch.replaced == other.replaced
-        index = load_index(folder, "train" if batch in expected[:-1] else "val")
+        index = open_folder(folder, "train" if batch in expected[:-1] else "val")
         for image_id, a, b in zip(batch.ids.tolist(), batch.images, other.images, strict=True):
             difference = (a.int() - b.int()).abs()
             kind = index.relative_path(image_id)
@@ -90,6 +90,6 @@ def test_every_kind_is_within_the_same_bounds(
 
 
 def test_what_no_loader_decodes_is_replaced(folder: Path, expected: list[Batch]) -> None:
-    train = load_index(folder, "train")
+    train = open_folder(folder, "train")
     bad = {train.relative_path(i) for batch in expected for i, _ in batch.replaced}
     assert bad == {f"refused/{path.name}" for path in (folder / "train" / "refused").iterdir()}

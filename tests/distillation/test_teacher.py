@@ -10,7 +10,7 @@ from harness import load_config
 from harness.commands.command_line import main
 from harness.config.schema import Config
 from harness.data.loaders.choice import open_loader
-from harness.data.sources.folder import load_index
+from harness.data.sources.folder import open_folder
 from harness.distillation.teacher import load_teacher
 from harness.distributed import world_from_environment
 from harness.errors import UserError
@@ -29,7 +29,7 @@ from tests.test_train import assert_same, final_weights
 
 
 def class_names(config: Config):
-    return load_index(config.run.data_root, "train").classes
+    return open_folder(config.run.data_root, "train").classes
 
 
 def test_with_the_hard_term_alone_it_is_plain_training_bit_for_bit(small, student, tmp_path):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from harness import load_config
+from harness.data.dataset import open_dataset
 from harness.data.loaders.choice import open_loader
 from harness.data.sampling import permutation
-from harness.data.sources.folder import load_index, load_indices, load_unlabelled
+from harness.data.sources.folder import open_folder
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.runs.logging.jsonl import read_log
@@ -32,20 +33,20 @@ def config(student, tenth):
 
 
 def test_their_ids_follow_the_labelled_ones(config, tenth):
-    train_index, _ = load_indices(config())
-    labelled, unlabelled = load_index(tenth, "train"), load_unlabelled(tenth)
+    train_index, _ = open_dataset(config())
+    labelled, unlabelled = open_folder(tenth, "train"), open_folder(tenth, "unlabelled")
     assert (len(labelled), len(unlabelled), len(train_index)) == (143, 1294, 1437)
     assert train_index.labels[:143].tolist() == labelled.labels.tolist()
     assert set(train_index.labels[143:].tolist()) == {-1}
-    assert train_index.path(142) == labelled.path(142)
-    assert train_index.path(143) == tenth / "unlabelled" / "0000.png"
+    assert train_index.name(142) == labelled.name(142)
+    assert train_index.name(143) == str(tenth / "unlabelled" / "0000.png")
     assert train_index.relative_path(143) == "unlabelled/0000.png"
-    assert train_index.widths[143] == 8 and train_index.path(1436).is_file()
+    assert train_index.widths[143] == 8 and Path(train_index.name(1436)).is_file()
     # kept beside the data, and not scanned again
     assert (tenth / ".harness-index-unlabelled.npz").exists()
     # a folder that is not asked for is not read
     plain = config("data.unlabelled_images=0", recipe__minibatch=128, recipe__warmup_epochs=1)
-    assert len(load_indices(plain)[0]) == 143
+    assert len(open_dataset(plain)[0]) == 143
 
 
 def test_the_sampling_runs_over_all_of_them(config):
@@ -107,15 +108,15 @@ def test_what_is_wrong_with_the_folder_is_told(config, tenth, small, tmp_path, c
     line = one_line(capsys, "train", small(), "data.unlabelled_images=9")
     assert "data.unlabelled_images: such images have the soft term of distill only" in line
     with pytest.raises(UserError, match=r"1294 images, but data\.unlabelled_images is 1000"):
-        load_indices(config("data.unlabelled_images=1000"))
+        open_dataset(config("data.unlabelled_images=1000"))
     root = Path(shutil.copytree(tenth, tmp_path / "digits"))
     (root / "unlabelled" / "0007.png").write_bytes(b"no image")
     (root / ".harness-index-unlabelled.npz").unlink()  # an image that was changed in its place
     with pytest.raises(UserError, match=r"unlabelled/0007\.png: cannot be decoded"):
-        load_indices(config(root=root))
-    load_indices(config("data.on_bad_image=skip", root=root))
+        open_dataset(config(root=root))
+    open_dataset(config("data.on_bad_image=skip", root=root))
     shutil.rmtree(root / "unlabelled")
     for _ in range(2):
         with pytest.raises(UserError, match=r"unlabelled: no images .* set data\.unlabelled_im"):
-            load_indices(config(root=root))
+            open_dataset(config(root=root))
         (root / "unlabelled").mkdir(exist_ok=True)  # missing, then empty

@@ -30,8 +30,8 @@ from harness.data.check.findings import (
     UNDECODABLE,
 )
 from harness.data.decode import decode
+from harness.data.sources.header import FORMATS
 from harness.data.sources.image_format import TRAINED_ON, format_of
-from harness.data.sources.scan import FORMATS
 from harness.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
@@ -45,7 +45,7 @@ def examine(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about size and metadata
         try:
-            decode(path)  # exactly as in training
+            decode(content, str(path))  # exactly as in training
         except UserError as error:
             kind = format_of(content[:16])
             is_other = kind and kind not in TRAINED_ON

@@ -22,10 +22,10 @@ STOP_SIGNALS = (*TERMINAL_SIGNALS, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR
 
 @contextmanager
 def starting_children() -> Iterator[None]:
-    """Within, children are forked: stop signals wait until each child has settled.
+    """Block stop signals while children are forked, until each of them has settled.
 
-    Garbage goes before, here: a child that collected a former run's DDP would wait for, or crash
-    on, the threads of its process group, as a fork has none of them.
+    Garbage is collected first, in the parent: a child that collected an earlier run's DDP would
+    wait for, or crash on, the threads of its process group, none of which survive a fork.
     """
     gc.collect()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -36,10 +36,10 @@ def starting_children() -> Iterator[None]:
 
 
 def settle_child(parent: int, ignored: Iterable[signal.Signals] = TERMINAL_SIGNALS) -> None:
-    """Called first in a child: it dies with the process `parent`, and `ignored` do not reach it.
+    """Make this child die with the process `parent` and ignore the signals `ignored`.
 
-    The terminal and SLURM signal whole process groups, but it is the parent that decides how to
-    stop; a child that died of the signal would take the parent's checkpoint with it.
+    A child calls it first. The terminal and SLURM signal whole process groups, but the parent
+    decides how to stop; a child that died of the signal would cost the parent its checkpoint.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # not the parent's handlers
@@ -48,15 +48,15 @@ def settle_child(parent: int, ignored: Iterable[signal.Signals] = TERMINAL_SIGNA
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before it could be asked
+    if os.getppid() != parent:  # the parent died before prctl
         os._exit(1)
 
 
 @contextmanager
 def worker_processes(count: int) -> Iterator[Executor]:
-    """`count` processes that work for this one, and end with it however it ends.
+    """Yield an executor of `count` processes, which end with this one however it ends.
 
-    On leaving, work that was not begun is dropped. Raises UserError where one is killed.
+    On exit, work that has not begun is dropped. Raises UserError where a process is killed.
     """
     executor = ProcessPoolExecutor(count, get_context("fork"), settle_child, (os.getpid(),))
     try:
@@ -65,7 +65,7 @@ def worker_processes(count: int) -> Iterator[Executor]:
         yield executor
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; give the machine more"
+            "a worker process was killed, perhaps by a lack of memory; give the machine more"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)

@@ -12,24 +12,24 @@ from harness.errors import UserError
 
 
 def resolve_loader(name: str, rank: int) -> str:
-    """`run.loader` with "auto" replaced: "dali" where it can be imported, else "reference".
+    """Return `run.loader` with "auto" replaced: "dali" where it can be imported, else "reference".
 
-    What is missing is said once, by rank 0. Raises UserError where "dali" was asked for by name.
+    Rank 0 prints what is missing. Raises UserError where "dali" was requested by name.
     """
     if name not in ("auto", "dali") or not (missing := _missing_dali()):
         return "dali" if name == "auto" else name
     if name == "dali":
         raise UserError(f"run.loader: {missing}; or set run.loader=auto")
     if rank == 0:
-        print(f"run.loader: {missing}; the reference loader is taken", flush=True)
+        print(f"run.loader: {missing}; using the reference loader", flush=True)
     return "reference"
 
 
 def _missing_dali() -> str:
-    """Why DALI cannot be used and what to do; empty where it can."""
+    """Return why DALI cannot be used and what to do; empty where it can."""
     try:
         import harness.data.loaders.dali  # noqa: F401
-    except (ImportError, OSError) as error:  # OSError: a library of its that does not load
+    except (ImportError, OSError) as error:  # OSError: one of its libraries does not load
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("nvidia")
         why = "is not installed" if absent else f"cannot be imported ({str(error).splitlines()[0]})"
         return f"DALI {why}: pip install -e '.[dali]' (CUDA 12: '.[dali-cuda12]')"
@@ -37,14 +37,14 @@ def _missing_dali() -> str:
 
 
 def resolve_threads(threads: int | Literal["auto"], local_ranks: int) -> int:
-    """`run.loader_threads` with "auto" replaced: the cores of this machine, shared by its ranks."""
+    """Return `run.loader_threads`; "auto" shares the cores of this machine among its ranks."""
     return max(len(os.sched_getaffinity(0)) // local_ranks, 1) if threads == "auto" else threads
 
 
 def open_loader(
-    config: Config, feed: BatchPlan, name: str, threads: int, device_is_cuda: bool
+    config: Config, batch_plan: BatchPlan, name: str, threads: int, device_is_cuda: bool
 ) -> Loader:
-    """The loader `name` ("dali", "reference" or "memory") for `feed`; close it after use.
+    """Open the loader `name` ("dali", "reference" or "memory"); close it after use.
 
     `threads`: worker processes of "reference" (0 loads in this process), threads of "dali".
     """
@@ -52,9 +52,9 @@ def open_loader(
     from harness.data.loaders.reference import ReferenceLoader
 
     if name == "memory":
-        return MemoryLoader(config, feed, device_is_cuda)
+        return MemoryLoader(config, batch_plan, device_is_cuda)
     if name == "dali":
         from harness.data.loaders.dali import DaliLoader
 
-        return DaliLoader(config, feed, threads, device_is_cuda)
-    return ReferenceLoader(config, feed, threads, device_is_cuda)
+        return DaliLoader(config, batch_plan, threads, device_is_cuda)
+    return ReferenceLoader(config, batch_plan, threads, device_is_cuda)

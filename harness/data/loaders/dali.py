@@ -1,10 +1,10 @@
-"""Carries the sampling out by DALI, on CPU or GPU: the pipelines, and what they cannot do.
+"""The DALI loader, on CPU or GPU: its pipelines, and what it does where DALI cannot.
 
-DALI reads, decodes, resizes, crops and flips as it is told, and draws nothing itself; on a CPU
-PyTorch resizes, which takes a third of DALI's time and rounds as PIL does. A file that DALI cannot
-decode, or that it decodes to other pixels than PIL, goes to the reference renderer: the same files
-are refused, and the same images take their places, as with the reference loader. docs/dali.md
-says what was measured.
+DALI reads, decodes, resizes, crops and flips as the batch plan says, and draws nothing itself; on
+a CPU PyTorch resizes, which takes a third of DALI's time and rounds as PIL does. An image that
+DALI cannot decode, or decodes to other pixels than PIL, goes to the reference renderer: so the same
+images are refused, and the same images take their places, as with the reference loader.
+docs/dali.md reports what was measured.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import fields, replace
 from itertools import chain
-from typing import Any
+from typing import Generic
 
 import numpy as np
 import torch
@@ -23,89 +22,89 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
+from harness.compat import is_cuda_error
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.data.batch_plan import EVALUATION_BATCH, BatchPlan
 from harness.data.loaders.dali_tasks import Squares, SquaresOnCpu, Task, Windows, WindowsOnCpu
 from harness.data.loaders.prefetch import Prefetcher
-from harness.data.loaders.reference import Renderer, file_renderer
+from harness.data.render import Renderer
+from harness.data.sampling import EvalBatchSpec, Spec, TrainBatchSpec, part
 
-DEPTH = 2  # batches in the making
+DEPTH = 2  # batches in progress
 
 
-class _Run:
-    """A DALI pipeline over `requests`, each of at most `max_batch` images.
+class DaliLoader:
+    """`threads` C++ threads each for training and evaluation; no other process.
 
-    Iterates (request, images (B, 3, size, size), trusted (B,)). After a RuntimeError of DALI it is
-    invalid; `undone` are the requests that it took and did not answer.
+    On a GPU the batches are on the current device, else in this process' memory.
     """
 
-    def __init__(self, task: Task, requests: Iterator[Any], max_batch: int, depth: int) -> None:
-        self.requests, self.undone = requests, deque[Any]()
-        self._task = task
-        self._pipeline: Pipeline | None = Pipeline(
-            max_batch,
-            task.threads,
-            torch.cuda.current_device() if task.cuda else None,
-            prefetch_queue_depth=depth,
-        )
-        with self._pipeline:
-            dtype, ndim = [types.UINT8, *task.dtype], [1, *task.ndim]
-            inputs = fn.external_source(self._inputs, len(dtype), dtype=dtype, ndim=ndim)
-            self._pipeline.set_outputs(*task.graph(*inputs))
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor, NDArray[np.bool_]]]:
-        return self
-
-    def __next__(self) -> tuple[Any, Tensor, NDArray[np.bool_]]:
-        if self._pipeline is None:
-            raise StopIteration
-        self._pipeline.schedule_run()  # the first time, as often as it is deep
-        stream = torch.cuda.current_stream() if self._task.cuda else None
-        pixels, *about = self._pipeline.share_outputs(stream)
-        request = self.undone.popleft()
-        images = self._task.batch(request, pixels)
-        trusted = self._task.trusted(request, *(x.as_array() for x in about))
-        self._pipeline.release_outputs()
-        return request, images, trusted
-
-    def _inputs(self) -> tuple[NDArray, ...]:
-        request = next(self.requests)
-        self.undone.append(request)
-        return self._task.paths(request), *self._task.inputs(request)
-
-    def close(self) -> None:
-        """Ends its threads, once they have done what they are at."""
-        self._pipeline = None
-
-
-class _Batches(Iterator[Batch]):
-    """The batches of `requests`, in their order, DEPTH in the making."""
+    name = "dali"
 
     def __init__(
-        self, task: Task, renderer: Renderer, requests: Iterator[Any], max_batch: int
+        self, config: Config, batch_plan: BatchPlan, threads: int, device_is_cuda: bool
+    ) -> None:
+        how = config.data.crop, max(threads, 1), device_is_cuda
+        self._batch_plan, self._renderer = batch_plan, Renderer(config, batch_plan)
+        self._on_cpu = not device_is_cuda
+        windows, squares = (WindowsOnCpu, SquaresOnCpu) if self._on_cpu else (Windows, Squares)
+        self._windows: Task[TrainBatchSpec] = windows(batch_plan.train, *how)
+        self._squares: Task[EvalBatchSpec] = squares(batch_plan.val, *how)
+        self._training, self._evaluation = ExitStack(), ExitStack()  # what is open
+
+    def train(self, first_step: int) -> Iterator[Batch]:
+        self._training.close()
+        specs, images = self._batch_plan.training(first_step), self._batch_plan.micro_batch
+        batches = _Batches(self._windows, self._renderer, specs, images)
+        self._training.enter_context(closing(batches))
+        if self._on_cpu:  # PyTorch resizes the next batches while the run trains on this one
+            return self._training.enter_context(closing(Prefetcher(batches, pin=False)))
+        return batches
+
+    def evaluate(self) -> Iterator[Batch]:
+        self._evaluation.close()
+        specs = self._batch_plan.evaluation()
+        batches = _Batches(self._squares, self._renderer, specs, EVALUATION_BATCH)
+        return self._evaluation.enter_context(closing(batches))
+
+    def close(self) -> None:
+        self._training.close()
+        self._evaluation.close()
+        self._windows.close()
+        self._squares.close()
+
+
+class _Batches(Iterator[Batch], Generic[Spec]):
+    """The batches of `specs`, in order, DEPTH in progress."""
+
+    def __init__(
+        self, task: Task[Spec], renderer: Renderer, specs: Iterator[Spec], max_batch: int
     ) -> None:
         self._task, self._renderer, self._max_batch = task, renderer, max_batch
-        self._run = _Run(task, requests, max_batch, DEPTH)
+        self._run = _Run(task, specs, max_batch, DEPTH)
 
     def __next__(self) -> Batch:
         try:
-            request, images, trusted = next(self._run)
+            spec, images, trusted = next(self._run)
         except RuntimeError as error:
-            if "CUDA" in str(error):  # no fault of an image
+            if is_cuda_error(error):
                 raise
-            request, images, trusted = self._image_by_image()
-        batch = Batch(images, self._labels(request.ids), torch.from_numpy(request.ids), [])
-        return batch if trusted.all() else self._with_rendered(batch, request, trusted)
+            spec, images, trusted = self._image_by_image()
+        batch = Batch(images, self._labels(spec.ids), torch.from_numpy(spec.ids), [])
+        return batch if trusted.all() else self._with_rendered(batch, spec, trusted)
 
-    def _image_by_image(self) -> tuple[Any, Tensor, NDArray[np.bool_]]:
-        """The next request after an error. DALI says which image failed by its place alone, and
-        more may have: each is asked for by itself. Then a new pipeline goes on."""
+    def _image_by_image(self) -> tuple[Spec, Tensor, NDArray[np.bool_]]:
+        """Return the spec that failed and what DALI makes of each of its images alone.
+
+        DALI identifies the image that failed only by its place, and more may have failed. After
+        an error a pipeline is invalid, so a new one takes over what this one had not answered.
+        """
         broken, task = self._run, self._task
         broken.close()
-        request = broken.undone.popleft()
+        spec = broken.undone.popleft()
         images, trusted = [], []
-        left = deque(_part(request, place) for place in range(len(request.ids)))
+        left = deque(part(spec, place, place + 1) for place in range(len(spec.ids)))
         while left:
             run = _Run(task, iter(tuple(left)), 1, 1)
             try:
@@ -118,68 +117,70 @@ class _Batches(Iterator[Batch]):
                 images.append(torch.zeros(1, 3, task.size, task.size, dtype=torch.uint8))
                 trusted.append(False)
             run.close()
-        self._run = _Run(task, chain(broken.undone, broken.requests), self._max_batch, DEPTH)
+        self._run = _Run(task, chain(broken.undone, broken.specs), self._max_batch, DEPTH)
         device = "cuda" if task.cuda else "cpu"
         stacked = torch.cat([image.to(device) for image in images])
-        return request, stacked.contiguous(memory_format=torch.channels_last), np.array(trusted)
+        return spec, stacked.contiguous(memory_format=torch.channels_last), np.array(trusted)
 
-    def _with_rendered(self, batch: Batch, request: Any, trusted: NDArray[np.bool_]) -> Batch:
-        """`batch`, what is not to be trusted taken from the reference renderer."""
+    def _with_rendered(self, batch: Batch, spec: Spec, trusted: NDArray[np.bool_]) -> Batch:
+        """Return `batch` with the reference renderer's images where DALI's are not trusted."""
         images, ids, replaced = batch.images.clone(), batch.ids.clone(), list(batch.replaced)
         for place in np.flatnonzero(~trusted).tolist():
-            rendered = self._renderer(_part(request, place))
+            rendered = self._renderer(part(spec, place, place + 1))
             images[place] = rendered.images[0]
             ids[place] = rendered.ids[0]
             replaced += rendered.replaced
         return Batch(images, self._labels(ids.numpy()), ids, replaced)
 
     def _labels(self, ids: NDArray[np.int64]) -> Tensor:
-        labels = torch.from_numpy(self._task.index.labels[ids])
+        labels = torch.from_numpy(self._task.source.labels[ids])
         return labels.pin_memory() if self._task.cuda else labels
 
     def close(self) -> None:
         self._run.close()
 
 
-class DaliLoader:
-    """`threads` C++ threads each for training and evaluation; no process besides this one.
+class _Run(Generic[Spec]):
+    """A DALI pipeline over `specs`, each of at most `max_batch` images.
 
-    On a GPU the batches are on the current device, else in this process' memory.
+    Iterates (spec, images (B, 3, size, size), trusted (B,)). After a RuntimeError of DALI it is
+    invalid; `undone` holds the specs that it took and did not answer.
     """
 
-    name = "dali"
+    def __init__(self, task: Task[Spec], specs: Iterator[Spec], max_batch: int, depth: int) -> None:
+        self.specs, self.undone = specs, deque[Spec]()
+        self._task = task
+        self._pipeline: Pipeline | None = Pipeline(
+            max_batch,
+            task.threads,
+            torch.cuda.current_device() if task.cuda else None,
+            prefetch_queue_depth=depth,
+        )
+        with self._pipeline:
+            dtype, ndim = [types.UINT8, *task.dtype], [1, *task.ndim]
+            inputs = fn.external_source(self._inputs, len(dtype), dtype=dtype, ndim=ndim)
+            self._pipeline.set_outputs(*task.graph(*inputs))
 
-    def __init__(self, config: Config, feed: BatchPlan, threads: int, device_is_cuda: bool) -> None:
-        how = config.data.crop, max(threads, 1), device_is_cuda
-        self._feed, self._renderer = feed, file_renderer(config, feed)
-        windows, squares = (Windows, Squares) if device_is_cuda else (WindowsOnCpu, SquaresOnCpu)
-        self._windows, self._squares = windows(feed.train, *how), squares(feed.val, *how)
-        self._training, self._evaluation = ExitStack(), ExitStack()  # what is open
+    def __iter__(self) -> Iterator[tuple[Spec, Tensor, NDArray[np.bool_]]]:
+        return self
 
-    def train(self, first_step: int) -> Iterator[Batch]:
-        self._training.close()
-        requests, images = self._feed.training(first_step), self._feed.micro_batch
-        batches: Any = _Batches(self._windows, self._renderer, requests, images)
-        self._training.enter_context(closing(batches))
-        if isinstance(self._windows, WindowsOnCpu):  # resized while others are trained on
-            batches = self._training.enter_context(closing(Prefetcher(batches, pin=False)))
-        return batches
+    def __next__(self) -> tuple[Spec, Tensor, NDArray[np.bool_]]:
+        if self._pipeline is None:
+            raise StopIteration
+        self._pipeline.schedule_run()  # the first call schedules as many batches as it is deep
+        stream = torch.cuda.current_stream() if self._task.cuda else None
+        pixels, *about = self._pipeline.share_outputs(stream)
+        spec = self.undone.popleft()
+        images = self._task.batch(spec, pixels)
+        trusted = self._task.trusted(spec, *(x.as_array() for x in about))
+        self._pipeline.release_outputs()
+        return spec, images, trusted
 
-    def evaluate(self) -> Iterator[Batch]:
-        self._evaluation.close()
-        requests = self._feed.evaluation()
-        batches = _Batches(self._squares, self._renderer, requests, EVALUATION_BATCH)
-        return self._evaluation.enter_context(closing(batches))
+    def _inputs(self) -> tuple[NDArray | list[NDArray], ...]:
+        spec = next(self.specs)
+        self.undone.append(spec)
+        return self._task.files(spec.ids), *self._task.inputs(spec)
 
     def close(self) -> None:
-        self._training.close()
-        self._evaluation.close()
-        self._windows.close()
-        self._squares.close()
-
-
-def _part(request: Any, place: int) -> Any:
-    """The request for the one image at `place`."""
-    arrays = {f.name: getattr(request, f.name) for f in fields(request)}
-    one = {name: x[place : place + 1] for name, x in arrays.items() if isinstance(x, np.ndarray)}
-    return replace(request, **one)
+        """End its threads, once they have finished their current work."""
+        self._pipeline = None

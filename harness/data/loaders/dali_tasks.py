@@ -1,25 +1,26 @@
-"""What DALI is to do with the images of a batch: its graphs for training and evaluation."""
+"""DALI's graphs for training and evaluation, and which of their results can be trusted."""
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Generic
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 from torch.nn import functional
 
-from harness.data.sampling import EvalBatchSpec, TrainBatchSpec
-from harness.data.sources.folder import Index
+from harness.data.sampling import EvalBatchSpec, Spec, TrainBatchSpec
+from harness.data.sources.source import ImageSource
+from harness.errors import UserError
 
-# What the JPEG engine of a GPU, where there is one, takes of the images that it can decode: all.
-# With less an image's decoder, and so its pixels, would depend on the batch that it comes in.
+# The share of the images that a GPU's JPEG engine, where there is one, decodes if it can: all. With
+# less, an image's decoder, and so its pixels, would depend on the batch that contains it.
 HARDWARE_LOAD = 1.0
 DEVICE_PADDING, HOST_PADDING = 16 * 2**20, 8 * 2**20  # bytes a thread; more where an image needs it
 
@@ -28,46 +29,59 @@ PNG_START, PNG_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24
 HEAD = PNG_DEPTH_AT + 1  # bytes
 
 
-class Task(ABC):
-    """What a pipeline does with the images of `index`: makes `size` x `size` pixels of each."""
+NO_IMAGE = np.zeros(1, dtype=np.uint8)  # DALI refuses it, so that the reference renderer reads it
 
-    dtype: list[Any]  # of the inputs, besides the paths
+
+class Task(ABC, Generic[Spec]):
+    """What a pipeline does with the images of `source`: makes `size` x `size` pixels of each."""
+
+    dtype: list[types.DALIDataType]  # of the inputs besides the files
     ndim: list[int]
 
-    def __init__(self, index: Index, size: int, threads: int, cuda: bool) -> None:
-        self.index, self.size, self.threads, self.cuda = index, size, threads, cuda
-        folders = [os.fsencode(folder) + b"/" for folder in index.folders]
-        self._folders = np.array(folders)
+    def __init__(self, source: ImageSource, size: int, threads: int, cuda: bool) -> None:
+        self.source, self.size, self.threads, self.cuda = source, size, threads, cuda
+        self._has_paths = source.paths(np.arange(0)) is not None
+        self._pool = ThreadPoolExecutor(threads, "dali")
 
     @abstractmethod
-    def inputs(self, request: Any) -> tuple[NDArray, ...]:
-        """What the graph is told besides the paths, each (B, …)."""
+    def inputs(self, spec: Spec) -> tuple[NDArray, ...]:
+        """Return the inputs of the graph besides the files, each (B, …)."""
 
     @abstractmethod
     def images(
         self, files: DataNode, size: DataNode, inputs: list[DataNode], decoder: dict
     ) -> DataNode:
-        """The graph from the files' bytes to uint8 images; `size`: height and width of each."""
+        """Build the graph from encoded bytes to uint8 images; `size`: height and width of each."""
 
-    def batch(self, request: Any, images: Any) -> Tensor:
-        """What the graph gave as (B, 3, size, size)."""
-        # DALI's own memory: DALI does not use it again before this tensor is gone
+    def batch(self, spec: Spec, images: TensorListCPU | TensorListGPU) -> Tensor:
+        """Return the graph's images as (B, 3, size, size)."""
+        # DALI's own memory, which DALI does not use again while this tensor exists
         batch = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-        # PyTorch's memory on a GPU, as only that knows of PyTorch's streams
+        # on a GPU PyTorch's memory, because only that respects PyTorch's streams
         return batch.clone() if self.cuda else batch
 
-    def close(self) -> None:  # noqa: B027 (nothing to end, unless it has threads)
-        """Ends its threads, if it has any."""
+    def close(self) -> None:
+        """End its threads."""
+        self._pool.shutdown()
 
-    def paths(self, request: Any) -> NDArray[np.uint8]:
-        """(B, bytes), zeros behind the shorter ones."""
-        names = self._folders[self.index.labels[request.ids]]
-        paths = np.char.add(names, self.index.names[request.ids])
-        return paths.view(np.uint8).reshape(len(paths), -1)
+    def files(self, ids: NDArray[np.int64]) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
+        """Return the paths of the images, (B, bytes) with trailing zeros, or else their contents.
 
-    def graph(self, paths: DataNode, *inputs: DataNode) -> tuple[DataNode, ...]:
-        """Images, and what `trusted` wants to know of the files."""
-        decoder: dict[str, Any] = {
+        DALI reads files by itself. Contents are read here, by several threads.
+        """
+        if (paths := self.source.paths(ids)) is not None:
+            return paths.view(np.uint8).reshape(len(paths), -1)
+        return list(self._pool.map(self._content, ids.tolist()))
+
+    def _content(self, image_id: int) -> NDArray[np.uint8]:
+        try:
+            return np.frombuffer(self.source.read(image_id) or bytes(1), np.uint8)
+        except (OSError, UserError):  # the renderer raises it again when it is this image's turn
+            return NO_IMAGE
+
+    def graph(self, files: DataNode, *inputs: DataNode) -> tuple[DataNode, ...]:
+        """Build the graph: images, and what `trusted` has to know about the files."""
+        decoder: dict[str, object] = {
             "device": "mixed" if self.cuda else "cpu",
             "adjust_orientation": False,
         }
@@ -78,12 +92,13 @@ class Task(ABC):
                 "device_memory_padding": DEVICE_PADDING,
                 "host_memory_padding": HOST_PADDING,
             }
-        files = fn.io.file.read(paths)
-        # of the file, not as RGB: a CMYK image has 4 channels
+        if self._has_paths:
+            files = fn.io.file.read(files)
+        # as stored, not as RGB: a CMYK image has 4 channels
         shape = fn.peek_image_shape(
             files, dtype=types.INT32, adjust_orientation=False, image_type=types.ANY_DATA
         )
-        ends: dict[str, Any] = {"axes": [0], "out_of_bounds_policy": "pad"}
+        ends: dict[str, object] = {"axes": [0], "out_of_bounds_policy": "pad"}
         return (
             self.images(files, shape[:2], list(inputs), decoder),
             fn.slice(files, 0, HEAD, **ends),
@@ -92,29 +107,29 @@ class Task(ABC):
         )
 
     def trusted(
-        self, request: Any, head: NDArray[np.uint8], tail: NDArray[np.uint8], shape: NDArray
+        self, spec: Spec, head: NDArray[np.uint8], tail: NDArray[np.uint8], shape: NDArray
     ) -> NDArray[np.bool_]:
-        """(B,): whole 8-bit JPEGs, other than CMYK, and PNGs of the indexed size.
+        """Return which images, (B,), are whole JPEGs other than CMYK, or PNGs of at most 8 bits.
 
-        DALI decodes a truncated JPEG where the window lies above the cut, 16-bit PNGs with another
-        rounding, CMYK without Adobe's marker as the negative of what PIL makes of it, and other
-        formats, all of which the reference loader does not.
+        Images of another size than recorded are not trusted either. DALI decodes a truncated JPEG
+        where the window lies above the cut, 16-bit PNGs with another rounding, CMYK without
+        Adobe's marker as the negative of PIL's result, and other formats; the reference loader
+        does none of this.
         """
         whole_jpeg = _equals(head, JPEG_START) & _equals(tail, JPEG_END) & (shape[:, 2] != 4)
         png = _equals(head, PNG_START) & (head[:, PNG_DEPTH_AT] <= 8)
-        index, ids = self.index, request.ids
-        as_indexed = (shape[:, 0] == index.heights[ids]) & (shape[:, 1] == index.widths[ids])
-        return (whole_jpeg | png) & as_indexed
+        heights, widths = self.source.heights[spec.ids], self.source.widths[spec.ids]
+        return (whole_jpeg | png) & (shape[:, 0] == heights) & (shape[:, 1] == widths)
 
 
-class Windows(Task):
-    """Training: decodes a window, resizes it, flips it."""
+class Windows(Task[TrainBatchSpec]):
+    """Training: decode a window, resize it, flip it."""
 
     dtype, ndim = [types.INT32, types.INT32, types.INT32], [1, 1, 0]
 
-    def inputs(self, request: TrainBatchSpec) -> tuple[NDArray, ...]:
-        corners = np.stack([request.top, request.left], 1)
-        return corners, np.stack([request.height, request.width], 1), request.flip.astype(np.int32)
+    def inputs(self, spec: TrainBatchSpec) -> tuple[NDArray, ...]:
+        corners = np.stack([spec.top, spec.left], 1)
+        return corners, np.stack([spec.height, spec.width], 1), spec.flip.astype(np.int32)
 
     def images(
         self, files: DataNode, size: DataNode, inputs: list[DataNode], decoder: dict
@@ -124,16 +139,16 @@ class Windows(Task):
         return fn.flip(fn.resize(images, size=[self.size, self.size]), horizontal=flip)
 
 
-class Squares(Task):
-    """Evaluation: the square that is wanted of the resized image, and only what it is made of."""
+class Squares(Task[EvalBatchSpec]):
+    """Evaluation: decode only the part of the image from which the resized square is made."""
 
     dtype, ndim = [types.INT32, types.INT32, types.FLOAT, types.FLOAT], [1, 1, 1, 1]
 
-    def inputs(self, request: EvalBatchSpec) -> tuple[NDArray, ...]:
-        """The window to decode, and where within it the square begins and ends."""
-        sizes = np.stack([self.index.heights[request.ids], self.index.widths[request.ids]], 1)
-        scale = sizes / np.stack([request.resized_height, request.resized_width], 1)
-        start = np.stack([request.top, request.left], 1) * scale
+    def inputs(self, spec: EvalBatchSpec) -> tuple[NDArray, ...]:
+        """Return the window to decode, and where within it the square begins and ends."""
+        sizes = np.stack([self.source.heights[spec.ids], self.source.widths[spec.ids]], 1)
+        scale = sizes / np.stack([spec.resized_height, spec.resized_width], 1)
+        start = np.stack([spec.top, spec.left], 1) * scale
         end = start + self.size * scale
         reach = np.maximum(scale, 1) + 1  # of the antialiasing filter
         first = np.maximum(np.floor(start - reach), 0)
@@ -150,38 +165,31 @@ class Squares(Task):
         return fn.resize(images, size=[self.size, self.size], roi_start=start, roi_end=end)
 
 
-class OnCpu(Task):
+class OnCpu(Task[Spec]):
     """DALI decodes; PyTorch resizes, faster than DALI and as PIL does, in threads of its own."""
 
-    def __init__(self, index: Index, size: int, threads: int, cuda: bool) -> None:
-        super().__init__(index, size, threads, cuda)
-        self._threads = ThreadPoolExecutor(threads, "resize")
-
     @abstractmethod
-    def pixels(self, request: Any, place: int, image: Tensor) -> NDArray[np.uint8]:
-        """What the image at `place`, decoded (height, width, 3), becomes: (size, size, 3)."""
+    def pixels(self, spec: Spec, place: int, image: Tensor) -> NDArray[np.uint8]:
+        """Return what becomes of the image at `place`: (height, width, 3) -> (size, size, 3)."""
 
-    def batch(self, request: Any, images: Any) -> Tensor:
-        batch = np.empty((len(request.ids), self.size, self.size, 3), dtype=np.uint8)
+    def batch(self, spec: Spec, images: TensorListCPU | TensorListGPU) -> Tensor:
+        """Return the images as (B, 3, size, size)."""
+        batch = np.empty((len(spec.ids), self.size, self.size, 3), dtype=np.uint8)
 
         def fill(place: int) -> None:
-            batch[place] = self.pixels(request, place, torch.from_dlpack(images[place]))
+            batch[place] = self.pixels(spec, place, torch.from_dlpack(images[place]))
 
-        list(self._threads.map(fill, range(len(batch))))
+        list(self._pool.map(fill, range(len(batch))))
         return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
-    def close(self) -> None:
-        """Ends its threads."""
-        self._threads.shutdown()
 
-
-class WindowsOnCpu(OnCpu, Windows):
+class WindowsOnCpu(OnCpu[TrainBatchSpec], Windows):
     """Training: DALI decodes a window; PyTorch resizes it and flips it."""
 
     dtype, ndim = [types.INT32, types.INT32], [1, 1]
 
-    def inputs(self, request: TrainBatchSpec) -> tuple[NDArray, ...]:
-        return super().inputs(request)[:2]
+    def inputs(self, spec: TrainBatchSpec) -> tuple[NDArray, ...]:
+        return super().inputs(spec)[:2]
 
     def images(
         self, files: DataNode, size: DataNode, inputs: list[DataNode], decoder: dict
@@ -189,18 +197,18 @@ class WindowsOnCpu(OnCpu, Windows):
         corner, shape = inputs
         return _window(files, size, corner, shape, decoder)
 
-    def pixels(self, request: TrainBatchSpec, place: int, image: Tensor) -> NDArray[np.uint8]:
+    def pixels(self, spec: TrainBatchSpec, place: int, image: Tensor) -> NDArray[np.uint8]:
         resized = _resized(image, self.size, self.size)
         # by numpy: PyTorch would copy with threads of its own
-        return resized[:, ::-1] if request.flip[place] else resized
+        return resized[:, ::-1] if spec.flip[place] else resized
 
 
-class SquaresOnCpu(OnCpu):
+class SquaresOnCpu(OnCpu[EvalBatchSpec]):
     """Evaluation: DALI decodes the image; PyTorch resizes it, and the square is cut out."""
 
     dtype, ndim = [], []
 
-    def inputs(self, request: EvalBatchSpec) -> tuple[NDArray, ...]:
+    def inputs(self, spec: EvalBatchSpec) -> tuple[NDArray, ...]:
         return ()
 
     def images(
@@ -208,30 +216,30 @@ class SquaresOnCpu(OnCpu):
     ) -> DataNode:
         return _window(files, size, 0 * size, size, decoder)
 
-    def pixels(self, request: EvalBatchSpec, place: int, image: Tensor) -> NDArray[np.uint8]:
-        height, width = int(request.resized_height[place]), int(request.resized_width[place])
-        top, left = int(request.top[place]), int(request.left[place])
+    def pixels(self, spec: EvalBatchSpec, place: int, image: Tensor) -> NDArray[np.uint8]:
+        height, width = int(spec.resized_height[place]), int(spec.resized_width[place])
+        top, left = int(spec.top[place]), int(spec.left[place])
         return _resized(image, height, width)[top : top + self.size, left : left + self.size]
 
 
 def _window(
     files: DataNode, size: DataNode, corner: DataNode, shape: DataNode, decoder: dict
 ) -> DataNode:
-    """Decodes a window of each file, once the `size` of all of them could be read.
+    """Decode a window of each file, after the `size` of all of them was read.
 
-    A header that the decoder cannot read makes it crash the process, now and then (segmentation
-    fault in DALI 2.4.0), as it does not wait for its threads; reading the sizes first raises.
+    A header that the decoder cannot read makes it crash the process now and then (a segmentation
+    fault in DALI 2.4.0), because it does not wait for its threads; reading the sizes first raises.
     """
     return fn.decoders.image_slice(files, corner + 0 * size, shape, axes=[0, 1], **decoder)
 
 
 def _resized(image: Tensor, height: int, width: int) -> NDArray[np.uint8]:
-    """uint8 (H, W, 3) -> (height, width, 3), bilinear, antialiased, rounded as by PIL."""
+    """Resize uint8 (H, W, 3) to (height, width, 3): bilinear, antialiased, rounded as by PIL."""
     planes = image.permute(2, 0, 1)[None]
     resized = functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
 def _equals(rows: NDArray[np.uint8], text: bytes) -> NDArray[np.bool_]:
-    """(B,): which of `rows` (B, bytes) begin with `text`."""
+    """Return which of `rows` (B, bytes) begin with `text`: (B,)."""
     return (rows[:, : len(text)] == np.frombuffer(text, np.uint8)).all(1)

@@ -1,4 +1,4 @@
-"""Batches prepared ahead by a background thread."""
+"""Prefetch batches in a background thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from harness.data.batch import Batch
 
 DEPTH = 4  # batches that wait at most
-POLL_S = 0.1  # how soon the thread notices that it is to end
+POLL_S = 0.1  # how soon the thread notices that it is closed
 
 
 class Prefetcher(Iterator[Batch]):
@@ -22,18 +22,18 @@ class Prefetcher(Iterator[Batch]):
         self._batches, self._pin = batches, pin
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(DEPTH)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="batches ahead", daemon=True)
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._thread.start()
 
     def __next__(self) -> Batch:
         item = self._queue.get()
         if isinstance(item, BaseException):
-            self._queue.put(item)  # nothing else comes: whoever asks again gets it again
+            self._queue.put(item)  # nothing else follows: later calls raise it again
             raise item
         return item
 
     def close(self) -> None:
-        """Ends the thread and the iteration; batches that wait are dropped."""
+        """End the thread and the iteration; drop the batches that wait."""
         self._closed.set()
         self._thread.join()
         while not self._queue.empty():

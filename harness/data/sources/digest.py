@@ -1,4 +1,4 @@
-"""What tells one data set from another: a digest of each class, and the first difference."""
+"""Digests that identify a data set, one a class, and the first difference of two data sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNLABELLED_KEY = "unlabelled/"
 
 
 def positions_by_class(labels: NDArray[np.int64], classes: int) -> list[NDArray[np.int64]]:
-    """The positions of each class's images, ascending; last those of the label -1."""
+    """Return the positions of each class's images, ascending; last those of the label -1."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], np.arange(-1, classes + 1))
     unlabelled, *labelled = (order[a:b] for a, b in pairwise(starts))
@@ -29,7 +29,7 @@ def digests_by_class(
     widths: NDArray[np.int32],
     heights: NDArray[np.int32],
 ) -> dict[str, str]:
-    """Class -> SHA-256 (hex) over the names, widths and heights of its images, in their order.
+    """Return class -> SHA-256 (hex) over its images' names, widths and heights, in their order.
 
     `names`, `labels`, `widths` and `heights` are (N,). Images of the label -1 come last, under
     UNLABELLED_KEY. Does not depend on the byte order or on how wide the array of names is.
@@ -48,7 +48,7 @@ def digests_by_class(
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """SHA-256 (hex) over the classes, in their order, and their digests."""
+    """Return the SHA-256 (hex) over the classes, in their order, and their digests."""
     digest = hashlib.sha256()
     for name, of_class in digests.items():
         digest.update(os.fsencode(name) + b"\0" + bytes.fromhex(of_class))
@@ -87,7 +87,7 @@ def _images_of(name: str) -> str:
 def first_differing_file(
     ours: Mapping[str, Sequence[int]], theirs: Mapping[str, Sequence[int]], us: str, them: str
 ) -> str | None:
-    """Describe the first file, by name, that two results of Index.sizes_of differ in."""
+    """Describe the first file, by name, in which two results of ImageSource.sizes_of differ."""
     for name in sorted({*ours, *theirs}):
         if name not in theirs or name not in ours:
             return f"{name} is only in {us if name in ours else them}"

@@ -28,13 +28,13 @@ BRANDS |= dict.fromkeys((b"avif", b"avis"), "AVIF")
 
 
 def image_format(file: Path) -> str:
-    """Such as JPEG or WebP; "" where it is no image that is known. Raises OSError."""
+    """Return a name such as JPEG or WebP; "" for anything unknown. Raises OSError."""
     with open(file, "rb") as stream:
         return format_of(stream.read(16))
 
 
 def format_of(head: bytes) -> str:
-    """As `image_format`, of the first 16 bytes of a file."""
+    """Return the same as `image_format`, from the first 16 bytes of a file."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP"
     if head[4:8] == b"ftyp":

@@ -1,4 +1,4 @@
-"""Where an index is kept, and the lock that lets one process scan while others wait."""
+"""Where the listing of a folder is kept, and the lock under which one process scans it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def cache_places(folder: Path) -> list[Path]:
-    """Where the index of `folder` may be kept: beside it, else in the user's cache folder."""
+    """Return where the listing may be kept: beside the folder, else in the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return [
@@ -22,7 +22,7 @@ def cache_places(folder: Path) -> list[Path]:
 
 @contextmanager
 def lock_first(places: Sequence[Path]) -> Iterator[Path | None]:
-    """Holds the lock of the first place that can be written; None where none can be."""
+    """Lock and yield the first place that can be written; yield None where none can be."""
     for place in places:
         try:
             if place is not places[0]:

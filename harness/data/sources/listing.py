@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
@@ -16,7 +16,10 @@ NO_CLASSES += ("System Volume Information", "__pycache__")
 
 
 def class_folders(folder: Path) -> dict[str, int]:
-    """Class name -> time of the last change of its folder in ns, sorted by name."""
+    """Return class name -> time of the last change of its folder in ns, sorted by name.
+
+    Raises UserError where there is no folder, no class, or two classes that look alike.
+    """
     try:
         with os.scandir(folder) as entries:
             found = {
@@ -42,12 +45,12 @@ def class_folders(folder: Path) -> dict[str, int]:
 
 
 def is_class_name(name: str) -> bool:
-    """Whether a folder of this name in a split is a class: neither hidden nor the system's."""
+    """Return whether a folder of this name in a split is a class: not hidden, not the system's."""
     return not name.startswith(".") and name not in NO_CLASSES
 
 
 def equal_but_for_form(names: Iterable[str]) -> list[list[str]]:
-    """Names that are the same text in different Unicode forms, such as é as one or two points."""
+    """Group names that are one text in several Unicode forms, such as é as one or two points."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(unicodedata.normalize("NFC", name), []).append(name)
@@ -55,7 +58,7 @@ def equal_but_for_form(names: Iterable[str]) -> list[list[str]]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """The images that lie in `folder` itself, sorted by their names."""
+    """Return the names of the images directly in `folder`, sorted."""
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -67,3 +70,8 @@ def image_names(folder: Path) -> list[str]:
             )
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; make it readable") from None
+
+
+def first_three(names: Sequence[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,75 @@
+"""Data formats by name: folders, and those of installed packages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import numpy as np
+
+from harness.config.errors import ConfigError
+from harness.config.schema import RunConfig
+from harness.data.sources.folder import open_folder
+from harness.data.sources.source import ImageSource
+from harness.errors import UserError
+
+# A package adds a format by an entry point of this group. Its name is that of the format, and its
+# object is called with data_root and "train", "val" or "unlabelled".
+ENTRY_POINTS = "harness.data_formats"
+
+OpenSplit = Callable[[Path, str], ImageSource]
+
+
+def open_source(run: RunConfig, split: str) -> ImageSource:
+    """Return the images of a split ("train", "val", "unlabelled") below `run.data_root`.
+
+    Raises ConfigError for an unknown `run.data_format`, and UserError where there are no such
+    images or the format's package does not work.
+    """
+    open_split = data_format(run.data_format)
+    try:
+        images = open_split(Path(run.data_root), split)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or run.data_root}: {error.strerror or error}; check run.data_root"
+        ) from None
+    if problem := _problem(images):
+        raise UserError(f"run.data_format: {run.data_format}: {split}: {problem}; fix its package")
+    return images
+
+
+def data_format(name: str) -> OpenSplit:
+    """Return the function that opens a split of the format `name`. Raises as `open_source`."""
+    if name == "folder":
+        return open_folder
+    added = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name not in added:
+        nearest = difflib.get_close_matches(name, ["folder", *added], n=1, cutoff=0.0)[0]
+        raise ConfigError(f"run.data_format: no format {name!r}; did you mean {nearest!r}?")
+    try:
+        return added[name].load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"run.data_format: {name}: {added[name].value} cannot be imported ({error}); "
+            "repair its package"
+        ) from error
+
+
+def _problem(images: ImageSource) -> str:
+    """Return which attribute contradicts the description of ImageSource; empty for none."""
+    if not isinstance(images, ImageSource):
+        return f"expected an ImageSource, found {type(images).__name__}"
+    kinds: dict[str, type[np.generic]]
+    kinds = {"names": np.bytes_, "labels": np.int64, "widths": np.int32, "heights": np.int32}
+    for name, kind in kinds.items():
+        column = getattr(images, name)
+        if not isinstance(column, np.ndarray):
+            return f"{name}: expected an array, found {type(column).__name__}"
+        if column.shape != (len(images),) or not np.issubdtype(column.dtype, kind):
+            expected = f"{kind.__name__} ({len(images)},)"
+            return f"{name}: expected {expected}, found {column.dtype.name} {column.shape}"
+    if len(images) and not -1 <= images.labels.min() <= images.labels.max() < len(images.classes):
+        return f"labels: expected -1 to {len(images.classes) - 1}, the positions in classes"
+    return ""
