@@ -16,7 +16,7 @@ from harness.data.batch_plan import BatchPlan
 from harness.data.decode import decode
 from harness.data.loaders.choice import open_loader
 from harness.data.sampling import TrainBatchSpec
-from harness.data.sources.folder import open_folder
+from harness.data.sources.registry import open_source
 
 
 @contextmanager
@@ -28,7 +28,8 @@ def loader_of(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Loader]:
-    train, val = open_folder(root, "train"), open_folder(root, "val")
+    run = config.run.model_copy(update={"data_root": str(root)})
+    train, val = open_source(run, "train"), open_source(run, "val")
     feed = BatchPlan(config, train, val, rank, world_size, micro_batch=4, channels_last=True)
     loader = open_loader(config, feed, name, threads, device_is_cuda=False)
     try:
