@@ -1,5 +1,6 @@
 """harness/compat.py: fails where a dependency changes what it reads."""
 
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 from harness import compat
 
@@ -102,3 +104,50 @@ def test_gloo_begins_its_messages_with_its_source_file(tmp_path):
         receiving.wait()
     lost = compat.describe_peer_loss(failed.value)
     assert "onnection closed by peer" in lost and "\n" not in lost
+
+
+class Stubborn(Dataset):
+    """Its workers ignore SIGTERM, and take a minute over their second item."""
+
+    def __getitem__(self, item):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60 * item)
+        return item
+
+    def __len__(self):
+        return 2
+
+
+def test_busy_workers_of_a_dataloader_are_killed(monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    loader = DataLoader(
+        Stubborn(), num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    next(iter(loader))
+    (process,) = loader._iterator._workers
+    assert process.is_alive()
+    compat.kill_workers(loader)
+    process.join(5)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_dataloader_without_workers_has_none_to_kill():
+    loader = DataLoader(Stubborn())
+    next(iter(loader))
+    compat.kill_workers(loader)
+
+
+def test_dali_mentions_cuda_where_no_image_is_at_fault():
+    pytest.importorskip("nvidia.dali")
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import Pipeline
+
+    pipeline = Pipeline(1, 1, device_id=0)
+    with pipeline:
+        pipeline.set_outputs(fn.zeros(device="gpu"))
+    with pytest.raises(RuntimeError) as raised:
+        pipeline.build()
+    assert compat.is_cuda_error(raised.value)
+    assert not compat.is_cuda_error(RuntimeError("Error in decoders__ImageSlice: truncated"))

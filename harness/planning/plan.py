@@ -13,6 +13,7 @@ from torch import nn
 from harness.compat import BatchNorm
 from harness.config.schema import NO_EXPECTATION, Config, ExpectConfig
 from harness.config.stages import Stage
+from harness.data.sources.registry import data_format
 from harness.errors import UserError
 from harness.models.registry import build_model, build_without_weights, check_model
 from harness.planning.lr_plot import COLUMNS, draw_lr
@@ -43,6 +44,7 @@ def make_plan(
     """
     for stage_config in (*(stage.config for stage in teachers), config):
         check_model(stage_config)
+        data_format(stage_config.run.data_format)  # refuses an unknown one
     for step in lr_at_steps:
         if not 0 <= step < config.total_steps:
             last = config.total_steps - 1

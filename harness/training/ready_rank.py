@@ -13,8 +13,8 @@ from torch import nn
 from harness.config.schema import Config
 from harness.data.batch import Loader
 from harness.data.batch_plan import BatchPlan
-from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
 from harness.data.dataset import open_dataset
+from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
 from harness.distillation.logit_cache import crop_epochs, open_teacher
 from harness.distillation.teacher import AnyTeacher
 from harness.distributed import World, idle_gpus, world_from_environment

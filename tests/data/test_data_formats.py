@@ -197,6 +197,14 @@ def test_a_whole_run_is_equal_resumes_and_refuses_other_data(
     assert "was trained on other data: the images of class 3 differ" in capsys.readouterr().err
 
 
+def test_plan_knows_the_formats(
+    small: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(small()), "run.data_format=tar"]) == 0
+    assert main(["plan", str(small()), "run.data_format=tra"]) == 2
+    assert "no format 'tra'; did you mean 'tar'?" in capsys.readouterr().err
+
+
 def test_mistakes_in_the_format_are_one_line(
     root: Path, make_config: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
