@@ -7,10 +7,7 @@ import json
 from pathlib import Path
 
 from harness.commands.parsing import Subparsers
-from harness.errors import (
-    FAILED,
-    FINISHED,
-)
+from harness.errors import FAILED, FINISHED
 
 
 def add(commands: Subparsers) -> None:
@@ -21,7 +18,7 @@ def add(commands: Subparsers) -> None:
     )
     digits = kinds.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
     digits.add_argument(
-        "--labelled", type=float, default=1.0, metavar="SHARE", help="rest: unlabelled/"
+        "--labelled", type=float, default=1.0, metavar="SHARE", help="the rest goes to unlabelled/"
     )
     cifar10 = kinds.add_parser("cifar10", help="downloaded by torchvision, or from an archive")
     cifar10.add_argument("--archive", type=Path, metavar="FILE")
@@ -29,9 +26,13 @@ def add(commands: Subparsers) -> None:
     imagenet.add_argument("--archives", type=Path, required=True, metavar="DIR")
     imported = kinds.add_parser("import", help="from another layout (tiny-imagenet, Kaggle, …)")
     imported.add_argument("source", type=Path, metavar="SOURCE")
-    imported.add_argument("--val", type=float, metavar="SHARE", help="hold out, if it has no val")
-    check = kinds.add_parser("check", help="find what training refuses, leaves out or trips over")
-    check.add_argument("--json", action="store_true", help="lists all, not the first 20 of a kind")
+    imported.add_argument(
+        "--val", type=float, metavar="SHARE", help="share to hold out, if there is no val"
+    )
+    check = kinds.add_parser("check", help="find what training refuses, skips or fails on")
+    check.add_argument(
+        "--json", action="store_true", help="list all findings, not only the first 20 of each kind"
+    )
     for kind in (digits, cifar10, imagenet, imported, check):
         kind.add_argument("folder", type=Path, metavar="DIR")
     data.set_defaults(command=run)

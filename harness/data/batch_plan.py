@@ -18,7 +18,7 @@ DRAWN_AT_ONCE = 8192  # images whose windows are drawn together: 0.17 µs an ima
 
 
 class BatchPlan:
-    """What a rank's loader is to produce, in order: a pure function of its arguments.
+    """The images, windows and flips of a rank, in order: a pure function of the arguments.
 
     `share` is (workers of this rank) / k; `micro_batches` holds the workers of each micro-batch.
     After `crop_epochs` the crops of the first epoch are repeated; the order of the images is not.
@@ -50,16 +50,9 @@ class BatchPlan:
     def with_val_images(self, images: int) -> BatchPlan:
         """Return this plan for the first `images` validation images only."""
         data = self.config.data.model_copy(update={"val_images": images})
-        return BatchPlan(
-            self.config.model_copy(update={"data": data}),
-            self.train,
-            self.val.first(images),
-            self._rank,
-            self._world_size,
-            self.micro_batch,
-            self._channels_last,
-            self._crop_epochs,
-        )
+        config, val = self.config.model_copy(update={"data": data}), self.val.first(images)
+        layout = self._rank, self._world_size, self.micro_batch, self._channels_last
+        return BatchPlan(config, self.train, val, *layout, self._crop_epochs)
 
     def use_micro_batch(self, images: int) -> None:
         """Set the images of a micro-batch, at most all of the rank's, for training from here on."""

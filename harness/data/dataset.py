@@ -7,7 +7,8 @@ import io
 import numpy as np
 
 from harness.config.schema import Config
-from harness.data.sources.header import header_fault
+from harness.data.decode import read_encoded
+from harness.data.sources.header import image_fault, read_header
 from harness.data.sources.listing import equal_but_for_form, first_three
 from harness.data.sources.registry import open_source
 from harness.data.sources.source import ImageSource, join
@@ -74,8 +75,6 @@ def check_headers(images: ImageSource, skip: bool, remedy: str = MEND_OR_SKIP) -
     bad = np.flatnonzero(images.widths == 0).tolist()
     if bad and not skip:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        try:
-            why = header_fault(io.BytesIO(images.read(bad[0]))) or "no JPEG or PNG header"
-        except OSError as error:
-            why = error.strerror or "it cannot be read"
+        _, fault = read_header(io.BytesIO(read_encoded(images, bad[0])))
+        why = image_fault(fault) if fault else "no JPEG or PNG header"
         raise UserError(f"{images.name(bad[0])}{more}: cannot be decoded: {why}; {remedy}")

@@ -67,20 +67,11 @@ def render_resize(
 def read_image(source: ImageSource, image_id: int) -> Image.Image:
     """Read and decode an image of a source.
 
-    Raises BadImageError as `decode`, and UserError where the image cannot be read or its size is
+    Raises BadImageError as `decode`, and UserError as `read_encoded` or where the image's size is
     not the one that the source recorded.
     """
-    name, location = source.name(image_id), source.location
-    try:
-        content = source.read(image_id)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{name}: cannot be read: it was there when {location} was indexed; restore it, or if "
-            f"it was removed on purpose, {_stale(source, image_id)}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror or error}; check it") from None
-    image = decode(content, name)
+    name = source.name(image_id)
+    image = decode(read_encoded(source, image_id), name)
     width, height = source.widths[image_id], source.heights[image_id]
     if image.size != (width, height):
         raise UserError(
@@ -88,6 +79,20 @@ def read_image(source: ImageSource, image_id: int) -> Image.Image:
             f"indexed; {_stale(source, image_id)}"
         )
     return image
+
+
+def read_encoded(source: ImageSource, image_id: int) -> bytes:
+    """Read an image of a source. Raises UserError, which names it, where that fails."""
+    name, location = source.name(image_id), source.location
+    try:
+        return source.read(image_id)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{name}: cannot be read: it was there when {location} was indexed; restore it, or if "
+            f"it was removed on purpose, {_stale(source, image_id)}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}; check it") from None
 
 
 def _stale(source: ImageSource, image_id: int) -> str:

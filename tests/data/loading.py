@@ -30,8 +30,8 @@ def loader_of(
 ) -> Iterator[Loader]:
     run = config.run.model_copy(update={"data_root": str(root)})
     train, val = open_source(run, "train"), open_source(run, "val")
-    feed = BatchPlan(config, train, val, rank, world_size, micro_batch=4, channels_last=True)
-    loader = open_loader(config, feed, name, threads, device_is_cuda=False)
+    batch_plan = BatchPlan(config, train, val, rank, world_size, micro_batch=4, channels_last=True)
+    loader = open_loader(config, batch_plan, name, threads, device_is_cuda=False)
     try:
         yield loader
     finally:
@@ -48,9 +48,9 @@ def decode_file(path: Path) -> Image.Image:
     return decode(path.read_bytes(), str(path))
 
 
-def expected_image(feed: BatchPlan, request: TrainBatchSpec, place: int) -> torch.Tensor:
+def expected_image(batch_plan: BatchPlan, request: TrainBatchSpec, place: int) -> torch.Tensor:
     window = [int(x[place]) for x in (request.top, request.left, request.height, request.width)]
-    image = decode_file(Path(feed.train.name(request.ids[place])))
+    image = decode_file(Path(batch_plan.train.name(request.ids[place])))
     image = functional.resized_crop(image, *window, [20, 20])
     image = functional.hflip(image) if request.flip[place] else image
     return functional.pil_to_tensor(image)

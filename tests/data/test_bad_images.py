@@ -86,9 +86,9 @@ def test_bad_images_are_replaced_alike_on_any_number_of_ranks(
             assert_equal(a, b)
     with loader_of(root, config) as loader:
         assert isinstance(loader, ReferenceLoader)
-        feed = loader._batch_plan
+        batch_plan = loader._batch_plan
     for step, batch in enumerate(one_rank):
-        asked = feed.step_ids(step).tolist()
+        asked = batch_plan.step_ids(step).tolist()
         assert [i for i, _ in batch.replaced] == [i for i in asked if i in bad]
         assert batch.labels.tolist() == train.labels[batch.ids].tolist()
         for place, (bad_id, image_id) in enumerate(zip(asked, batch.ids.tolist(), strict=True)):
@@ -100,7 +100,7 @@ def test_bad_images_are_replaced_alike_on_any_number_of_ranks(
             assert (bad_id, image_id) in batch.replaced
             ids = np.array([image_id])  # with its own window of this epoch
             request = crops(1, step // 3, ids, train.heights[ids], train.widths[ids], config.data)
-            assert torch.equal(batch.images[place], expected_image(feed, request, 0))
+            assert torch.equal(batch.images[place], expected_image(batch_plan, request, 0))
     assert sum(len(batch.replaced) for batch in one_rank) > 20
 
 

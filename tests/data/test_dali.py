@@ -368,8 +368,8 @@ def test_batches_are_made_on_the_gpu(jpegs: Path, make_config: Make) -> None:
 
     config = of_full_size(make_config, 24, 10, epochs=2)
     train, val = open_folder(jpegs, "train"), open_folder(jpegs, "val")
-    feed = BatchPlan(config, train, val, 0, 1, micro_batch=4, channels_last=True)
-    loader = open_loader(config, feed, "dali", 2, device_is_cuda=True)
+    batch_plan = BatchPlan(config, train, val, 0, 1, micro_batch=4, channels_last=True)
+    loader = open_loader(config, batch_plan, "dali", 2, device_is_cuda=True)
     batches = list(loader.train(0))
     assert all(batch.images.is_cuda and batch.labels.is_pinned() for batch in batches)
     on_host = [

@@ -21,7 +21,7 @@ from harness.config.schema import Config
 from harness.data.bad_image import BadImageError
 from harness.data.sources.folder import open_folder
 from harness.data.sources.registry import data_format, open_source
-from harness.data.sources.source import ImageSource
+from harness.data.sources.source import ImageSource, join
 from harness.errors import UserError
 from tests.data.loading import assert_equal, loader_of
 from tests.data.test_bad_images import damaged_ids, whole_run
@@ -88,8 +88,10 @@ def test_a_folder_and_its_archives_are_the_same_images(root: Path, make_config: 
     run = tar_config(make_config(), tar).run
     for split in ("train", "val", "unlabelled"):
         check_equal(open_source(run, split), open_folder(root, split))
-    images = open_source(run, "train")
-    assert images.name(14) == str(tar / "train.tar" / "cat" / "0.jpg")
+    labelled, unlabelled = (open_source(run, split) for split in ("train", "unlabelled"))
+    both = join(labelled, unlabelled)
+    check_equal(both, join(open_folder(root, "train"), open_folder(root, "unlabelled")))
+    assert both.name(14) == labelled.name(14) == str(tar / "train.tar" / "cat" / "0.jpg")
 
 
 @pytest.mark.parametrize("name", LOADERS)

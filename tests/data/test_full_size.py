@@ -40,8 +40,10 @@ def test_an_epoch_of_the_paper(full: Path) -> None:
     # floor(1,281,167 / 8192) = 156 steps; rank 1 of 8 has workers 32 to 63, so the places 1024 to
     # 2047 of each step, in 4 micro-batches of 256
     config = paper_config()
-    feed = BatchPlan(config, open_folder(full, "train"), open_folder(full, "val"), 1, 8, 256, True)
-    requests = list(feed.training(156))
+    batch_plan = BatchPlan(
+        config, open_folder(full, "train"), open_folder(full, "val"), 1, 8, 256, True
+    )
+    requests = list(batch_plan.training(156))
     assert len(requests) == 156 * 4
     order = permutation(config.seed, 1, TRAIN)[: 156 * 8192].reshape(156, 8, 1024)
     ids = np.concatenate([request.ids for request in requests])

@@ -1,4 +1,4 @@
-"""The feed: the same images at the same places of a step, however ranks and memory are laid out."""
+"""The batch plan: the same images at the same places of a step, on any ranks and memory layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = ("ids", "top", "left", "height", "width", "flip")
 Make = Callable[..., Config]
 
 
-def feed_of(
+def batch_plan_of(
     root: Path,
     config: Config,
     rank: int = 0,
@@ -45,8 +45,8 @@ def steps_by_place(
         {name: np.full(minibatch.size, -1) for name in FIELDS} for _ in range(config.total_steps)
     ]
     for rank in range(world_size):
-        feed = feed_of(root, config, rank, world_size, micro_batch, channels_last)
-        requests = feed.training(0)
+        batch_plan = batch_plan_of(root, config, rank, world_size, micro_batch, channels_last)
+        requests = batch_plan.training(0)
         for step in steps:
             for workers in minibatch.micro_batches(rank, world_size, micro_batch):
                 places, request = minibatch.places(workers, channels_last), next(requests)
@@ -65,7 +65,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks(
     config, train = make_config(), open_folder(root, "train")
     steps = steps_by_place(root, config, world_size, micro_batch, channels_last)
     assert len(steps) == 9
-    feed = feed_of(root, config)
+    batch_plan = batch_plan_of(root, config)
     for number, step in enumerate(steps):
         epoch, step_of_epoch = divmod(number, 3)  # floor(40 / 12) = 3 steps an epoch
         # section 2.3: a single shuffling an epoch; its last 40 mod 12 = 4 places are not used
@@ -73,17 +73,17 @@ def test_a_step_is_the_same_on_any_number_of_ranks(
         expected = crops(1, epoch, ids, train.heights[ids], train.widths[ids], config.data)
         for name in FIELDS:
             np.testing.assert_array_equal(step[name], getattr(expected, name))
-        np.testing.assert_array_equal(feed.step_ids(number), ids)
+        np.testing.assert_array_equal(batch_plan.step_ids(number), ids)
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 3, 5, 8])
 def test_starting_at_any_step_gives_what_the_straight_run_gives(
     root: Path, make_config: Make, first_step: int
 ) -> None:
-    feed = feed_of(root, make_config(), rank=1, world_size=4)
-    per_step = len(feed.micro_batches)
-    straight = list(feed.training(0))[first_step * per_step :]
-    resumed = list(feed.training(first_step))
+    batch_plan = batch_plan_of(root, make_config(), rank=1, world_size=4)
+    per_step = len(batch_plan.micro_batches)
+    straight = list(batch_plan.training(0))[first_step * per_step :]
+    resumed = list(batch_plan.training(first_step))
     assert len(resumed) == len(straight) == (9 - first_step) * per_step
     for a, b in zip(straight, resumed, strict=True):
         assert a.epoch == b.epoch
@@ -92,25 +92,25 @@ def test_starting_at_any_step_gives_what_the_straight_run_gives(
 
 
 def test_nothing_is_left_at_the_end_of_the_run(root: Path, make_config: Make) -> None:
-    assert list(feed_of(root, make_config()).training(9)) == []
+    assert list(batch_plan_of(root, make_config()).training(9)) == []
 
 
 def test_micro_batches_of_a_rank(root: Path, make_config: Make) -> None:
     # 6 workers on 4 ranks: 2, 2, 1, 1; in micro-batches of one worker of 2 images
     for rank, micro_batches in enumerate((2, 2, 1, 1)):
-        feed = feed_of(root, make_config(), rank, 4, micro_batch=2)
-        assert len(feed.micro_batches) == micro_batches
-        assert [len(request.ids) for request in islice(feed.training(0), 3)] == [2, 2, 2]
+        batch_plan = batch_plan_of(root, make_config(), rank, 4, micro_batch=2)
+        assert len(batch_plan.micro_batches) == micro_batches
+        assert [len(request.ids) for request in islice(batch_plan.training(0), 3)] == [2, 2, 2]
     # 6 workers at 4 a time: 4, and a last one of 2
-    feed = feed_of(root, make_config(), micro_batch=8)
-    assert [len(request.ids) for request in islice(feed.training(0), 4)] == [8, 4, 8, 4]
+    batch_plan = batch_plan_of(root, make_config(), micro_batch=8)
+    assert [len(request.ids) for request in islice(batch_plan.training(0), 4)] == [8, 4, 8, 4]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_evaluation_counts_every_image_once(root: Path, make_config: Make, world_size: int) -> None:
     shares = []
     for rank in range(world_size):
-        requests = feed_of(root, make_config(), rank, world_size).evaluation()
+        requests = batch_plan_of(root, make_config(), rank, world_size).evaluation()
         shares.append([int(i) for request in requests for i in request.ids])
     assert [image_id for share in shares for image_id in share] == list(range(11))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -127,8 +127,8 @@ def test_evaluation_with_fewer_images_than_ranks(root: Path, make_config: Make) 
     )
     shares = []
     for rank in range(5):
-        feed = BatchPlan(make_config(), train, three, rank, 5, 2, False)
-        shares.append([request.ids.tolist() for request in feed.evaluation()])
+        batch_plan = BatchPlan(make_config(), train, three, rank, 5, 2, False)
+        shares.append([request.ids.tolist() for request in batch_plan.evaluation()])
     assert sorted(ids for share in shares for batch in share for ids in batch) == [0, 1, 2]
     assert shares.count([]) == 2
 
@@ -142,8 +142,8 @@ def test_evaluation_goes_in_batches(root: Path, make_config: Make) -> None:
         widths=np.resize(val.widths, 600),
         heights=np.resize(val.heights, 600),
     )
-    feed = BatchPlan(make_config(), open_folder(root, "train"), many, 0, 1, 2, False)
-    assert [len(request.ids) for request in feed.evaluation()] == [256, 256, 88]
+    batch_plan = BatchPlan(make_config(), open_folder(root, "train"), many, 0, 1, 2, False)
+    assert [len(request.ids) for request in batch_plan.evaluation()] == [256, 256, 88]
 
 
 def test_a_loader_asked_for_by_name_is_taken() -> None:
@@ -198,13 +198,13 @@ def test_dali_by_name_without_it_is_refused(without_dali: str) -> None:
 @pytest.mark.parametrize("name", ["reference", "memory"])
 def test_loaders_by_name(root: Path, make_config: Make, name: str) -> None:
     config = make_config()
-    feed = feed_of(root, config)
-    loader = open_loader(config, feed, name, threads=0, device_is_cuda=False)
+    batch_plan = batch_plan_of(root, config)
+    loader = open_loader(config, batch_plan, name, threads=0, device_is_cuda=False)
     assert loader.name == name
-    batch, request = next(loader.train(4)), next(feed.training(4))
+    batch, request = next(loader.train(4)), next(batch_plan.training(4))
     assert isinstance(request, TrainBatchSpec)
     assert batch.ids.tolist() == request.ids.tolist()
-    assert batch.labels.tolist() == feed.train.labels[request.ids].tolist()
+    assert batch.labels.tolist() == batch_plan.train.labels[request.ids].tolist()
     loader.close()
     loader.close()
 
@@ -215,9 +215,9 @@ def test_batches_for_a_gpu_are_pinned(
     root: Path, make_config: Make, name: str, threads: int
 ) -> None:
     config = make_config()
-    feed = feed_of(root, config)
-    loader = open_loader(config, feed, name, threads, device_is_cuda=True)
-    plain = open_loader(config, feed, name, threads, device_is_cuda=False)
+    batch_plan = batch_plan_of(root, config)
+    loader = open_loader(config, batch_plan, name, threads, device_is_cuda=True)
+    plain = open_loader(config, batch_plan, name, threads, device_is_cuda=False)
     batches = zip(loader.train(0), plain.train(0), strict=True)
     for batch, expected in islice(batches, 5):
         assert batch.images.is_pinned() and batch.labels.is_pinned()

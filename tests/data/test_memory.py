@@ -20,7 +20,7 @@ from harness.data.sources.folder import open_folder
 Make = Callable[..., Config]
 
 
-def feed_of(root: Path, config: Config) -> BatchPlan:
+def batch_plan_of(root: Path, config: Config) -> BatchPlan:
     train, val = open_folder(root, "train"), open_folder(root, "val")
     return BatchPlan(config, train, val, 0, 1, micro_batch=8, channels_last=False)
 
@@ -30,9 +30,9 @@ def test_bit_equal_to_the_reference_loader(
 ) -> None:
     break_images(root / "train", ["cat/0.jpg", "dog/03.png", "dog/04.png"])
     config = make_config(on_bad_image="skip")
-    feed = feed_of(root, config)
-    memory = open_loader(config, feed, "memory", 1, False)
-    reference = open_loader(config, feed, "reference", 0, False)
+    batch_plan = batch_plan_of(root, config)
+    memory = open_loader(config, batch_plan, "memory", 1, False)
+    reference = open_loader(config, batch_plan, "reference", 0, False)
     replaced = 0
     for batches in (
         zip(memory.train(0), reference.train(0), strict=True),
@@ -50,7 +50,7 @@ def test_bit_equal_to_the_reference_loader(
 
 def test_images_are_read_once(root: Path, make_config: Make) -> None:
     config = make_config()
-    loader = open_loader(config, feed_of(root, config), "memory", 1, False)
+    loader = open_loader(config, batch_plan_of(root, config), "memory", 1, False)
     for path in (root / "train" / "cat").iterdir():
         path.unlink()
     assert len(list(loader.train(0))) == 18  # 9 steps of 8 + 4 images
@@ -59,7 +59,7 @@ def test_images_are_read_once(root: Path, make_config: Make) -> None:
 
 def test_training_goes_on_after_an_evaluation(root: Path, make_config: Make) -> None:
     config = make_config()
-    loader = open_loader(config, feed_of(root, config), "memory", 1, False)
+    loader = open_loader(config, batch_plan_of(root, config), "memory", 1, False)
     straight = [batch.ids.tolist() for batch in loader.train(2)]
     batches = loader.train(2)
     interrupted = [batch.ids.tolist() for batch in islice(batches, 5)]
@@ -75,7 +75,7 @@ def threads_ahead() -> list[threading.Thread]:
 
 def test_an_early_end_leaves_no_thread(root: Path, make_config: Make) -> None:
     config = make_config()
-    loader = open_loader(config, feed_of(root, config), "memory", 1, False)
+    loader = open_loader(config, batch_plan_of(root, config), "memory", 1, False)
     batches = loader.train(0)
     next(batches)
     next(loader.evaluate())

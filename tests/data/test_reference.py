@@ -116,24 +116,24 @@ def test_batches_hold_what_torchvision_gives(root: Path, make_config: Make, thre
     config = make_config()
     with loader_of(root, config, threads=threads) as loader:
         assert isinstance(loader, ReferenceLoader)
-        feed = loader._batch_plan
+        batch_plan = loader._batch_plan
         batches = list(loader.train(0))
-        requests = list(feed.training(0))
+        requests = list(batch_plan.training(0))
         evaluated = list(loader.evaluate())
     assert len(batches) == len(requests) == 27  # 9 steps of 12 images, 4 at a time
     for batch, request in zip(batches, requests, strict=True):
         assert batch.images.shape == (4, 3, 20, 20) and batch.images.dtype == torch.uint8
         assert batch.labels.dtype == batch.ids.dtype == torch.int64
         assert batch.ids.tolist() == request.ids.tolist() and batch.replaced == []
-        assert batch.labels.tolist() == feed.train.labels[request.ids].tolist()
-        expected = [expected_image(feed, request, place) for place in range(4)]
+        assert batch.labels.tolist() == batch_plan.train.labels[request.ids].tolist()
+        expected = [expected_image(batch_plan, request, place) for place in range(4)]
         assert torch.equal(batch.images, torch.stack(expected))
     assert [batch.ids.tolist() for batch in evaluated] == [list(range(11))]
     transform = transforms.Compose([transforms.Resize(24), transforms.CenterCrop(20)])
     for image_id in range(11):
-        image = transform(Image.open(feed.val.name(image_id)).convert("RGB"))
+        image = transform(Image.open(batch_plan.val.name(image_id)).convert("RGB"))
         assert torch.equal(evaluated[0].images[image_id], functional.pil_to_tensor(image))
-    assert evaluated[0].labels.tolist() == feed.val.labels.tolist()
+    assert evaluated[0].labels.tolist() == batch_plan.val.labels.tolist()
 
 
 @pytest.mark.parametrize("threads", [0, 2])

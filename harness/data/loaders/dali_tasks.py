@@ -33,7 +33,7 @@ NO_IMAGE = np.zeros(1, dtype=np.uint8)  # DALI refuses it, so that the reference
 
 
 class Task(ABC, Generic[Spec]):
-    """What a pipeline does with the images of `source`: makes `size` x `size` pixels of each."""
+    """The graph of a pipeline that makes `size` x `size` pixels of each image of `source`."""
 
     dtype: list[types.DALIDataType]  # of the inputs besides the files
     ndim: list[int]

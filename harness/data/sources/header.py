@@ -10,7 +10,6 @@ from PIL import Image
 from harness.errors import UserError
 
 FORMATS = ("JPEG", "PNG")  # recognised by content: ImageNet has a PNG named .JPEG
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def size_of(file: Path | IO[bytes]) -> tuple[int, int]:
@@ -18,22 +17,19 @@ def size_of(file: Path | IO[bytes]) -> tuple[int, int]:
 
     Raises UserError where the file cannot be read.
     """
+    size, fault = read_header(file)
+    if isinstance(fault, OSError) and fault.errno is not None:  # not the image's fault
+        raise UserError(f"{file}: cannot be read: {fault.strerror}; check it")
+    return size
+
+
+def read_header(file: Path | IO[bytes]) -> tuple[tuple[int, int], Exception | None]:
+    """Return the size, or 0, 0 and why the header cannot be read."""
     try:
         with Image.open(file, formats=FORMATS) as image:
-            return image.size
-    except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not the image's fault
-            raise UserError(f"{file}: cannot be read: {error.strerror}; check it") from None
-        return 0, 0
-
-
-def header_fault(file: Path | IO[bytes]) -> str:
-    """Return why an image's header cannot be read; empty where it can."""
-    try:
-        with Image.open(file, formats=FORMATS):
-            return ""
-    except UNREADABLE as error:
-        return image_fault(error)
+            return image.size, None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return (0, 0), error
 
 
 def image_fault(error: Exception) -> str:

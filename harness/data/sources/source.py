@@ -125,8 +125,8 @@ class ImageSource(ABC):
     def first(self: Source, images: int) -> Source:
         """Return the first `images` images only, of the same classes."""
         columns = ("names", "labels", "widths", "heights")
-        return replace(self, **{name: getattr(self, name)[:images] for name in columns},
-                       kept_digests=None)  # fmt: skip
+        parts = {name: getattr(self, name)[:images] for name in columns}
+        return replace(self, kept_digests=None, **parts)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
