@@ -76,7 +76,7 @@ def read_image(source: ImageSource, image_id: int) -> Image.Image:
     if image.size != (width, height):
         raise UserError(
             f"{name}: {image.width} x {image.height} pixels, {width} x {height} when it was "
-            f"indexed; {_stale(source, image_id)}"
+            f"indexed; {_stale(source)}"
         )
     return image
 
@@ -89,11 +89,11 @@ def read_encoded(source: ImageSource, image_id: int) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{name}: cannot be read: it was there when {location} was indexed; restore it, or if "
-            f"it was removed on purpose, {_stale(source, image_id)}"
+            f"it was removed on purpose, {_stale(source)}"
         ) from None
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}; check it") from None
 
 
-def _stale(source: ImageSource, image_id: int) -> str:
-    return f"the index is stale: {source.remedy_if_stale(image_id)}"
+def _stale(source: ImageSource) -> str:
+    return f"the index is stale: {f'delete {source.cache}' if source.cache else 'start again'}"

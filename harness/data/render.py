@@ -16,7 +16,7 @@ from harness.data.bad_image import REPLACEMENTS, BadImageError, replacements
 from harness.data.batch import Batch
 from harness.data.batch_plan import BatchPlan
 from harness.data.decode import read_image, render_crop, render_resize
-from harness.data.sampling import BatchSpec, EvalBatchSpec, TrainBatchSpec, crops
+from harness.data.sampling import BatchSpec, TrainBatchSpec, crops
 from harness.data.sources.source import ImageSource
 
 GetImage = Callable[[int], Image.Image]  # decodes the image of an id
@@ -46,14 +46,14 @@ class Renderer:
         pixels = np.empty((len(spec.ids), size, size, 3), dtype=np.uint8)
         if isinstance(spec, TrainBatchSpec):
             return self._training_batch(spec, pixels)
-        for place, (image_id, window) in enumerate(_eval_rows(spec, size)):
+        for place, (image_id, window) in enumerate(_rows(spec, size)):
             pixels[place] = render_resize(self._val_image(image_id), *window)
         return _batch(pixels, self._val, spec.ids, [])
 
     def _training_batch(self, spec: TrainBatchSpec, pixels: NDArray[np.uint8]) -> Batch:
         size, skip = self._config.data.crop, self._config.data.on_bad_image == "skip"
         ids, replaced = spec.ids.copy(), []
-        for place, (image_id, window) in enumerate(_train_rows(spec, size)):
+        for place, (image_id, window) in enumerate(_rows(spec, size)):
             try:
                 pixels[place] = render_crop(self._train_image(image_id), *window)
             except BadImageError:
@@ -73,7 +73,7 @@ class Renderer:
                 continue
             ids = np.array([other])
             spec = crops(seed, epoch, ids, train.heights[ids], train.widths[ids], data)
-            ((_, window),) = _train_rows(spec, data.crop)
+            ((_, window),) = _rows(spec, data.crop)
             return other, render_crop(image, *window)
         raise BadImageError(
             f"{train.name(bad_id)}: cannot be decoded, nor can {REPLACEMENTS} images tried in its "
@@ -81,20 +81,13 @@ class Renderer:
         )
 
 
-TrainRow = tuple[int, tuple[int, int, int, int, bool, int]]
-EvalRow = tuple[int, tuple[int, int, int, int, int]]
-
-
-def _train_rows(spec: TrainBatchSpec, size: int) -> Iterator[TrainRow]:
-    """Yield the id of each image and the arguments of `render_crop` besides the image."""
-    columns = (spec.top, spec.left, spec.height, spec.width, spec.flip)
-    windows = zip(*(column.tolist() for column in columns), repeat(size), strict=False)
-    return zip(spec.ids.tolist(), windows, strict=True)
-
-
-def _eval_rows(spec: EvalBatchSpec, size: int) -> Iterator[EvalRow]:
-    """Yield the id of each image and the arguments of `render_resize` besides the image."""
-    columns = (spec.resized_height, spec.resized_width, spec.top, spec.left)
+def _rows(spec: BatchSpec, size: int) -> Iterator[tuple[int, tuple]]:
+    """Yield each image's id and the arguments of its render function besides the image."""
+    columns: tuple[np.ndarray, ...]
+    if isinstance(spec, TrainBatchSpec):
+        columns = (spec.top, spec.left, spec.height, spec.width, spec.flip)
+    else:
+        columns = (spec.resized_height, spec.resized_width, spec.top, spec.left)
     windows = zip(*(column.tolist() for column in columns), repeat(size), strict=False)
     return zip(spec.ids.tolist(), windows, strict=True)
 

@@ -90,7 +90,9 @@ def test_a_folder_and_its_archives_are_the_same_images(root: Path, make_config: 
         check_equal(open_source(run, split), open_folder(root, split))
     labelled, unlabelled = (open_source(run, split) for split in ("train", "unlabelled"))
     both = join(labelled, unlabelled)
-    check_equal(both, join(open_folder(root, "train"), open_folder(root, "unlabelled")))
+    folders = join(open_folder(root, "train"), open_folder(root, "unlabelled"))
+    check_equal(both, folders)
+    assert both.cache is None and folders.cache == root / ".harness-index-*"
     assert both.name(14) == labelled.name(14) == str(tar / "train.tar" / "cat" / "0.jpg")
 
 

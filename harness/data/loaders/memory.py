@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 
 from PIL import Image
 from tqdm import tqdm
@@ -32,30 +33,22 @@ class MemoryLoader:
         train_image = _decode_all(batch_plan.train, skip=config.data.on_bad_image == "skip")
         val_image = _decode_all(batch_plan.val, skip=False)
         self._renderer = Renderer(config, batch_plan, train_image, val_image)
-        self._training: Prefetcher | None = None
-        self._evaluation: Prefetcher | None = None
+        self._training, self._evaluation = ExitStack(), ExitStack()  # what is open
 
     def train(self, first_step: int) -> Iterator[Batch]:
-        _close(self._training)
-        self._training = self._prefetch(self._batch_plan.training(first_step))
-        return self._training
+        return self._prefetch(self._batch_plan.training(first_step), self._training)
 
     def evaluate(self) -> Iterator[Batch]:
-        _close(self._evaluation)
-        self._evaluation = self._prefetch(self._batch_plan.evaluation())
-        return self._evaluation
+        return self._prefetch(self._batch_plan.evaluation(), self._evaluation)
 
     def close(self) -> None:
-        _close(self._training)
-        _close(self._evaluation)
+        self._training.close()
+        self._evaluation.close()
 
-    def _prefetch(self, specs: Iterator[BatchSpec]) -> Prefetcher:
-        return Prefetcher(map(self._renderer, specs), self._pin)
-
-
-def _close(prefetcher: Prefetcher | None) -> None:
-    if prefetcher is not None:
-        prefetcher.close()
+    def _prefetch(self, specs: Iterator[BatchSpec], opened: ExitStack) -> Prefetcher:
+        opened.close()  # the former iterator
+        batches = map(self._renderer, specs)
+        return opened.enter_context(closing(Prefetcher(batches, self._pin)))
 
 
 def _decode_all(source: ImageSource, skip: bool) -> GetImage:

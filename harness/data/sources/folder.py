@@ -9,7 +9,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,15 +32,8 @@ FORMAT_VERSION = 1
 RACY_NS = 2_000_000_000
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
 class FolderSource(ImageSource):
-    """Image files: location/class/name, or location/name for those without a class.
-
-    cache: the file that this listing is kept in, if any. A cache written by an older harness has
-    no `kept_digests`.
-    """
-
-    cache: Path | None = None
+    """Image files: location/class/name, or location/name for those without a class."""
 
     def read(self, image_id: int) -> bytes:
         """Return the content of the image's file."""
@@ -49,10 +42,6 @@ class FolderSource(ImageSource):
     def paths(self, image_ids: NDArray[np.int64]) -> NDArray[np.bytes_]:
         """Return the paths of image files, (B,)."""
         return np.char.add(self._folders[self.labels[image_ids]], self.names[image_ids])
-
-    def remedy_if_stale(self, image_id: int) -> str:
-        """Return what to do where a file changed after its header was read."""
-        return f"delete {self.cache}" if self.cache else super().remedy_if_stale(image_id)
 
     @cached_property
     def _folders(self) -> NDArray[np.bytes_]:
@@ -155,7 +144,7 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Folder
             return None
         labels, sizes = kept["labels"].astype(np.int64), (kept["widths"], kept["heights"])
         columns = (folder, classes, kept["names"], labels, *sizes, _kept_digests(kept, classes))
-        images = FolderSource(*columns, cache=place)
+        images = FolderSource(*columns, place)
         scanned_ns = int(kept["scanned_ns"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None

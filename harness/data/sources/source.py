@@ -36,6 +36,7 @@ class ImageSource(ABC):
     widths, heights: int32 (N,), in pixels as stored (EXIF orientation not applied), 0 where the
         header cannot be read.
     kept_digests: the result of `class_digests`, where it was stored together with the images.
+    cache: the file that all this was read from, to be deleted after the images have changed.
 
     A format is a subclass that implements `read`. docs/data_formats.md has a complete example.
     """
@@ -47,6 +48,7 @@ class ImageSource(ABC):
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
     kept_digests: Mapping[str, str] | None = None
+    cache: Path | None = None
 
     @abstractmethod
     def read(self, image_id: int) -> bytes:
@@ -69,10 +71,6 @@ class ImageSource(ABC):
         label = self.labels[image_id]
         folder = self.location if label == UNLABELLED else self.location / self.classes[label]
         return str(folder / os.fsdecode(bytes(self.names[image_id])))
-
-    def remedy_if_stale(self, image_id: int) -> str:
-        """Return what to do where an image is no longer as it was when its size was recorded."""
-        return "start again"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -157,11 +155,6 @@ class JoinedSource(ImageSource):
         source, own_id = self._part(image_id)
         return source.name(own_id)
 
-    def remedy_if_stale(self, image_id: int) -> str:
-        """Return the remedy of the image's own source."""
-        source, own_id = self._part(image_id)
-        return source.remedy_if_stale(own_id)
-
     def _part(self, image_id: int) -> tuple[ImageSource, int]:
         labelled = len(self.labelled)
         if image_id < labelled:
@@ -175,5 +168,7 @@ def join(labelled: ImageSource, unlabelled: ImageSource) -> ImageSource:
     names, widths, heights = map(np.concatenate, both)
     labels = np.concatenate([labelled.labels, np.full(len(unlabelled), UNLABELLED)])
     digests = {**labelled.class_digests(), **unlabelled.class_digests()}
-    columns = (labelled.location, labelled.classes, names, labels, widths, heights, digests)
+    caches = labelled.cache, unlabelled.cache
+    cache = Path(os.path.commonprefix([*map(str, caches)]) + "*") if all(caches) else None
+    columns = (labelled.location, labelled.classes, names, labels, widths, heights, digests, cache)
     return JoinedSource(*columns, labelled=labelled, unlabelled=unlabelled)
