@@ -169,6 +169,7 @@ def join(labelled: ImageSource, unlabelled: ImageSource) -> ImageSource:
     labels = np.concatenate([labelled.labels, np.full(len(unlabelled), UNLABELLED)])
     digests = {**labelled.class_digests(), **unlabelled.class_digests()}
     caches = labelled.cache, unlabelled.cache
-    cache = Path(os.path.commonprefix([*map(str, caches)]) + "*") if all(caches) else None
+    prefix = os.path.commonprefix([*map(str, caches)])  # noqa: RUF071 (of their names, too)
+    cache = Path(f"{prefix}*") if all(caches) else None
     columns = (labelled.location, labelled.classes, names, labels, widths, heights, digests, cache)
     return JoinedSource(*columns, labelled=labelled, unlabelled=unlabelled)
