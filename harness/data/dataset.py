@@ -14,7 +14,7 @@ from harness.data.sources.registry import open_source
 from harness.data.sources.source import ImageSource, join
 from harness.errors import UserError
 
-MEND_OR_SKIP = "mend it or set data.on_bad_image=skip"
+REPAIR_OR_SKIP = "repair it or set data.on_bad_image=skip"
 
 
 def open_dataset(config: Config) -> tuple[ImageSource, ImageSource]:
@@ -51,14 +51,14 @@ def check_dataset(train: ImageSource, val: ImageSource, config: Config) -> None:
                 f"{' and '.join(map(ascii, names))} differ in Unicode form only (NFC, NFD)"
             )
         what = "; ".join(parts) or "they are in another order"
-        raise UserError(f"the classes of train and val differ: {what}; mend the folders")
+        raise UserError(f"the classes of train and val differ: {what}; repair them")
     if len(train.classes) != data.classes:
         raise UserError(
             f"{train.location}: {len(train.classes)} classes, but data.classes is {data.classes}; "
             f"complete the folder or set data.classes={len(train.classes)}"
         )
     check_headers(train, data.on_bad_image == "skip")
-    check_headers(val, skip=False, remedy="mend it")
+    check_headers(val, skip=False, remedy="repair it")
 
 
 def check_count(images: ImageSource, key: str, expected: int) -> None:
@@ -70,7 +70,7 @@ def check_count(images: ImageSource, key: str, expected: int) -> None:
         )
 
 
-def check_headers(images: ImageSource, skip: bool, remedy: str = MEND_OR_SKIP) -> None:
+def check_headers(images: ImageSource, skip: bool, remedy: str = REPAIR_OR_SKIP) -> None:
     """Raise UserError for the first image without a header, unless `skip`."""
     bad = np.flatnonzero(images.widths == 0).tolist()
     if bad and not skip:

@@ -93,7 +93,7 @@ def load_validation(trained: TrainedModel) -> ImageSource:
     config = trained.config
     val = open_source(config.run, "val")
     check_count(val, "val_images", config.data.val_images)
-    check_headers(val, skip=False, remedy="mend it")
+    check_headers(val, skip=False, remedy="repair it")
     classes = tuple(trained.class_names)
     if not classes:  # a checkpoint of an older harness
         if len(val.classes) != config.data.classes:

@@ -351,7 +351,9 @@ def test_an_image_of_too_many_pixels_is_refused_for_that(
     path = root / "train" / "ant" / "0.JPEG"
     Image.new("L", (14_000, 13_000)).save(path)  # 182 million; PIL's limit is 2 * 89,478,485
     why = r"it has more than 178,956,970 pixels, the most that PIL decodes; make it smaller"
-    with pytest.raises(UserError, match=rf"ant/0\.JPEG: cannot be decoded: {why}; mend it or set"):
+    with pytest.raises(
+        UserError, match=rf"ant/0\.JPEG: cannot be decoded: {why}; repair it or set"
+    ):
         check(root, make_config())
     with pytest.raises(BadImageError, match=rf"ant/0\.JPEG: cannot be decoded: {why}$"):
         decode(path.read_bytes(), str(path))

@@ -150,7 +150,7 @@ def _read_cache(place: Path, folder: Path, changed_ns: dict[str, int]) -> Folder
         return None
     bad = [Path(images.name(i)) for i in np.flatnonzero(images.widths == 0).tolist()]
     if any(not path.exists() or size_of(path) != (0, 0) for path in bad):
-        return None  # removed or mended since
+        return None  # removed or repaired since
     counts = np.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):
         racy = changed_ns[name] > scanned_ns - RACY_NS

@@ -82,7 +82,7 @@ def _sizes(chunk: _Chunk) -> Sizes:
 
 def _keep(partial: Path | None, key: str, sizes: Sizes) -> None:
     """Append a line. It starts with a newline, so that a line torn by a kill spoils no other."""
-    if partial is None or not sizes.all():  # a bad image may be mended before the scan continues
+    if partial is None or not sizes.all():  # a bad image may be repaired before the scan continues
         return
     line = json.dumps({"key": key, "sizes": sizes.tolist()})
     with suppress(OSError), open(partial, "a") as stream:  # the scan matters more than its record
