@@ -20,9 +20,7 @@ ALLOWED = {
     "harness/commands/parsing.py": {"options.overrides"},
     "harness/config/yaml.py": {"_Loader.yaml_implicit_resolvers"},
     # still to be given to a constructor
-    "harness/data/loaders/reference.py": {"self._requests.pending"},
     "harness/distillation/logit_cache.py": {"sweep.shards"},
-    "harness/verify/rank.py": {"feed.val", "feed.config"},
 }
 
 
