@@ -59,7 +59,7 @@ def network(name: str, pixels: int, ghost: bool, compiled: bool, device: torch.d
     layout = torch.channels_last if cuda else torch.contiguous_format
     model = model.to(device).to(memory_format=layout)
     if compiled:
-        compile_blocks(model)
+        compile_blocks(model, name)
     return model
 
 

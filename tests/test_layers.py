@@ -12,7 +12,7 @@ LAYERS = {
         *("__main__", "commands", "verify", "report", "training", "distillation", "execution"),
         *("planning", "roll_call", "runs", "resilience", "data", "models", "recipe", "config"),
         *("rendezvous", "distributed", "slurm_step", "startup", "compat"),
-        *("output_file", "atomic_file", "outcome", "errors"),
+        *("installed", "output_file", "atomic_file", "outcome", "errors"),
     ],
     "launch": [
         *("__main__", "study", "task", "local", "status", "slurm", "run_spec", "records"),

@@ -61,7 +61,7 @@ def explain(error: ValidationError, known: Sequence[str]) -> list[str]:
 def found(value: Any) -> str:
     """A value as its user wrote it, kept short."""
     if isinstance(value, dict):
-        return "a section of keys"
+        return "a section of keys" if value else "{}"
     words = {True: "true", False: "false", None: "null"}
     text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,17 @@ def curve_differences(a: Config, b: Config) -> list[str]:
 
 
 def _curve_values(config: Config) -> dict[str, object]:
-    values: dict[str, object] = {}
     beside = {name for name, section in sections().items() if section.effect is not Effect.CURVE}
-    for name, section in config.model_dump(mode="json", exclude=beside).items():
-        nested = isinstance(section, dict)
-        values |= {f"{name}.{k}": v for k, v in section.items()} if nested else {name: section}
-    return values
+    return dict(_leaves(config.model_dump(mode="json", exclude=beside)))
+
+
+def _leaves(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (dotted name, value), of sections and of options within them."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def default_run_folder(path: str | Path) -> Path:

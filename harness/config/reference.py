@@ -21,6 +21,7 @@ TYPES = {
     "string": "text",
     "boolean": "true or false",
     "null": "null",
+    "object": "names and values",
 }
 BOUNDS = {
     "minimum": "at least {:g}",

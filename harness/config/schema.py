@@ -40,6 +40,7 @@ Colour = Annotated[tuple[Fraction, Fraction, Fraction], AsList]
 Deviation = Annotated[float, Field(ge=0.001, le=1)]
 ColourScale = Annotated[tuple[Deviation, Deviation, Deviation], AsList]
 Epochs = Annotated[tuple[Count, ...], AsList]
+Options = dict[Text, bool | int | float | str]
 
 NO_EXPECTATION = "no expectation for this recipe"
 SMALL_RESNETS = ("resnet8", "resnet20", "resnet32", "resnet56")
@@ -134,6 +135,7 @@ class ModelConfig(Section):
     width: Annotated[int, Field(ge=1, le=1024)] = key(
         "Channels of the first stage; only the small ResNets have it.", 16, unit="channels"
     )
+    options: Options = key("Further arguments of the network's builder, such as dropout: 0.", {})
 
     def meaningless(self) -> dict[str, str]:
         small = self.name in SMALL_RESNETS
@@ -175,17 +177,32 @@ class RecipeConfig(Section):
     decay_factor: Annotated[float, Field(gt=0, le=1)] = key(
         "Factor of the learning rate at each milestone.", 0.1
     )
+    optimizer: Text = key("Name of the optimizer; docs/optimizers.md shows how to add one.", "sgd")
+    optimizer_options: Options = key(
+        "Arguments of an optimizer other than SGD, such as beta: 0.9.", {}
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = key("Momentum m of SGD.", 0.9)
-    nesterov: bool = key("Use Nesterov's momentum.", True)
+    nesterov: bool = key("Use Nesterov's momentum of SGD.", True)
     weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT32)] = key(
         "Weight decay λ, not applied to batch norm's γ and β (section 5.1).", 0.0001
     )
     label_smoothing: Fraction = key("Label smoothing of the cross entropy.", 0.0)
 
     def meaningless(self) -> dict[str, str]:
-        keys = dict.fromkeys(("milestones", "decay_factor"), "decay: cosine")
-        keys = keys if self.decay == "cosine" else {}
-        return {**keys, "warmup_epochs": "warmup: none"} if self.warmup == "none" else keys
+        others = ("optimizer_options",) if self.optimizer == "sgd" else ("momentum", "nesterov")
+        keys = dict.fromkeys(others, f"optimizer: {self.optimizer}")
+        if self.decay == "cosine":
+            keys |= dict.fromkeys(("milestones", "decay_factor"), "decay: cosine")
+        if self.warmup == "none":
+            keys |= {"warmup_epochs": "warmup: none"}
+        return keys
+
+    @property
+    def optimizer_arguments(self) -> Options:
+        """Return the arguments of the optimizer's build function besides the parameter groups."""
+        if self.optimizer == "sgd":
+            return {"momentum": self.momentum, "nesterov": self.nesterov}
+        return self.optimizer_options
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
-DEPTHS = (8, 20, 32, 56)
+from harness.models.family import ModelFamily, Option
+from harness.models.torchvision_networks import residual_blocks
+from harness.recipe.initialization import initialize
+
+DEPTHS = {"resnet8": 8, "resnet20": 20, "resnet32": 32, "resnet56": 56}
 
 
 class Shortcut(nn.Module):
-    """Option A (section 3.3): the identity, every other pixel, zeros for the new channels."""
+    """The shortcut "A" of section 3.3: every `stride`-th pixel, and zeros for the new channels."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
@@ -23,10 +29,10 @@ class Shortcut(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """depth = 6b + 2: a 3x3 stem, three stages of b basic blocks, w, 2w and 4w channels wide.
+    """A 3x3 stem and three stages of b basic blocks, which are w, 2w and 4w channels wide.
 
-    Takes images (B, 3, H, W) of any size from 4x4; the second and third stage halve it.
-    Raises ValueError for a depth that is not 6b + 2.
+    Images (B, 3, H, W) may have any size from 4x4; the second and third stage halve it. Raises
+    ValueError for a depth other than 6b + 2.
     """
 
     def __init__(self, depth: int, num_classes: int, width: int = 16) -> None:
@@ -55,3 +61,11 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(
         first, *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1))
     )
+
+
+def build(name: str, classes: int, options: Mapping[str, Option]) -> nn.Module:
+    """Build a small ResNet; `width` is its only option."""
+    return CifarResNet(DEPTHS[name], classes, **options)  # type: ignore[arg-type]
+
+
+SMALL_RESNET = ModelFamily("ResNets for small images", DEPTHS, build, initialize, residual_blocks)

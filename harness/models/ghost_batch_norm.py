@@ -135,19 +135,30 @@ def ghost_batch_norms(model: nn.Module) -> list[GhostBatchNorm2d]:
     return [module for module in model.modules() if isinstance(module, GhostBatchNorm2d)]
 
 
-def convert_batch_norms(model: nn.Module, worker_batch: int, channels_last: bool) -> None:
-    """Puts a ghost batch norm over n = `worker_batch` images in the place of every plain one.
+def is_convertible(norm: nn.Module) -> bool:
+    """Return whether a ghost batch norm can replace this module."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+    )
 
-    Parameters and running statistics are taken over as they are (the same tensors).
+
+def convert_batch_norms(network: nn.Module, worker_batch: int, channels_last: bool) -> None:
+    """Replace every `nn.BatchNorm2d` by a ghost batch norm over n = `worker_batch` images.
+
+    The ghost batch norms take over parameters and running statistics: they are the same tensors.
+    Raises ValueError for a batch norm without one of them.
     """
-    for parent in list(model.modules()):
+    for parent in list(network.modules()):
         for name, norm in list(parent.named_children()):
             if type(norm) is nn.BatchNorm2d:
                 setattr(parent, name, _converted(norm, worker_batch, channels_last))
 
 
 def _converted(norm: nn.BatchNorm2d, worker_batch: int, channels_last: bool) -> GhostBatchNorm2d:
-    if norm.momentum is None or not (norm.affine and norm.track_running_stats):
+    if not is_convertible(norm) or norm.momentum is None:
         raise ValueError(f"{norm}: needs γ, β, running statistics and a momentum")
     ghost = GhostBatchNorm2d(
         norm.num_features,
@@ -172,17 +183,23 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module) -> None:
         norms = ghost_batch_norms(model)
-        self._momenta = {norm.momentum for norm in norms}
         self._scratch = [norm.one_worker for norm in norms] + [norm.sums for norm in norms]
         self.sums = [norm.sums.view(-1) for norm in norms]
         if not norms:
             return
         self._running = torch.cat([r for n in norms for r in (n.running_mean, n.running_var)])
         self._updates = torch.stack([norm.num_batches_tracked for norm in norms])
-        parts = self._running.split([2 * norm.num_features for norm in norms])
+        sizes = [2 * norm.num_features for norm in norms]
+        parts = self._running.split(sizes)
         for norm, part, updates in zip(norms, parts, self._updates, strict=True):
             norm.running_mean, norm.running_var = part.chunk(2)
             norm.num_batches_tracked = updates
+        momenta = [norm.momentum for norm in norms]
+        # one number where all layers agree, as in every ResNet, else one for each statistic
+        self._momentum: float | Tensor = momenta[0]
+        if len(set(momenta)) > 1:
+            each = [m for m, size in zip(momenta, sizes, strict=True) for _ in range(size)]
+            self._momentum = self._running.new_tensor(each)
 
     @torch.no_grad()
     def update(self, workers: int) -> None:
@@ -194,8 +211,11 @@ class RunningStatistics:
         """
         if not self.sums:
             return
-        (momentum,) = self._momenta
-        self._running.mul_(1 - momentum).add_(torch.cat(self.sums), alpha=momentum / workers)
+        seen, momentum = torch.cat(self.sums), self._momentum
+        if isinstance(momentum, Tensor):
+            self._running.mul_(1 - momentum).addcmul_(seen, momentum / workers)
+        else:
+            self._running.mul_(1 - momentum).add_(seen, alpha=momentum / workers)
         self._updates += 1
         self.forget()
 

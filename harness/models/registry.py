@@ -1,4 +1,4 @@
-"""Models by name: every ResNet of torchvision, and ResNet-8/20/32/56 for small images."""
+"""Networks by name: those of the harness, of torchvision and of installed packages."""
 
 from __future__ import annotations
 
@@ -7,88 +7,167 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torchvision import models as torchvision_models
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.config.errors import ConfigError
-from harness.models.cifar_resnet import DEPTHS, CifarResNet
+from harness.errors import UserError
+from harness.installed import installed, load
+from harness.models.cifar_resnet import SMALL_RESNET
+from harness.models.family import ModelFamily
 from harness.models.fused_blocks import fuse_blocks
-from harness.models.ghost_batch_norm import convert_batch_norms
+from harness.models.ghost_batch_norm import convert_batch_norms, is_convertible
+from harness.models.torchvision_networks import OTHERS, RESNET
+from harness.models.training_pass import try_training_pass
 from harness.models.weights import load_weights
-from harness.recipe.initialization import initialize
+from harness.recipe.initialization import initialize_last_norms, seed_for
+from harness.recipe.optimizer import build_optimizer
 
 if TYPE_CHECKING:
-    from harness.config.schema import Config, ModelConfig
+    from harness.config.schema import Config
 
-SMALL = {f"resnet{depth}": depth for depth in DEPTHS}
+GROUP = "harness.models"  # where packages register a ModelFamily
+FAMILIES = (SMALL_RESNET, RESNET, OTHERS)
 
 
-def model_names() -> list[str]:
-    """The names that `model.name` may have."""
-    builders = torchvision_models.list_models(module=torchvision_models)
-    resnets = torchvision_models.resnet.__name__
-    return [
-        *SMALL,
-        *(n for n in builders if torchvision_models.get_model_builder(n).__module__ == resnets),
-    ]
+def find_family(name: str) -> ModelFamily:
+    """Return the family that builds the network `name`.
+
+    Packages are imported only where no built-in network has the name. Raises ConfigError for an
+    unknown name, and UserError for a package that cannot be used.
+    """
+    for family in FAMILIES:
+        if name in family.names:
+            return family
+    families = _installed_families()
+    found = [family for family in families if name in family.names]
+    if len(found) > 1:
+        raise UserError(
+            f"model.name: {name!r} is a network of {' and of '.join(f.name for f in found)}; "
+            "uninstall one of these packages"
+        )
+    if not found:
+        names = [name for family in (*FAMILIES, *families) for name in family.names]
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"model.name: no model {name!r}; did you mean {nearest!r}? Other networks need their "
+            "package installed"
+        )
+    return found[0]
+
+
+def _installed_families() -> list[ModelFamily]:
+    families = []
+    for point in installed(GROUP).values():
+        family = load(point, "model.name")
+        if not isinstance(family, ModelFamily):
+            raise UserError(
+                f"model.name: {point.value} is a {type(family).__name__} instead of a ModelFamily; "
+                "repair or uninstall its package"
+            )
+        families.append(family)
+    return families
 
 
 def build_model(config: Config, channels_last: bool = False) -> nn.Module:
-    """The config's model in float32 on the CPU, with ghost batch norm, its weights set.
+    """Build the config's network in float32 on the CPU, with ghost batch norm and start weights.
 
-    `channels_last` is the order of a micro-batch that its batch norms are given (see
-    `GhostBatchNorm2d`). Raises ConfigError for an unknown name, and UserError for a weights file
-    that cannot be read or does not fit.
+    `channels_last` is the order of a micro-batch that its batch norms get (see
+    `GhostBatchNorm2d`). Raises ConfigError for an unknown name or option, and UserError for a
+    weights file that cannot be read or does not fit.
     """
-    model = build_without_weights(config, channels_last)
-    load_start_weights(model, config)
-    return model
+    network = build_without_weights(config, channels_last)
+    load_start_weights(network, config)
+    return network
 
 
 def build_without_weights(config: Config, channels_last: bool = False) -> nn.Module:
-    """As `build_model`, but do not read `model.weights`, which a checkpoint will replace.
+    """Build as `build_model` does, but do not read `model.weights`, which a checkpoint replaces.
 
-    The file a run started from may be gone by the time the run is resumed, evaluated or exported.
+    The file a run started from may no longer exist when the run is resumed, evaluated or exported.
     """
-    model = _bare_model(config.model, config.data.classes)
-    convert_batch_norms(model, config.recipe.worker_batch, channels_last)
-    fuse_blocks(model)
-    initialize(model, config.seed, config.model.last_gamma)
-    return model
+    family, name = find_family(config.model.name), config.model.name
+    network = _build_bare(family, config)
+    convert_batch_norms(network, config.recipe.worker_batch, channels_last)
+    fuse_blocks(network)
+    if family.initialize is not None:
+        try:
+            family.initialize(network, config.seed)
+        except TypeError as error:
+            raise ConfigError(f"model.name: {name} cannot be initialized: {error}") from error
+    norms = [block.last_norm for block in family.residual_blocks(network)]
+    initialize_last_norms(norms, config.model.last_gamma)
+    return network
 
 
-def load_start_weights(model: nn.Module, config: Config) -> None:
+def load_start_weights(network: nn.Module, config: Config) -> None:
     """Load `model.weights` where the config names a file. Raises UserError as `load_weights`."""
     if config.model.weights is not None:
-        load_weights(model, Path(config.model.weights))
+        load_weights(network, Path(config.model.weights))
+
+
+def _build_bare(family: ModelFamily, config: Config) -> nn.Module:
+    """Build as the family does, with draws that depend on the seed and the name alone."""
+    model = config.model
+    width = {} if "width" in model.meaningless() else {"width": model.width}
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which would seed the GPUs too
+        torch.default_generator.manual_seed(seed_for(config.seed, model.name))
+        try:
+            return family.build(model.name, config.data.classes, width | model.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"model.options: {model.name} cannot be built with {model.options}: {_line(error)}"
+            ) from error
 
 
 def check_model(config: Config) -> None:
-    """Raise ConfigError where the config's network is unknown or cannot train on its crops.
+    """Raise ConfigError where the config's network or optimizer cannot train, or not on one curve.
 
-    By a forward pass in training on PyTorch's meta device, which has shapes and no data: it finds
-    crops that are too small, and a batch norm over one value.
+    By a training pass without data: it finds unsuitable crops, a batch norm over one value, and
+    networks whose logits depend on more than images and parameters.
     """
-    n, pixels = config.recipe.worker_batch, config.data.crop
-    with torch.device("meta"):
-        model = _bare_model(config.model, config.data.classes)
-        # whether a batch norm has several values depends on whether n is 1, not on how large it is
-        images = torch.empty(min(n, 2), 3, pixels, pixels)
-    try:
-        model.train()(images)
-    except (ValueError, RuntimeError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+    model, n, pixels = config.model, config.recipe.worker_batch, config.data.crop
+    family = find_family(model.name)
+    network = _build_bare(family, config)
+    _check_batch_norms(network, model.name)
+    if model.last_gamma and not family.residual_blocks(network):
         raise ConfigError(
-            f"data.crop: {config.model.name} cannot be trained on {pixels} × {pixels} pixels with "
-            f"recipe.worker_batch {n} ({why}); raise one of them"
+            f"model.last_gamma: {model.name} names no residual blocks that have it; remove it"
+        )
+    build_optimizer(network, config.recipe, family.undecayed(network))
+    # whether a batch norm has several values depends on whether n is 1, not on how large it is
+    images = (min(n, 2), 3, pixels, pixels)
+    try:
+        tried = try_training_pass(network, images)
+    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(
+            f"data.crop: {model.name} cannot be trained on {pixels} × {pixels} pixels with "
+            f"recipe.worker_batch {n} ({_line(error)}); raise one of them"
         ) from None
+    logits = tried.output
+    if not isinstance(logits, Tensor) or logits.shape != (images[0], config.data.classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"model.name: {model.name} returns {found} in training instead of logits (B, "
+            f"{config.data.classes}); turn other outputs off in model.options"
+        )
+    for module, fault in tried.faults.items():
+        raise ConfigError(
+            f"model.name: {model.name}: {module or 'its forward pass'} {fault} in training, so the "
+            "curve would depend on the number of ranks; turn it off in model.options (such as "
+            "dropout: 0), or take another network"
+        )
 
 
-def _bare_model(model: ModelConfig, classes: int) -> nn.Module:
-    names = model_names()
-    if model.name not in names:
-        nearest = difflib.get_close_matches(model.name, names, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"model.name: no model {model.name!r}; did you mean {nearest!r}?")
-    if model.name in SMALL:
-        return CifarResNet(SMALL[model.name], classes, model.width)
-    return torchvision_models.get_model(model.name, weights=None, num_classes=classes)
+def _check_batch_norms(network: nn.Module, name: str) -> None:
+    for place, module in network.named_modules():
+        if isinstance(module, _BatchNorm) and not is_convertible(module):
+            raise ConfigError(
+                f"model.name: {name}: {place} is a {module}, whose statistics cannot be kept apart "
+                "for each worker; use BatchNorm2d with momentum, γ, β and running statistics"
+            )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,19 +11,30 @@ import torch
 from torch import nn
 
 from harness.compat import BatchNorm
+from harness.config.errors import found
 from harness.config.schema import NO_EXPECTATION, Config, ExpectConfig
 from harness.config.stages import Stage
 from harness.data.sources.registry import data_format
 from harness.errors import UserError
-from harness.models.registry import build_model, build_without_weights, check_model
+from harness.models.cifar_resnet import SMALL_RESNET
+from harness.models.family import ModelFamily
+from harness.models.registry import (
+    build_model,
+    build_without_weights,
+    check_model,
+    find_family,
+)
+from harness.models.torchvision_networks import RESNET
 from harness.planning.lr_plot import COLUMNS, draw_lr
 from harness.planning.runtime import Hardware, predict, render_prediction
-from harness.recipe.initialization import last_batch_norm, residual_blocks
+from harness.recipe.initialization import initialize
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
 from harness.recipe.schedule import error_rule, final_epochs, lr_at, peak_lr
 
 FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
+PAPER_RULES = "section 5.1, from (seed, parameter name)"
+PAPER_NETWORKS = (RESNET.name, SMALL_RESNET.name)  # whose training the tests prove
 SIGMAS = 6  # a measured std may be this many of its own standard errors off
 
 
@@ -61,7 +72,8 @@ def make_plan(
     if lr_at_steps:
         plan["lr_at"] = {str(step): lr_at(config, step) for step in lr_at_steps}
     model = build_without_weights(config) if resuming else build_model(config)
-    facts = inspect_model(model, build_optimizer(model, config.recipe), config)
+    undecayed = find_family(config.model.name).undecayed(model)
+    facts = inspect_model(model, build_optimizer(model, config.recipe, undecayed), config)
     prediction = predict(config, model, ranks, hardware)
     return plan | facts | {"checks": check_facts(facts), "prediction": prediction}
 
@@ -176,10 +188,16 @@ def inspect_model(
     for group in optimizer.param_groups:
         (decayed if group["weight_decay"] > 0 else undecayed).update(group["params"])
     batch_norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    last_gammas = [last_batch_norm(block).weight for _, block in residual_blocks(model)]
-    fc = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    family = find_family(config.model.name)
+    last_gammas = [block.last_norm.weight for block in family.residual_blocks(model)]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    fc = linear[-1] if linear and family.initialize is initialize else None
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     return {
+        "optimizer": config.recipe.optimizer,
+        "optimizer_options": config.recipe.optimizer_arguments,
+        "family": family.name,
+        "initialization": _initialization(family),
         "weights": config.model.weights and str(config.model.weights),
         "last_gamma": config.model.last_gamma,
         "weight_decay": config.recipe.weight_decay,
@@ -192,12 +210,20 @@ def inspect_model(
         "batch_norms_undecayed": sum({bn.weight, bn.bias} <= undecayed for bn in batch_norms),
         "residual_blocks": len(last_gammas),
         "zero_gammas": sum(not gamma.any() for gamma in last_gammas),
-        "fc_std": _std(fc.weight),
-        "fc_std_as_drawn": _drawn_with(fc.weight, FC_STD),
-        "fc_bias": float(fc.bias.detach().abs().max()),
+        "fc_std": fc and _std(fc.weight),
+        "fc_std_as_drawn": fc and _drawn_with(fc.weight, FC_STD),
+        "fc_bias": fc and float(fc.bias.detach().abs().max()),
         "convolutions": len(convolutions),
         "convolutions_as_drawn": sum(_drawn_with(c.weight, _he_std(c)) for c in convolutions),
     }
+
+
+def _initialization(family: ModelFamily) -> str:
+    if family.initialize is initialize:
+        return PAPER_RULES
+    if family.initialize is not None:
+        return "the family's rules, from (seed, parameter name)"
+    return "the network's own, from (seed, model.name)"
 
 
 def _owners(model: nn.Module, parameters: set[nn.Parameter]) -> list[str]:
@@ -225,23 +251,47 @@ def check_facts(facts: dict[str, Any]) -> list[dict[str, Any]]:
     optimized = facts["parameters_decayed"] + facts["parameters_undecayed"]
     parameters = facts["parameters"]
     layers, undecayed = facts["batch_norms"], facts["batch_norms_undecayed"]
-    blocks, zero = facts["residual_blocks"], facts["zero_gammas"]
-    asked = "" if facts["last_gamma"] == 0 else f" (model.last_gamma is {facts['last_gamma']:g})"
-    drawn, convolutions = facts["convolutions_as_drawn"], facts["convolutions"]
     checks: list[tuple[str, bool]] = [
         (f"{undecayed} of {layers} BN layers undecayed", undecayed == layers),
         (f"{optimized:,} of {parameters:,} parameters optimized", optimized == parameters),
     ]
-    initial: list[tuple[str, bool]] = [
-        (f"{zero} of {blocks} last γ zero{asked}", zero == (0 if asked else blocks)),
-        (f"fc weight std {facts['fc_std']:.4f} (paper: {FC_STD})", facts["fc_std_as_drawn"]),
-        (f"largest fc bias {facts['fc_bias']:.4g}", facts["fc_bias"] == 0),
-        (f"{drawn} of {convolutions} convolutions std √(2/fan_out)", drawn == convolutions),
-    ]
     loaded = facts["weights"] is not None  # such weights are as they were trained
     return [{"what": what, "ok": ok} for what, ok in checks] + [
-        {"what": what, "ok": None if loaded else ok} for what, ok in initial
+        {"what": what, "ok": None if loaded else ok} for what, ok in _initial_checks(facts)
     ]
+
+
+def _initial_checks(facts: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Return the checks of those rules for initial values that apply to the network."""
+    blocks, zero = facts["residual_blocks"], facts["zero_gammas"]
+    asked = "" if facts["last_gamma"] == 0 else f" (model.last_gamma is {facts['last_gamma']:g})"
+    drawn, convolutions = facts["convolutions_as_drawn"], facts["convolutions"]
+    checks: list[tuple[str, bool]] = []
+    if blocks:
+        checks.append((f"{zero} of {blocks} last γ zero{asked}", zero == (0 if asked else blocks)))
+    if facts["fc_std"] is not None:
+        paper = f"fc weight std {facts['fc_std']:.4f} (paper: {FC_STD})"
+        checks.append((paper, facts["fc_std_as_drawn"]))
+        checks.append((f"largest fc bias {facts['fc_bias']:.4g}", facts["fc_bias"] == 0))
+    if facts["initialization"] == PAPER_RULES:
+        as_drawn = f"{drawn} of {convolutions} convolutions std √(2/fan_out)"
+        checks.append((as_drawn, drawn == convolutions))
+    return checks
+
+
+def _unchecked(plan: dict[str, Any]) -> list[str]:
+    """Return what the plan cannot check about the network and its rules."""
+    unchecked = []
+    if plan["initialization"] != PAPER_RULES:
+        unchecked.append(f"initial values: {plan['initialization']}")
+    if not plan["residual_blocks"]:
+        unchecked.append("last γ of residual blocks: the family names no blocks")
+    if plan["family"] not in PAPER_NETWORKS:
+        unchecked.append(
+            "whether images of other workers, or draws outside PyTorch, change logits: harness "
+            "verify does"
+        )
+    return unchecked
 
 
 def render_plan(plan: dict[str, Any]) -> str:
@@ -314,7 +364,10 @@ def _lr_table(plan: dict[str, Any]) -> list[str]:
 
 def _parameters(plan: dict[str, Any]) -> list[str]:
     mark = {True: "ok", False: "FAILED", None: "loaded"}
+    options = "".join(f", {name} {found(v)}" for name, v in plan["optimizer_options"].items())
     lines = [
+        f"optimizer    {plan['optimizer']}{options}",
+        f"network      of the family {plan['family']!r}",
         f"parameters   {plan['parameters']:,}",
         f"  decayed    {plan['parameters_decayed']:,} by {plan['weight_decay']:g}: "
         + ", ".join(plan["decayed_modules"]),
@@ -322,6 +375,7 @@ def _parameters(plan: dict[str, Any]) -> list[str]:
         "checked on the model and the optimizer, as a run would build them",
         *(f"  {mark[check['ok']]:9}  {check['what']}" for check in plan["checks"]),
     ]
+    lines += [f"  unchecked  {what}" for what in _unchecked(plan)]
     if plan["weights"] is not None:
         lines.append(f"  loaded: not initial values, but those of {plan['weights']}")
     return lines

@@ -1,4 +1,4 @@
-"""SGD with momentum, and the algebra of the paper's remarks 1 to 3 (section 3).
+"""Optimizers by name: SGD with momentum as in remarks 1 to 3 of section 3, and installed ones.
 
 Remark 1, "Scaling the cross-entropy loss is not equivalent to scaling the learning rate": one
 update is w' = w - ηλw - η(1/kn)Σ∇l, and λw does not pass through the loss. So the learning rate is
@@ -6,68 +6,123 @@ scaled, never the loss.
 
 Remark 2, momentum correction. `torch.optim.SGD` is form (9):
     u' = m u + g,      w' = w - η u'
-where u holds no learning rate, so η may change at any step. Form (10), which absorbs it,
+where u contains no learning rate, so η may change at any step. Form (10), which absorbs η,
     v' = m v + η g,    w' = w - v'
-has v = η u only while η stays; when η becomes η', it needs the correction v' = m (η'/η) v + η' g,
-which form (9) makes needless. The same holds with Nesterov's update, w' = w - η (g + m u').
+has v = η u only while η is constant. When η becomes η', it needs the correction
+v' = m (η'/η) v + η' g, which form (9) avoids. The same holds with Nesterov's update,
+w' = w - η (g + m u').
 
-Remark 3: each loss is normalised by kn, not n (`losses.training_loss`), and gradients are summed
-over micro-batches and ranks, so that they are Σ∇l/(kn) whatever the shares of the ranks.
+Remark 3: each loss is normalized by kn, not n (`losses.training_loss`), and gradients are summed
+over micro-batches and ranks, so they are Σ∇l/(kn) however the ranks share the minibatch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from harness.compat import BatchNorm
+from harness.config.errors import ConfigError
+from harness.installed import installed, load
 
 if TYPE_CHECKING:
     from harness.config.schema import RecipeConfig
 
+GROUP = "harness.optimizers"  # where packages register a build function by the optimizer's name
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups in model order: the decayed parameters, and those of batch norm, undecayed.
+
+ParameterGroup = dict[str, Any]  # as in torch.optim: "params" and their "weight_decay"
+# Called with the parameter groups and, as keywords, the options of the config.
+BuildOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+def batch_norm_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return γ and β of every batch norm, which are not decayed.
 
     Section 5.1: weight decay not on "the learnable BN coefficients (namely, γ and β)". Chosen by
     module type: torchvision calls some batch norms `downsample.1`. The fc bias is decayed.
     """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    undecayed = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    norms = [module for module in network.modules() if isinstance(module, BatchNorm)]
+    return [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
+
+
+def parameter_groups(
+    network: nn.Module, weight_decay: float, undecayed: Collection[nn.Parameter]
+) -> list[ParameterGroup]:
+    """Return two groups in model order: the decayed parameters, and those in `undecayed`."""
+    apart = {id(parameter) for parameter in undecayed}
+    decayed = [p for p in network.parameters() if id(p) not in apart]
+    others = [p for p in network.parameters() if id(p) in apart]
     return [
-        {
-            "params": [p for p in model.parameters() if id(p) not in undecayed],
-            "weight_decay": weight_decay,
-        },
-        {
-            "params": [p for p in model.parameters() if id(p) in undecayed],
-            "weight_decay": 0.0,
-        },
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, recipe: RecipeConfig) -> torch.optim.SGD:
-    """SGD over `parameter_groups`, for a model that is on its device; lr is 0 until `set_lr`."""
+def find_optimizer(name: str) -> BuildOptimizer:
+    """Return the build function of the optimizer `name`. Raises as `build_optimizer`."""
+    if name == "sgd":
+        return build_sgd
+    points = installed(GROUP)
+    if name not in points:
+        raise ConfigError(
+            f"recipe.optimizer: no optimizer {name!r}; take one of "
+            f"{', '.join(['sgd', *sorted(points)])}, or install its package"
+        )
+    return cast(BuildOptimizer, load(points[name], "recipe.optimizer"))
+
+
+def build_optimizer(
+    network: nn.Module, recipe: RecipeConfig, undecayed: Collection[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Build the optimizer of a network on its device; its learning rate is set at each step.
+
+    `undecayed` are the parameters without weight decay. Raises ConfigError for an unknown name or
+    option, and UserError for a package that cannot be imported.
+    """
+    build, options = find_optimizer(recipe.optimizer), recipe.optimizer_arguments
+    groups = parameter_groups(network, recipe.weight_decay, undecayed)
+    try:
+        optimizer = build(groups, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"recipe.optimizer_options: {recipe.optimizer} cannot be built with {options}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"recipe.optimizer: {recipe.optimizer} is a {type(optimizer).__name__} instead of a "
+            "torch.optim.Optimizer; repair its package"
+        )
+    return optimizer
+
+
+def build_sgd(
+    groups: list[ParameterGroup], momentum: float, nesterov: bool
+) -> torch.optim.Optimizer:
+    """Build SGD of form (9)."""
     optimizer = torch.optim.SGD(
-        parameter_groups(model, recipe.weight_decay),
+        groups,
         lr=0.0,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        # fewest passes over the weights, on the CPU too; and a float16 overflow skips the update on
-        # the device, where GradScaler would wait for it with any other kind
+        momentum=momentum,
+        nesterov=nesterov,
+        # Fused SGD passes over the weights fewest times, on the CPU too. After a float16 overflow
+        # it skips the update on the device; for others GradScaler waits for the device.
         fused=True,
     )
-    if recipe.momentum:
-        # u = 0 makes the first u' = g exactly, as SGD's own first step. Left to itself, fused SGD
+    if momentum:
+        # With u = 0 the first step has u' = g, as in SGD's own first step. By itself, fused SGD
         # allocates u without values, and where the first step overflows it keeps them.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets η of the next update for every group."""
+    """Set η of the next update in every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr

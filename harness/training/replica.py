@@ -41,7 +41,7 @@ class Replica:
         self.observers = tuple(observers)
         self.running_statistics = RunningStatistics(network)
         if config.run.compile is True:
-            compile_blocks(network)
+            compile_blocks(network, config.model.name)
         self.graphed = GraphedModel(network)
         self.model: nn.Module = self.graphed
         if world.world_size > 1:

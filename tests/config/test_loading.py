@@ -72,7 +72,7 @@ def test_omitted_keys_take_the_documented_defaults(load):
             "std": [0.229, 0.224, 0.225],
             "on_bad_image": "fail",
         },
-        "model": {"name": "resnet50", "last_gamma": 0, "weights": None},
+        "model": {"name": "resnet50", "last_gamma": 0, "weights": None, "options": {}},
         "recipe": {
             "minibatch": 8192,
             "worker_batch": 32,
@@ -85,6 +85,7 @@ def test_omitted_keys_take_the_documented_defaults(load):
             "decay": "steps",
             "milestones": [30, 60, 80],
             "decay_factor": 0.1,
+            "optimizer": "sgd",
             "momentum": 0.9,
             "nesterov": True,
             "weight_decay": 0.0001,

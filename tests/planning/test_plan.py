@@ -13,9 +13,9 @@ from harness.config.loading import config_from_mapping, load_config
 from harness.config.schema import Config
 from harness.errors import UserError
 from harness.models.registry import build_model
+from harness.models.torchvision_networks import residual_blocks
 from harness.planning.lr_plot import COLUMNS, ROWS, draw_lr
 from harness.planning.plan import check_facts, inspect_model, make_plan, render_plan
-from harness.recipe.initialization import last_batch_norm, residual_blocks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -254,7 +254,7 @@ def test_failures_are_found_and_said() -> None:
     batch_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     with torch.no_grad():
-        last_batch_norm(residual_blocks(model)[0][1]).weight.fill_(1)
+        residual_blocks(model)[0].last_norm.weight.fill_(1)
         convolution.weight.mul_(1.5)
         model.get_submodule("fc").weight.mul_(10)  # 0.01 taken for the variance
         model.get_submodule("fc").bias.fill_(0.5)

@@ -9,10 +9,22 @@ from torchvision.models import resnet50
 
 from harness.models.ghost_batch_norm import convert_batch_norms
 from harness.recipe.losses import training_loss
-from harness.recipe.optimizer import build_optimizer, parameter_groups, set_lr
+from harness.recipe.optimizer import (
+    batch_norm_parameters,
+    build_optimizer,
+    parameter_groups,
+    set_lr,
+)
 
-SGD = SimpleNamespace(momentum=0.9, nesterov=False, weight_decay=0.0)
 LRS = [0.1, 0.1, 0.4, 0.4, 0.04]  # a warm-up jump and a decay
+
+
+def sgd(layer, momentum=0.9, nesterov=False, weight_decay=0.0):
+    arguments = {"momentum": momentum, "nesterov": nesterov}
+    recipe = SimpleNamespace(
+        optimizer="sgd", optimizer_arguments=arguments, weight_decay=weight_decay
+    )
+    return build_optimizer(layer, recipe, batch_norm_parameters(layer))
 
 
 @pytest.mark.parametrize("ghost", [False, True])
@@ -21,7 +33,7 @@ def test_fifty_three_of_fifty_three_batch_norms_are_undecayed(ghost):
         model = resnet50()
         if ghost:
             convert_batch_norms(model, worker_batch=32, channels_last=True)
-    decayed, undecayed = parameter_groups(model, 1e-4)
+    decayed, undecayed = parameter_groups(model, 1e-4, batch_norm_parameters(model))
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (1e-4, 0.0)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 53  # 1 + 16 * 3 + 4 shortcuts
@@ -50,8 +62,7 @@ def gradient(w, step):
 def sgd_trajectory(lrs, nesterov):
     """What `build_optimizer` does to one weight."""
     layer = one_weight()
-    recipe = SimpleNamespace(momentum=0.9, nesterov=nesterov, weight_decay=0.0)
-    optimizer = build_optimizer(layer, recipe)
+    optimizer = sgd(layer, nesterov=nesterov)
     weights = []
     for step, lr in enumerate(lrs):
         set_lr(optimizer, lr)
@@ -123,9 +134,7 @@ def test_two_steps_of_sgd_by_hand():
 )
 def test_scaling_the_loss_is_not_scaling_the_learning_rate(loss_scale, lr_scale, expected):
     layer = one_weight(2.0)  # remark 1
-    optimizer = build_optimizer(
-        layer, SimpleNamespace(momentum=0.9, nesterov=False, weight_decay=0.5)
-    )
+    optimizer = sgd(layer, weight_decay=0.5)
     set_lr(optimizer, 0.1 * lr_scale)
     (loss_scale * layer(torch.full((1, 1), 3.0, dtype=torch.float64)).sum()).backward()
     optimizer.step()
@@ -160,11 +169,9 @@ def test_it_is_plain_sgd(dtype, nesterov):
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         model.to(dtype)
-    recipe = SimpleNamespace(momentum=0.9, nesterov=nesterov, weight_decay=0.1)
-    ours = build_optimizer(models[0], recipe)
-    plain = torch.optim.SGD(
-        parameter_groups(models[1], 0.1), lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False
-    )
+    ours = sgd(models[0], nesterov=nesterov, weight_decay=0.1)
+    groups = parameter_groups(models[1], 0.1, batch_norm_parameters(models[1]))
+    plain = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, foreach=False)
     torch.manual_seed(0)
     x = torch.randn(8, 3, 6, 6, dtype=dtype)
     for lr in LRS:
@@ -191,7 +198,7 @@ def test_an_overflow_skips_the_update_whole(overflow_at):
     def run(losses):
         layer = nn.Linear(1, 1, bias=False)
         nn.init.ones_(layer.weight)
-        optimizer = build_optimizer(layer, SGD)
+        optimizer = sgd(layer)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         set_lr(optimizer, 0.1)
         for factor in losses:
@@ -212,9 +219,7 @@ def test_an_overflow_skips_the_update_whole(overflow_at):
 
 def test_without_momentum():
     layer = one_weight()
-    optimizer = build_optimizer(
-        layer, SimpleNamespace(momentum=0.0, nesterov=False, weight_decay=0.0)
-    )
+    optimizer = sgd(layer, momentum=0.0)
     set_lr(optimizer, 0.1)
     for _ in range(2):  # 1 - 0.1 * 1.5 = 0.85; 0.85 - 0.1 * 1.2 = 0.73
         layer.weight.grad = gradient(layer.weight.detach(), 0)
