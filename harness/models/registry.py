@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness.compat import BatchNorm
 from harness.config.errors import ConfigError
 from harness.errors import UserError
 from harness.installed import installed, load
@@ -162,7 +162,7 @@ def check_model(config: Config) -> None:
 
 def _check_batch_norms(network: nn.Module, name: str) -> None:
     for place, module in network.named_modules():
-        if isinstance(module, _BatchNorm) and not is_convertible(module):
+        if isinstance(module, BatchNorm) and not is_convertible(module):
             raise ConfigError(
                 f"model.name: {name}: {place} is a {module}, whose statistics cannot be kept apart "
                 "for each worker; use BatchNorm2d with momentum, γ, β and running statistics"

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness.compat import BatchNorm
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Recorder(TorchDispatchMode):
 
     def _enter(self, name: str) -> Callable[[nn.Module, object], None]:
         def enter(module: nn.Module, inputs: object) -> None:
-            if isinstance(module, _BatchNorm) and name in self._passed:
+            if isinstance(module, BatchNorm) and name in self._passed:
                 self.faults[name] = "is applied more than once"
             self._passed.add(name)
             self._running.append(name)
