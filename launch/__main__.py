@@ -182,7 +182,8 @@ def _beside(options: argparse.Namespace) -> TextIO:
 
 def _show_whole_plans(runs: Sequence[Any], cluster: Any, to: TextIO) -> None:
     """A wrong config never reaches the queue."""
-    from harness.planning.plan import make_plan, render_plan
+    from harness.planning.plan import make_plan
+    from harness.planning.plan_text import render_plan
     from harness.planning.runtime import Hardware
 
     hardware = Hardware(cluster.gpus_per_node)

@@ -34,7 +34,8 @@ from harness.config.schema import (
     RunConfig,
 )
 from harness.errors import UserError
-from harness.planning.plan import make_plan, render_plan
+from harness.planning.plan import make_plan
+from harness.planning.plan_text import render_plan
 from harness.recipe.schedule import lr_at
 from harness.runs.logging.jsonl import read_log
 from harness.training.setup import train

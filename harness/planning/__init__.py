@@ -1,1 +1,1 @@
-"""The dry run, and predictions of step time and run time."""
+"""The dry run, and predictions of step times and run times."""

@@ -1,27 +1,28 @@
-"""The learning rate over the epochs, drawn in a terminal."""
+"""A plot of the learning rate over the epochs, for a terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
-COLUMNS, ROWS = 60, 10  # in characters
+from harness.planning.plan import CURVE_POINTS, Plan
+
+COLUMNS, ROWS = CURVE_POINTS // 2, 10  # characters; a braille character is two dots wide
 
 
-def draw_lr(plan: dict[str, Any]) -> list[str]:
-    """A picture of the lr over the epochs, COLUMNS × ROWS braille characters and labelled axes.
+def draw_lr(plan: Plan) -> list[str]:
+    """Draw the lr over the epochs with COLUMNS × ROWS braille characters and labelled axes.
 
-    Step decay is drawn on a log scale: each ×0.1 is a stair of the same height.
+    Step decay has a log scale, on which each ×0.1 is a stair of the same height.
     """
-    curve, corners = plan["lr_curve"], [lr for _, _, lr, _ in plan["lr_corners"]]
+    curve, corners = plan["lr_curve"], [corner.lr for corner in plan["lr_corners"]]
     log = plan["lr_scale"] == "log"
     height: Callable[[float], float] = math.log if log else float
-    # a corner may lie between two dots of the curve
+    # A corner may lie between two points of the curve.
     low, high = height(min(curve + corners) if log else 0.0), height(max(curve + corners))
 
-    def dot_row(lr: float) -> int:  # 0 is the top
+    def dot_row(lr: float) -> int:  # 0 is at the top
         return round((high - height(lr)) / ((high - low) or 1.0) * (4 * ROWS - 1))
 
     labels = {} if log else {ROWS - 1: "0"}
@@ -36,8 +37,11 @@ def draw_lr(plan: dict[str, Any]) -> list[str]:
 
 
 def _braille(dots: list[int]) -> list[str]:
-    """Heights of 2·COLUMNS dots, 0 at the top, 4 a character -> ROWS lines, jumps joined."""
-    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # Unicode's order of dots
+    """Draw 2·COLUMNS dots at these heights, 0 at the top, as ROWS lines, and join the jumps.
+
+    A character holds 4 × 2 dots.
+    """
+    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # in Unicode's order
     cells = [[0] * COLUMNS for _ in range(ROWS)]
     for x, (before, here) in enumerate(pairwise([dots[0], *dots])):
         for y in range(min(before, here), max(before, here) + 1):
@@ -45,13 +49,13 @@ def _braille(dots: list[int]) -> list[str]:
     return ["".join(chr(0x2800 + cell) if cell else " " for cell in row) for row in cells]
 
 
-def _epoch_axis(plan: dict[str, Any]) -> list[str]:
-    """The axis with a tick at each corner, and its labels: the epochs."""
+def _epoch_axis(plan: Plan) -> list[str]:
+    """Draw the axis, with a tick at each corner, and the epochs as its labels."""
     last = plan["total_steps"] - 1
     ticks, labels = ["─"] * COLUMNS, " " * (COLUMNS + 10)
     free_from = 0
     for step, epoch, _, _ in plan["lr_corners"]:
-        column = -(-step * (2 * COLUMNS - 1) // max(last, 1)) // 2  # where that step is first drawn
+        column = -(-step * (2 * COLUMNS - 1) // max(last, 1)) // 2  # the first one that shows it
         ticks[column] = "┬"
         text = f"{plan['epochs'] if step == last else epoch:g}"
         if column + 1 >= free_from:

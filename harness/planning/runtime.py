@@ -1,14 +1,14 @@
-"""What `harness plan` predicts: a config's time of a step, an epoch and a run on so many GPUs.
+"""The predicted times of a step, an epoch and a run on a number of GPUs.
 
-By the model of communication.py, from assumed hardware: nothing here was measured.
+They follow from assumed hardware by the model of step_time_model.py; nothing here is measured.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,29 +26,32 @@ from harness.planning.step_time_model import (
 )
 from harness.recipe.minibatch import Minibatch
 
-# published: ResNet-50, 224 × 224, PyTorch with mixed precision on one H200 (Lambda's benchmark)
+# Published: ResNet-50, 224 × 224, PyTorch with mixed precision on one H200 (Lambda's benchmark).
 PUBLISHED_IMAGES_PER_S, PUBLISHED_MACS = 3060.0, 4_089_184_256
-GBIT_PER_S_A_GPU = 400.0  # an InfiniBand NDR interface for each GPU
+GBIT_PER_S_PER_GPU = 400.0  # an InfiniBand NDR interface for each GPU
 NVLINK_BYTES_PER_S = 450e9  # H100 and H200, in each direction
 INSIDE_LATENCY_S, BETWEEN_LATENCY_S, OVERHEAD_S = 2e-6, 5e-6, 20e-6
-BACKWARD_SHARE = 2 / 3  # gradients by input and by weight: two products for the forward's one
+BACKWARD_SHARE = 2 / 3  # two products, by input and by weight, to the forward pass's one
 EVALUATED_SHARE = 1 / 3  # an image's evaluation is the forward pass of its training
 HOUR_S = 3600.0
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a prediction assumes. `images_per_s`: what one GPU trains alone, of this config's
-    network and crop; None: a published figure, scaled by arithmetic. `gbit_per_s`: a GPU's
-    interface between nodes. `spread`: see Workload."""
+    """The hardware that a prediction assumes.
+
+    `images_per_s` is the throughput of one GPU alone with this config's network and crop; None
+    takes a published figure, scaled by the number of multiply-adds. `gbit_per_s` is the bandwidth
+    of each GPU's interface between nodes, `spread` that of Workload.
+    """
 
     gpus_per_node: int = 8
     images_per_s: float | None = None
-    gbit_per_s: float = GBIT_PER_S_A_GPU
+    gbit_per_s: float = GBIT_PER_S_PER_GPU
     spread: float = 0.0
 
     def network(self, ranks: int) -> Network:
-        """Nodes of at most `gpus_per_node` ranks, with an interface for each GPU."""
+        """Return nodes of at most `gpus_per_node` ranks, with an interface for each GPU."""
         local = min(self.gpus_per_node, ranks)
         return Network(
             local,
@@ -58,10 +61,26 @@ class Hardware:
         )
 
 
-def predict(config: Config, model: nn.Module, ranks: int, hardware: Hardware) -> dict[str, Any]:
-    """JSON-ready, seconds; {} where no throughput is given and none is published for the network.
+class Prediction(TypedDict, total=False):
+    """Predicted times; empty where no throughput is given, nor published for the network."""
 
-    Raises UserError where a figure is not above 0.
+    images_per_s_a_gpu: float
+    assumed: list[str]
+    compute_s: float
+    exposed_s: float
+    step_s: float
+    limit: str
+    images_per_s: float
+    efficiency: float
+    epoch_s: float
+    run_s: float
+    hour_needs_images_per_s_a_gpu: float | None  # None where communication alone takes longer
+
+
+def predict(config: Config, model: nn.Module, ranks: int, hardware: Hardware) -> Prediction:
+    """Predict the times of `config` on `ranks` GPUs.
+
+    Raises UserError where a figure of the hardware is not above 0.
     """
     for name, value in (
         ("--images-per-second", hardware.images_per_s),
@@ -74,7 +93,7 @@ def predict(config: Config, model: nn.Module, ranks: int, hardware: Hardware) ->
     images_per_s = hardware.images_per_s or _published(config, sum(macs.values()))
     if images_per_s is None:
         return {}
-    run = _Run(config, ranks, hardware.network(ranks), gradient_layers(model, macs), hardware)
+    run = _PredictedRun(config, ranks, gradient_layers(model, macs), hardware)
     step = run.step(images_per_s)
     return {
         "images_per_s_a_gpu": images_per_s,
@@ -92,22 +111,24 @@ def predict(config: Config, model: nn.Module, ranks: int, hardware: Hardware) ->
 
 
 @dataclass(frozen=True)
-class _Run:
+class _PredictedRun:
     config: Config
     ranks: int
-    network: Network
     layers: list[Layer]
     hardware: Hardware
 
     def step(self, images_per_s: float, ranks: int | None = None) -> StepTime:
-        """Of the ranks with the most workers; `ranks=1`: the same work without the others."""
+        """Return the step time of the ranks with the most workers.
+
+        `ranks=1` gives that of the same work without the other ranks.
+        """
         recipe = self.config.recipe
         minibatch = Minibatch(self.config.workers, recipe.worker_batch)
         workers = max(len(minibatch.workers_of(rank, self.ranks)) for rank in range(self.ranks))
         size = minibatch.micro_batch_images(workers, self.config.run.micro_batch)
         images = workers * recipe.worker_batch
         last = images - (images - 1) // size * size  # images of the last micro-batch
-        # DDP fills buckets in float32; its communication hook may send half of the bytes
+        # DDP fills buckets in float32; its communication hook may send half of the bytes.
         sent = 0.5 if self.config.run.gradient_precision == "bfloat16" else 1.0
         work = Workload(
             compute_s=images / images_per_s,
@@ -117,7 +138,7 @@ class _Run:
             ),
             spread=self.hardware.spread,
         )
-        return step_time(work, self.network, ranks or self.ranks)
+        return step_time(work, self.hardware.network(self.ranks), ranks or self.ranks)
 
     def evaluation_s(self, images_per_s: float) -> float:
         return self.config.data.val_images * EVALUATED_SHARE / images_per_s / self.ranks
@@ -129,9 +150,10 @@ class _Run:
         return training_s + evaluations * self.evaluation_s(images_per_s)
 
     def images_per_s_for(self, limit_s: float) -> float | None:
-        """A GPU's least images/s for a run of `limit_s`; None where communication alone takes it.
+        """Return the least images/s of a GPU for a run of `limit_s`.
 
-        By bisection: what is exposed grows as compute shrinks.
+        None where communication alone takes longer. Found by bisection, since exposed
+        communication grows as compute shrinks.
         """
         low, high = 1.0, 1e9
         if self.seconds(high) > limit_s:
@@ -143,17 +165,17 @@ class _Run:
 
 
 def multiply_adds(model: nn.Module, pixels: int) -> dict[str, int]:
-    """Of each convolution and linear layer, for one image of `pixels` × `pixels`.
+    """Count the multiply-adds of each convolution and linear layer for an image of `pixels`².
 
-    By a forward pass on PyTorch's meta device: shapes without data.
+    The shapes come from a forward pass on PyTorch's meta device, which holds no data.
     """
     counted: dict[str, int] = {}
     shapes = copy.deepcopy(model).to("meta").eval()
 
-    def count(name: str) -> Any:
+    def count(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(layer: nn.Module, _: object, output: Tensor) -> None:
             assert isinstance(layer.weight, Tensor)
-            # each of the output's numbers is a sum over one filter
+            # Each of the output's numbers is a sum over one filter.
             counted[name] = output[0].numel() * layer.weight[0].numel()
 
         return hook
@@ -167,8 +189,11 @@ def multiply_adds(model: nn.Module, pixels: int) -> dict[str, int]:
 
 
 def gradient_layers(model: nn.Module, macs: dict[str, int]) -> list[Layer]:
-    """The parameters in forward order; a layer's share of the backward pass is its share of the
-    arithmetic, on its weight (a bias, and batch norm's γ and β, are ready with it at once)."""
+    """Return the parameters in forward order, each with its share of the backward pass.
+
+    That is its layer's share of `macs` for a weight, and 0 for a bias and for batch norm's γ and
+    β, which are ready at the same moment.
+    """
     total = sum(macs.values())
 
     def layers() -> Iterator[Layer]:
@@ -181,7 +206,7 @@ def gradient_layers(model: nn.Module, macs: dict[str, int]) -> list[Layer]:
 
 
 def _published(config: Config, macs: int) -> float | None:
-    """ImageNet's ResNets are alike enough to go by their arithmetic; small ones are not."""
+    """Scale the published figure by `macs`; None for networks that it says nothing about."""
     if config.model.name not in ("resnet50", "resnet101", "resnet152"):
         return None
     return PUBLISHED_IMAGES_PER_S * PUBLISHED_MACS / macs
@@ -195,39 +220,7 @@ def _assumed(ranks: int, hardware: Hardware, images_per_s: float, distilled: boo
     return [
         f"one GPU: {images_per_s:,.0f} images/s ({source})",
         f"{nodes} × {local} GPUs: NVLink of {NVLINK_BYTES_PER_S / 1e9:.0f} GB/s, "
-        f"{hardware.gbit_per_s:g} Gbit/s a GPU between nodes",
+        f"{hardware.gbit_per_s:g} Gbit/s per GPU between nodes",
         "not counted: slow ranks, waiting for data, start-up, checkpoints"
         + (", the teacher" if distilled else ""),
     ]
-
-
-def render_prediction(plan: dict[str, Any]) -> list[str]:
-    """Lines of `harness plan`."""
-    found = plan["prediction"]
-    if not found:
-        return [
-            "predicted    nothing: give harness plan one GPU's throughput, --images-per-second X"
-        ]
-    step, compute, exposed = (_time(found[f"{part}_s"]) for part in ("step", "compute", "exposed"))
-    need = found["hour_needs_images_per_s_a_gpu"]
-    hour = (
-        f"{need:,.0f} images/s a GPU" if need else "no speed would do: communication takes longer"
-    )
-    return [
-        f"predicted    step {step}: compute {compute}, exposed communication {exposed}; "
-        f"limit: {found['limit']}",
-        f"  in all     {found['images_per_s']:,.0f} images/s, "
-        f"{100 * found['efficiency']:.1f} % of {plan['ranks']} × one GPU",
-        f"  time       epoch {_time(found['epoch_s'])}, run {_time(found['run_s'])}, "
-        "evaluations included",
-        f"  one hour   needs {hour}",
-        *(f"  {'assumed' if i == 0 else '':9}  {text}" for i, text in enumerate(found["assumed"])),
-    ]
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

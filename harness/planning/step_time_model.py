@@ -1,10 +1,10 @@
-"""The model of a step's time: compute, gradient buckets and their overlap, all-reduce, straggling.
+"""A model of the step time: compute, gradient buckets and their overlap, all-reduce, straggling.
 
-Pure arithmetic in seconds and bytes; nothing is measured here. Section 4 of the paper says what
-is modelled: gradients are summed as soon as they are ready, beside the backward pass, first inside
-a node, then between nodes by recursive halving and doubling or a ring. A message of b bytes takes
+It is pure arithmetic in seconds and bytes; nothing is measured here. It models section 4 of the
+paper: gradients are summed as soon as they are ready, during the backward pass, first inside a
+node, then between nodes by recursive halving and doubling or by a ring. A message of b bytes takes
 latency + b / bandwidth (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
-operations in MPICH", 2005); summing the received numbers is not counted.
+operations in MPICH", 2005); the additions themselves are not counted.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 * MIB, 25 * MIB  # DDP's: the first starts 
 
 @dataclass(frozen=True)
 class Link:
-    """What a message of b bytes takes: latency_s + b / bytes_per_s, in each direction at once."""
+    """A link on which b bytes take latency_s + b / bytes_per_s, in both directions at a time."""
 
     latency_s: float
     bytes_per_s: float
 
 
 def ring_s(count: float, ranks: int, link: Link, segments: int = 1) -> float:
-    """A ring all-reduce of `count` bytes: 2(p - 1) steps, 2(p - 1)/p of the bytes (section 4).
+    """Return the seconds of a ring all-reduce: 2(p - 1) steps, 2(p - 1)/p of the bytes (section 4).
 
-    In each step a rank sends a p-th, in `segments` messages: while one is on its way, the next is
-    sent, and what has come is passed on at once. Then latency shows only as far as it is longer
-    than sending the others.
+    In each step a rank sends a p-th of the `count` bytes in `segments` messages. While one is on
+    its way, the next is sent, and a message that has arrived is passed on immediately. So latency
+    shows only as far as it exceeds the time to send the other segments.
     """
     steps, sent_s = 2 * (ranks - 1), count / ranks / link.bytes_per_s
     if steps == 0:
@@ -43,11 +43,12 @@ def ring_s(count: float, ranks: int, link: Link, segments: int = 1) -> float:
 
 
 def halving_doubling_s(count: float, ranks: int, link: Link) -> float:
-    """Recursive halving, then doubling, of `count` bytes: 2·log2(p) steps, 2(p - 1)/p of the bytes.
+    """Return the seconds of recursive halving and doubling of `count` bytes.
 
-    Where p is no power of two, by binary blocks (section 4; Rabenseifner and Träff 2004): all
-    blocks halve at once; then each of s ranks hands the next larger block its s-th part, as soon
-    as it has that of the next smaller one. Doubling is the same in reverse.
+    It takes 2·log2(p) steps and 2(p - 1)/p of the bytes. Where p is no power of two, binary blocks
+    are used (section 4; Rabenseifner and Träff 2004): all blocks halve at the same time; then each
+    of a block's s ranks sends its s-th part to the next larger block, as soon as it has received
+    that of the next smaller one. Doubling is the same in reverse.
     """
     ready_s = given_s = 0.0
     for size in [1 << bit for bit in range(ranks.bit_length()) if ranks >> bit & 1]:
@@ -60,19 +61,25 @@ def halving_doubling_s(count: float, ranks: int, link: Link) -> float:
 
 @dataclass(frozen=True)
 class Network:
-    """Nodes of `ranks_per_node` ranks. `inside`: a rank's link to its node; `between`: a node's to
-    the others, all its interfaces together; `all_reduce_s`: what each all-reduce costs besides."""
+    """Nodes of `ranks_per_node` ranks each.
+
+    `inside` is the link of a rank to its node, `between` that of a node to the others, all its
+    interfaces together, and `overhead_s` the fixed cost of an all-reduce.
+    """
 
     ranks_per_node: int
     inside: Link
     between: Link
     overhead_s: float = 0.0
     algorithm: Literal["ring", "halving_doubling", "faster"] = "faster"  # between nodes
-    segments: int = 1  # of a ring's steps; Gloo: 2, NCCL pipelines too
+    segments: int = 1  # of each step of a ring: 2 with Gloo; NCCL pipelines as well
 
     def all_reduce_s(self, count: float, ranks: int) -> float:
-        """Seconds of an all-reduce of `count` bytes: reduced inside each node, summed between the
-        nodes, handed back inside (section 4, phases 1 to 3)."""
+        """Return the seconds of an all-reduce of `count` bytes.
+
+        They are reduced inside each node, summed between the nodes, and distributed inside each
+        node (section 4, phases 1 to 3).
+        """
         if ranks == 1:
             return 0.0
         local, nodes = min(ranks, self.ranks_per_node), -(-ranks // self.ranks_per_node)
@@ -88,7 +95,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Layer:
-    """A parameter tensor's gradient, in bytes, and its share of the backward pass' time."""
+    """The gradient of a parameter tensor, and its share of the time of the backward pass."""
 
     gradient_bytes: int
     backward_share: float
@@ -96,10 +103,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients that are summed at once; `ready`: the share of the backward pass done by then."""
+    """Gradients that are summed in one all-reduce."""
 
     count: float  # bytes
-    ready: float
+    ready: float  # share of the backward pass after which all of them are there
 
 
 def fill_buckets(
@@ -107,8 +114,11 @@ def fill_buckets(
     first_bytes: int = FIRST_BUCKET_BYTES,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> list[Bucket]:
-    """DDP's buckets after its first step: gradients in the order in which the backward pass makes
-    them, the last of `layers` first; a bucket is closed by the gradient that fills it."""
+    """Return DDP's buckets as they are from its second step on.
+
+    They hold gradients in the order of the backward pass, the last of `layers` first. The gradient
+    that fills a bucket is its last.
+    """
     buckets: list[Bucket] = []
     count, done, limit = 0, 0.0, first_bytes
     for layer in reversed(layers):
@@ -122,9 +132,10 @@ def fill_buckets(
 def exposed_s(
     buckets: Sequence[Bucket], backward_s: float, all_reduce_s: Callable[[float], float]
 ) -> float:
-    """Seconds from the end of the backward pass to the end of the last all-reduce.
+    """Return the seconds from the end of the backward pass to the end of the last all-reduce.
 
-    Buckets go one after the other, each from when it is ready; `all_reduce_s`: bytes -> seconds.
+    Buckets are sent one after the other, none before it is ready. `all_reduce_s` maps bytes to
+    seconds.
     """
     end_s = 0.0
     for bucket in buckets:
@@ -134,9 +145,9 @@ def exposed_s(
 
 @cache
 def expected_maximum(ranks: int) -> float:
-    """The mean of the largest of `ranks` standard normal numbers: 0 for 1, 0.564 for 2."""
+    """Return the mean of the largest of `ranks` standard normal numbers: 0 for 1, 0.564 for 2."""
     normal, step = NormalDist(), 0.002
-    # E[max] = ∫ (1 - Φ^W) over x > 0, minus ∫ Φ^W over x < 0; midpoints, to 9 σ
+    # E[max] = ∫ (1 - Φ^W) over x > 0, minus ∫ Φ^W over x < 0, by the midpoint rule up to 9 σ.
     points = [(i + 0.5) * step for i in range(4500)]
     above = sum(1 - normal.cdf(x) ** ranks for x in points)
     return (above - sum(normal.cdf(-x) ** ranks for x in points)) * step
@@ -144,9 +155,12 @@ def expected_maximum(ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Workload:
-    """A rank's part of a step. `backward_s`: the backward pass of the last micro-batch, beside
-    which gradients are summed (DDP's `no_sync` before it); part of `compute_s`.
-    `spread`: the standard deviation of a rank's compute from step to step, as a share of it."""
+    """The work of one rank in a step.
+
+    `backward_s`, a part of `compute_s`, is the backward pass of the last micro-batch: gradients
+    are summed during it only, as DDP's `no_sync` covers those before. `spread` is the standard
+    deviation of the compute time from step to step, as a share of its mean.
+    """
 
     compute_s: float
     backward_s: float
@@ -156,7 +170,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step: the parts add up to `step_s`. `limit`: what takes the most of it."""
+    """The parts of a step's time, which add up to `step_s`. `limit` names the largest."""
 
     compute_s: float
     straggling_s: float  # waiting for the slowest rank
@@ -169,9 +183,9 @@ class StepTime:
 
 
 def step_time(work: Workload, network: Network, ranks: int) -> StepTime:
-    """The predicted step on `ranks` ranks, each with this workload.
+    """Predict the step time of `ranks` ranks that each have this workload.
 
-    Every rank waits for the slowest: independent normal compute times are assumed.
+    Every rank waits for the slowest; their compute times are assumed to be independent and normal.
     """
     straggling_s = work.compute_s * work.spread * expected_maximum(ranks)
     exposed = _exposed(work, network, ranks)
@@ -187,7 +201,7 @@ def _exposed(work: Workload, network: Network, ranks: int) -> float:
 
 
 def communication_limit(work: Workload, network: Network, ranks: int) -> str:
-    """Which resource, were it free, would shorten the exposed communication the most."""
+    """Return the resource that, if it were free, would shorten exposed communication the most."""
     inside, between = network.inside, network.between
     free = {
         "latency": replace(
@@ -203,13 +217,14 @@ def communication_limit(work: Workload, network: Network, ranks: int) -> str:
 
 
 def keeping_up_bytes_per_s(count: float, backward_s: float, nodes: int) -> float:
-    """A node's least bandwidth at which `count` bytes are summed within the backward pass.
+    """Return the least bandwidth of a node at which the backward pass hides `count` bytes.
 
-    Section 4's estimate: 2(p - 1)/p of the bytes, latency and what is ready too late not counted.
+    This is section 4's estimate: 2(p - 1)/p of the bytes, regardless of latency and of the
+    gradients that are ready last.
     """
     return 2 * (nodes - 1) / nodes * count / backward_s
 
 
 def efficiency(alone_step_s: float, step_s: float) -> float:
-    """Weak scaling: each rank's images/s, as a share of what it does without the others."""
+    """Return the efficiency of weak scaling: images/s per rank, relative to a rank alone."""
     return alone_step_s / step_s

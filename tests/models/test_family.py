@@ -13,7 +13,8 @@ from harness.errors import UserError
 from harness.models.ghost_batch_norm import RunningStatistics, convert_batch_norms
 from harness.models.registry import build_model, build_without_weights, check_model, find_family
 from harness.models.training_pass import try_training_pass
-from harness.planning.plan import make_plan, render_plan
+from harness.planning.plan import make_plan
+from harness.planning.plan_text import render_plan
 from harness.recipe.losses import training_loss
 from tests.models.test_build_model import config
 from tests.packages import commands_of, install, install_page, package_of

@@ -15,7 +15,9 @@ from harness.errors import UserError
 from harness.models.registry import build_model
 from harness.models.torchvision_networks import residual_blocks
 from harness.planning.lr_plot import COLUMNS, ROWS, draw_lr
-from harness.planning.plan import check_facts, inspect_model, make_plan, render_plan
+from harness.planning.model_facts import check_facts, inspect_model
+from harness.planning.plan import make_plan
+from harness.planning.plan_text import render_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -88,7 +90,7 @@ def test_paper_in_words(paper: dict) -> None:
     for line in (
         "k = 256 workers, n = 32 images each: kn = 8,192 images",
         "8 (8 × 32 workers), a step in at most 4 micro-batches of at most 256",  # 32 * 32 = 4 * 256
-        "156 an epoch, 14,040 in all",
+        "156 per epoch, 14,040 in total",
         "0.1 × 8192/256 = 3.2",
         "error 23.74 ± 0.09 % (5 runs, arXiv 1706.02677v2, table 1)",
         "a run's error: median of epochs 86 to 90",
@@ -104,7 +106,8 @@ def test_paper_in_words(paper: dict) -> None:
 
 
 def test_json(paper: dict) -> None:
-    assert json.loads(json.dumps(paper)) == paper
+    corners = [list(corner) for corner in paper["lr_corners"]]  # JSON has no tuples
+    assert json.loads(json.dumps(paper)) == paper | {"lr_corners": corners}
 
 
 def test_picture(paper: dict) -> None:
@@ -191,7 +194,7 @@ def test_last_gamma_one_is_legal_and_said() -> None:
 
 def test_no_warmup_and_scalings() -> None:
     unscaled = make_plan(digits({"scaling": "none", "milestones": [20]}), 1)
-    assert unscaled["lr_corners"][0][:3] == [0, 0.0, pytest.approx(0.1)]
+    assert unscaled["lr_corners"][0][:3] == (0, 0.0, pytest.approx(0.1))
     assert unscaled["warmup_steps"] == 0
     assert "0.1, not scaled\n" in render_plan(unscaled)
     root = make_plan(digits({"scaling": "sqrt", "warmup": "none", "milestones": [20]}), 1)
@@ -236,7 +239,7 @@ def test_a_run_of_one_step_whose_only_step_is_warm_up() -> None:
         digits({"epochs": 1, "warmup_epochs": 1, "milestones": [], "minibatch": 1408}), 1
     )
     assert plan["total_steps"] == 1  # floor(1437 / 1408)
-    assert plan["lr_corners"] == [[0, 0.0, 0.1, "gradual warm-up starts, last step"]]
+    assert plan["lr_corners"] == [(0, 0.0, 0.1, "gradual warm-up starts, last step")]
     assert render_plan(plan)
 
 

@@ -11,12 +11,12 @@ from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.errors import UserError
 from harness.models.registry import build_model
+from harness.planning.plan_text import render_prediction
 from harness.planning.runtime import (
     Hardware,
     gradient_layers,
     multiply_adds,
     predict,
-    render_prediction,
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"

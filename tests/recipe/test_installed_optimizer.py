@@ -8,7 +8,8 @@ from harness.config.errors import ConfigError
 from harness.config.loading import config_from_mapping, curve_differences
 from harness.errors import UserError
 from harness.models.registry import check_model
-from harness.planning.plan import make_plan, render_plan
+from harness.planning.plan import make_plan
+from harness.planning.plan_text import render_plan
 from harness.recipe.optimizer import batch_norm_parameters, build_optimizer, set_lr
 from tests.models.test_build_model import config
 from tests.packages import install, install_page
