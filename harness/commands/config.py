@@ -11,10 +11,10 @@ from harness.errors import FINISHED
 def add(commands: Subparsers) -> None:
     """Add the command to the parser."""
     config = commands.add_parser("config", help="explain the keys of a config")
-    config.add_argument("key", nargs="?", default="", metavar="SECTION|KEY", help="default: all")
-    whole = config.add_mutually_exclusive_group()
-    whole.add_argument("--markdown", action="store_true", help="print docs/config.md")
-    whole.add_argument("--json-schema", action="store_true", help="print configs/schema.json")
+    what = config.add_mutually_exclusive_group()
+    what.add_argument("key", nargs="?", default="", metavar="SECTION|KEY", help="default: all keys")
+    what.add_argument("--markdown", action="store_true", help="print docs/config.md")
+    what.add_argument("--json-schema", action="store_true", help="print configs/schema.json")
     config.set_defaults(command=run)
 
 

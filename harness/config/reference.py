@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,7 @@ BOUNDS = {
 }
 NO_VALUE = REQUIRED, DERIVED = "required", "derived"
 WORTH_A_WORD = 1e5  # larger bounds only keep numbers within the types of PyTorch
+LINE = 100  # characters
 Schema = dict[str, Any]  # pydantic's own type of it
 
 
@@ -152,9 +154,12 @@ def _headings() -> Iterator[tuple[str, str]]:
 
 
 def _briefly(key: Key) -> list[str]:
+    description = textwrap.fill(
+        key.description, LINE, initial_indent=" " * 6, subsequent_indent=" " * 6
+    )
     facts = [key.values, key.default if key.default in NO_VALUE else f"default {key.default}"]
     facts += [key.unit] * bool(key.unit) + [key.effect.value]
-    return [f"  {key.name}  ({'; '.join(facts)})", f"      {key.description}"]
+    return [f"  {key.name}  ({'; '.join(facts)})", description]
 
 
 def _in_full(key: Key) -> list[str]:
@@ -198,7 +203,8 @@ def _values(schema: Schema) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_values, schema["anyOf"]))
     if "enum" in schema or "const" in schema:
-        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+        *others, last = map(str, schema.get("enum", [schema.get("const")]))
+        return f"{', '.join(others)} or {last}" if others else last
     if schema["type"] == "array":
         items = schema.get("prefixItems") or [schema["items"]]
         count = f"{len(items)} values" if "prefixItems" in schema else "list"

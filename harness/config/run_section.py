@@ -17,13 +17,16 @@ PROFILE_WARM_UP, PROFILE_TRACED = 5, 3
 class RunConfig(Section):
     """The machine: may change on resume, and changes no curve but by rounding."""
 
-    effect: ClassVar[Effect] = Effect.NONE
+    effect: ClassVar[Effect] = Effect.NONE  # each key states its own, lest one be forgotten
 
-    data_root: Text = key("Folder of the images, with train/ and val/.", "data/imagenet")
+    data_root: Text = key(
+        "Folder of the images, with train/ and val/.", "data/imagenet", effect=Effect.NONE
+    )
     data_format: Text = key(
         "Format of the images: folder, or one that an installed package adds "
         "(docs/data_formats.md).",
         "folder",
+        effect=Effect.NONE,
     )
     device: Literal["auto", "cpu", "cuda"] = key(
         "Device of each rank; auto takes GPUs where there are any.", "auto", effect=Effect.HARDWARE
@@ -64,20 +67,34 @@ class RunConfig(Section):
         "Epochs between evaluations; those that a run's error is made of are always evaluated.",
         1,
         unit="epochs",
+        effect=Effect.NONE,
     )
-    log_every_steps: Count = key("Steps between lines of the log.", 20, unit="steps")
+    log_every_steps: Count = key(
+        "Steps between lines of the log.", 20, unit="steps", effect=Effect.NONE
+    )
     checkpoint_every_minutes: Positive = key(
-        "Time between checkpoints, besides those at the end of each epoch.", 10.0, unit="minutes"
+        "Time between checkpoints, besides those at the end of each epoch.",
+        10.0,
+        unit="minutes",
+        effect=Effect.NONE,
     )
-    keep_checkpoints: Count = key("Newest checkpoints to keep, besides the best.", 3)
+    keep_checkpoints: Count = key(
+        "Newest checkpoints to keep, besides the best.", 3, unit="checkpoints", effect=Effect.NONE
+    )
     hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = key(
         "Time without progress after which a rank counts as hung and all ranks end.",
         300.0,
         unit="seconds",
+        effect=Effect.NONE,
     )
     profile_steps: CountOrZero = key(
-        "Steps to profile after the first few; 0 profiles none.", 0, unit="steps"
+        "Steps to profile after the first few; 0 profiles none.",
+        0,
+        unit="steps",
+        effect=Effect.NONE,
     )
     loggers: Annotated[tuple[Text, ...], AsList] = key(
-        "Loggers of installed packages, besides those built in (docs/loggers.md).", ()
+        "Loggers of installed packages, besides those built in (docs/loggers.md).",
+        (),
+        effect=Effect.NONE,
     )

@@ -57,7 +57,9 @@ class ExpectConfig(Section):
     std: NotNegative | None = key(
         "Sample standard deviation over `runs`; a verdict needs both.", None, unit="% points"
     )
-    runs: Count | None = key("Number of runs, each with its own seed, behind `error`.", None)
+    runs: Count | None = key(
+        "Number of runs, each with its own seed, behind `error`.", None, unit="runs"
+    )
     source: Text = key("Where the figure comes from.")
 
     def problems(self) -> Iterator[str]:
@@ -78,12 +80,14 @@ class DataConfig(Section):
         "Number of labelled training images; training checks it against the data.", unit="images"
     )
     val_images: Count = key("Number of validation images, checked likewise.", unit="images")
-    classes: Annotated[int, Field(ge=1, le=2**20)] = key("Number of classes, checked likewise.")
+    classes: Annotated[int, Field(ge=1, le=2**20)] = key(
+        "Number of classes, checked likewise.", unit="classes"
+    )
     unlabelled_images: CountOrZero = key(
         "Number of training images without labels, for distillation only.", 0, unit="images"
     )
     crop: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] = key(
-        "Side of the square crop, in training and evaluation.", 224, unit="pixels"
+        "Side of the square crop in training and evaluation; at most `resize`.", 224, unit="pixels"
     )
     resize: Annotated[int, Field(ge=1, le=2 * LARGEST_SIDE)] = key(
         "Short side of an image at evaluation, before its central crop; by default in the "
@@ -145,13 +149,17 @@ class ModelConfig(Section):
 class RecipeConfig(Section):
     """The paper's recipe: minibatch, learning rate, momentum, decay."""
 
-    minibatch: Count = key("Images of one optimizer step, the paper's kn.", unit="images")
+    minibatch: Count = key(
+        "Images of one optimizer step, the paper's kn; a multiple of `worker_batch`.", unit="images"
+    )
     worker_batch: Count = key(
         "Images of one worker, the paper's n: batch norm's statistics are over them (section 2.3).",
         32,
         unit="images",
     )
-    epochs: Count = key("Length of the training; an epoch has floor(images / kn) steps.")
+    epochs: Count = key(
+        "Length of the training; an epoch has floor(images / kn) steps.", unit="epochs"
+    )
     reference_lr: Positive = key("Learning rate at `reference_minibatch`.", 0.1)
     reference_minibatch: Count = key(
         "Minibatch for which `reference_lr` was tuned.", 256, unit="images"
@@ -172,7 +180,9 @@ class RecipeConfig(Section):
         "steps",
     )
     milestones: Epochs = key(
-        "Epochs after which the learning rate falls, warm-up included.", (30, 60, 80), unit="epochs"
+        "Epochs after which the learning rate falls, warm-up included, in rising order.",
+        (30, 60, 80),
+        unit="epochs",
     )
     decay_factor: Annotated[float, Field(gt=0, le=1)] = key(
         "Factor of the learning rate at each milestone.", 0.1
@@ -182,7 +192,7 @@ class RecipeConfig(Section):
         "Arguments of an optimizer other than SGD, such as beta: 0.9.", {}
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = key("Momentum m of SGD.", 0.9)
-    nesterov: bool = key("Use Nesterov's momentum of SGD.", True)
+    nesterov: bool = key("Use Nesterov's momentum of SGD; needs a momentum above 0.", True)
     weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT32)] = key(
         "Weight decay λ, not applied to batch norm's γ and β (section 5.1).", 0.0001
     )

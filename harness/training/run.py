@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from harness.config.reference import names_with, value_of
 from harness.config.schema import Config
+from harness.config.section import Effect
 from harness.data.batch import Batch, Loader
 from harness.data.batch_plan import BatchPlan
 from harness.distillation.teacher import AnyTeacher
@@ -78,19 +80,20 @@ class Run:
         self._log_start(changes)
 
     def _log_start(self, changes: str) -> None:
+        names = names_with(Effect.ROUNDING, Effect.HARDWARE)
+        rounding = {name.removeprefix("run."): value_of(self.config, name) for name in names} | {
+            "device": self.world.device.type,
+            "loader": self.loader.name,
+            "micro_batch": self.batch_plan.micro_batch,
+        }
         self.logger.event(
             # also from step 0: a resume supersedes what a start without a checkpoint logged
             "start" if self.folder.incarnation <= 1 else "resume",
             self.first_step,
             incarnation=self.folder.incarnation,
             world_size=self.world.world_size,
-            device=self.world.device.type,
-            precision=self.config.run.precision,
-            compile=self.config.run.compile,
             graphs=str(self.graphs),
-            gradient_precision=self.config.run.gradient_precision,
-            loader=self.loader.name,
-            micro_batch=self.batch_plan.micro_batch,
+            **rounding,
             **code_record(self.folder.environment),
         )
         if changes:

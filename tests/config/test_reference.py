@@ -16,6 +16,7 @@ from harness.config.reference import (
     render_reference,
     value_of,
 )
+from harness.config.run_section import RunConfig
 from harness.config.section import Effect
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,9 @@ CONFIGS = sorted(
 @pytest.mark.parametrize("key", keys(), ids=lambda key: key.name)
 def test_every_key_is_described(key):
     assert key.description[0].isupper() and key.description.endswith("."), key
+    if key.name.startswith("run."):  # where the section's default could hide a change of rounding
+        extra = RunConfig.model_fields[key.name.removeprefix("run.")].json_schema_extra
+        assert extra["effect"] == key.effect.value
     named = {"_s": "seconds", "_minutes": "minutes", "_epochs": "epochs", "_steps": "steps"}
     for ending, unit in named.items():
         if key.name.endswith(ending):
@@ -56,6 +60,7 @@ def test_generated_files_are_up_to_date(path, text):
 def test_the_json_schema_takes_every_shipped_config(path):
     validator = jsonschema.Draft202012Validator(json.loads(json_schema()))
     validator.validate(read_mapping(path))
+    validator.validate(load_config(path).model_dump(mode="json"))  # as a run folder keeps it
 
 
 def test_the_json_schema_refuses_a_misspelt_key_and_a_wrong_value():
@@ -76,6 +81,7 @@ def test_one_key_and_one_section(capsys):
     section = capsys.readouterr().out
     assert "distill.temperature" in section and "recipe." not in section.splitlines()[1]
     assert set(render_reference().split()) >= {key.name for key in keys()}
+    assert max(map(len, render_reference().splitlines())) <= 110
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,7 @@ def test_one_key_and_one_section(capsys):
         ("recipe.warmup_epoch", "did you mean recipe.warmup_epochs?"),
         ("minibach", "did you mean recipe.minibatch?"),
         ("recip.epochs", "recip: unknown key, did you mean recipe?"),
+        ("expect.zzz", "known here: error, std, runs, source"),
     ],
 )
 def test_an_unknown_key_is_refused_in_one_line(name, nearest, capsys):

@@ -18,6 +18,7 @@ from harness.training.run import Diverged
 from harness.training.setup import train
 from tests.conftest import SMALL, harness, start_ranks
 
+CHANGED = "run.gradient_precision=bfloat16"
 HOSTILE = "</script><script>document.title = 'harmed'</script><img src=x onerror=alert(1)>"
 RUNS = [("gradual", 1), ("gradual", 2), ("none", 1)]  # (variant, seed)
 
@@ -52,8 +53,8 @@ def study(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def harmed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed on one rank after step 8, once the checkpoint of step 5 is written, resumed on two;
-    one image is damaged. 6 epochs of 5 steps."""
+    """Killed on one rank after step 8, once the checkpoint of step 5 is written, resumed on two
+    with other rounding; one image is damaged. 6 epochs of 5 steps."""
     folder = tmp_path_factory.mktemp("harmed")
     data = Path(shutil.copytree(digits, folder / "digits"))
     next(iter(sorted((data / "train" / "3").iterdir()))).write_bytes(b"no image")
@@ -70,7 +71,7 @@ def harmed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             break
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    out = harness("train", config, "--out", folder / "run", "--resume", ranks=2)
+    out = harness("train", config, "--out", folder / "run", "--resume", CHANGED, ranks=2)
     assert out.returncode == 0, out.stderr
     return folder / "run"
 
