@@ -1,1 +1,1 @@
-"""The YAML contract: typed, frozen, strict."""
+"""The config: YAML files read into typed, frozen, strict objects."""

@@ -1,18 +1,19 @@
-"""What is wrong with a config, in one plain line: file, key, what was found, what is expected."""
+"""Errors of a config as one plain line: file, key, what is expected, what was found."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from harness.errors import UserError
 
-EXPECTED = {  # by pydantic's error types
+EXPECTED = {  # by pydantic's type of error
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -32,42 +33,41 @@ EXPECTED = {  # by pydantic's error types
 
 
 class ConfigError(UserError):
-    """A config that cannot be used."""
+    """A config file, key or value that cannot be used."""
 
 
 def config_error(source: str | Path, problems: Sequence[str]) -> ConfigError:
-    """The first problem and the number of the others."""
+    """Return an error of one line: the first problem, and how many more there are."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return ConfigError("\\n".join(f"{source}: {problems[0]}{more}".splitlines()))
 
 
 def explain(error: ValidationError, known: Sequence[str]) -> list[str]:
-    """`key: what is wrong` for every key with a mistake; `known` holds all sections and keys."""
+    """Return `key: what is wrong` for each wrong key; `known` holds all sections and keys."""
     problems: list[str] = []
-    by_key: dict[str, list[Any]] = {}
-    # a misspelt key is often missing too: the spelling first
+    by_key: dict[str, list[ErrorDetails]] = {}
+    # A misspelt required key is reported as missing, too: put the spelling first.
     for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
-        if item["type"] == "default_factory_not_called":  # follows from another key's mistake
+        if item["type"] == "default_factory_not_called":  # a consequence of another key's mistake
             continue
-        if item["type"] == "value_error":  # an impossible combination, which names its keys itself
+        if item["type"] == "value_error":  # from Section.problems, which names the keys
             problems += str(item["ctx"]["error"]).splitlines()
             continue
-        # sections are one deep; below are places of a list, and names of a union's members
+        # Sections are one level deep; below are list indices and the names of union members.
         places = "".join(f"[{part}]" for part in item["loc"][2:] if isinstance(part, int))
         by_key.setdefault(".".join(map(str, item["loc"][:2])) + places, []).append(item)
     return problems + [f"{key}: {_problem(key, items, known)}" for key, items in by_key.items()]
 
 
-def found(value: Any) -> str:
-    """A value as its user wrote it, kept short."""
+def found(value: object) -> str:
+    """Format a value as its user wrote it, shortened to 80 characters."""
     if isinstance(value, dict):
         return "a section of keys" if value else "{}"
-    words = {True: "true", False: "false", None: "null"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _problem(key: str, items: list[Any], known: Sequence[str]) -> str:
+def _problem(key: str, items: list[ErrorDetails], known: Sequence[str]) -> str:
     kind, value = items[0]["type"], items[0]["input"]
     if kind == "extra_forbidden":
         return f"unknown key{nearest_key(key, known)}"
@@ -80,7 +80,7 @@ def _problem(key: str, items: list[Any], known: Sequence[str]) -> str:
     return f"expected {expected}, found {found(value)}{nearest}"
 
 
-def _expected(item: Any) -> str:
+def _expected(item: ErrorDetails) -> str:
     if item["type"] == "literal_error":
         return item["ctx"]["expected"].replace("'", "")
     limits = item.get("ctx", {}).items()
@@ -88,14 +88,17 @@ def _expected(item: Any) -> str:
     return EXPECTED.get(item["type"], item["msg"]).format_map(plain)
 
 
-def _choices(item: Any) -> list[str]:
+def _choices(item: ErrorDetails) -> list[str]:
     return (
         re.findall(r"'(\w+)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
     )
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str:
-    """In the same section first, then anywhere: `minibach` is nearest to recipe.minibatch."""
+    """Suggest the nearest key of the same section, or of any: recipe.minibatch for `minibach`.
+
+    Where none is near, list the keys of the section.
+    """
     section, _, last = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     for candidates in (siblings, known):

@@ -1,4 +1,4 @@
-"""Read a config from YAML and the command line; write it; compare two of them."""
+"""Reading a config from YAML and the command line, writing it, and comparing two of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from harness.config.errors import ConfigError, config_error, explain, found
 from harness.config.reference import key_names, sections
@@ -20,11 +17,11 @@ from harness.config.yaml import read_yaml, write_yaml
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the YAML file at `path`, with `section.key=value` overrides.
+    """Load the config at `path`, with `section.key=value` overrides.
 
-    The file's `expect` is for the file's recipe: where the overrides make another one and do not
-    say what is then expected, the config expects nothing.
-    Raises ConfigError for a file that cannot be read, broken YAML and every broken rule.
+    The file's `expect` belongs to the file's recipe, so the config has none where the overrides
+    change the recipe and do not override `expect`, too. Raises ConfigError for a file that cannot
+    be read, for broken YAML and for every broken rule.
     """
     mapping = read_mapping(path, expected="sections of keys (expect, data, …)")
     if len(keys := [override.partition("=")[0] for override in overrides]) != len(set(keys)):
@@ -35,10 +32,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return keep_expectation(config, overrides, partial(config_from_mapping, mapping, source))
 
 
-def read_mapping(path: str | Path, expected: str = "keys") -> dict[str, Any]:
-    """Read the keys of a YAML file.
+def read_mapping(path: str | Path, expected: str = "keys") -> dict[str, object]:
+    """Read a YAML file that holds a mapping.
 
-    Raises ConfigError where it cannot be read, or holds something else than what is `expected`.
+    `expected` describes it to the user. Raises ConfigError where the file cannot be read or holds
+    anything else.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -56,10 +54,11 @@ def read_mapping(path: str | Path, expected: str = "keys") -> dict[str, Any]:
 def keep_expectation(
     config: Config, overrides: Sequence[str], stated: Callable[[Sequence[str]], Config]
 ) -> Config:
-    """`config`, without its `expect` where `overrides` make another recipe of the one it is for.
+    """Return `config`, without its `expect` where `overrides` change the recipe.
 
-    `stated` loads the config without `overrides`, but those of `run:` that it is given. Seed and
-    `run:` may differ. An override of `expect` itself speaks for the recipe as overridden.
+    `stated` loads the config as its file states it, with the overrides of `run:` that it is given.
+    Overrides of the seed and of `run:` change no recipe. An override of `expect` itself is for the
+    overridden recipe.
     """
     changed = {override.partition("=")[0].partition(".")[0] for override in overrides}
     if "expect" in changed or changed <= {"seed", "run"}:
@@ -67,16 +66,19 @@ def keep_expectation(
     try:
         before = stated([override for override in overrides if override.startswith("run.")])
     except ConfigError:
-        before = None  # no config without the overrides, so they are part of the recipe
+        before = None  # the file is incomplete, so the overrides are part of the recipe
     if before is None or curve_differences(before, config.model_copy(update={"seed": before.seed})):
         return config.model_copy(update={"expect": None})
     return config
 
 
 def config_from_mapping(
-    mapping: dict[str, Any], source: str, overrides: Sequence[str] = ()
+    mapping: dict[str, object], source: str, overrides: Sequence[str] = ()
 ) -> Config:
-    """The config of a parsed file or a stored one; ConfigError names `source` and the key."""
+    """Check a mapping, from a file or from a checkpoint, and return its config.
+
+    Raises ConfigError, which names `source` and the key.
+    """
     for override in overrides:
         mapping = _with_override(mapping, override)
     try:
@@ -86,7 +88,7 @@ def config_from_mapping(
 
 
 def dump_config(config: Config) -> str:
-    """YAML of all keys, resolved (but those that another value makes meaningless)."""
+    """Return the YAML of all resolved keys, without those that another value makes meaningless."""
     return write_yaml(config.model_dump(mode="json"))
 
 
@@ -115,14 +117,15 @@ def _leaves(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def default_run_folder(path: str | Path) -> Path:
-    """configs/imagenet/x.yaml -> runs/imagenet/x; runs/x for a file not below a configs folder."""
-    plain = Path(os.path.normpath(path)).with_suffix("")  # no ".." that would leave runs/
+    """Map configs/imagenet/x.yaml to runs/imagenet/x, and x.yaml of any other folder to runs/x."""
+    plain = Path(os.path.normpath(path)).with_suffix("")  # has no ".." that would leave runs/
     folders = plain.parts[:-1]
     below = folders[len(folders) - folders[::-1].index("configs") :] if "configs" in folders else ()
     return Path("runs", *below, plain.name)
 
 
-def _with_override(mapping: dict[str, Any], override: str) -> dict[str, Any]:
+def _with_override(mapping: dict[str, object], override: str) -> dict[str, object]:
+    """Return a copy of `mapping` with `section.key=value` applied."""
     key, equals, text = override.partition("=")
     *sections, last = key.split(".")
     if not (equals and last and all(sections)):
@@ -133,11 +136,11 @@ def _with_override(mapping: dict[str, Any], override: str) -> dict[str, Any]:
         if not isinstance(below, dict):
             name = ".".join(sections[:depth])
             raise config_error("command line", [f"{key}: {name} is {found(below)} and has no keys"])
-        inner[name] = dict(below)
-        inner = inner[name]
+        inner[name] = copy = dict(below)
+        inner = copy
     value = read_yaml(text, f"command line: {key}")
     if value is None and last in inner:
-        del inner[last]  # null takes a key out: its default, and no word of it
+        del inner[last]  # null removes the file's value, so the key has its default
     else:
         inner[last] = value
     return mapping

@@ -1,4 +1,4 @@
-"""The reference of the config's keys, made of the facts that each key carries in the schema."""
+"""The reference of the config's keys, generated from the facts on each key in the schema."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ BOUNDS = {
 NO_VALUE = REQUIRED, DERIVED = "required", "derived"
 WORTH_A_WORD = 1e5  # larger bounds only keep numbers within the types of PyTorch
 LINE = 100  # characters
-Schema = dict[str, Any]  # pydantic's own type of it
+Schema = dict[str, Any]  # as pydantic types it
 
 
 @dataclass(frozen=True)
 class Key:
-    """A config key. `name` is dotted; `values` and `default` are as a person would say them."""
+    """A config key. `name` is dotted; `values` and `default` are words for people."""
 
     name: str
     values: str
@@ -82,7 +82,7 @@ def keys() -> tuple[Key, ...]:
 
 @cache
 def names_with(*effects: Effect) -> tuple[str, ...]:
-    """Return the dotted names of the keys whose change has one of these effects."""
+    """Return the dotted names of the keys that have one of these effects."""
     return tuple(key.name for key in keys() if key.effect in effects)
 
 
@@ -102,7 +102,7 @@ def json_schema() -> str:
 
 
 def render_reference(name: str = "") -> str:
-    """Return the reference for a terminal: of all keys, of a section, or of one key in full.
+    """Return the reference of all keys, of a section, or in full of one key, for a terminal.
 
     Raises ConfigError for an unknown name.
     """
@@ -128,8 +128,8 @@ def render_markdown() -> str:
         "# Config keys",
         "",
         "`harness config` prints this reference, and `harness config KEY` one key. This page and",
-        "`configs/schema.json` are written from the schema by `make reference`. An editor with a",
-        "YAML language server completes and checks a config that begins with",
+        "`configs/schema.json` are generated from the schema by `make reference`. An editor with a",
+        "YAML language server completes and checks the keys of a config that begins with",
         "`# yaml-language-server: $schema=PATH/TO/configs/schema.json`.",
         "",
         "Each key has one effect:",

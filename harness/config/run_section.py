@@ -1,4 +1,4 @@
-"""The config's section `run`: the machine, and how a run is watched and kept."""
+"""The section `run` of the config: the machine, and how a run is logged, watched and kept."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from harness.config.section import AsList, Count, CountOrZero, Effect, Positive,
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]
 
-# Steps that run.profile_steps adds: before the timed ones, and at most so many traced after them.
+# Further steps of a profile: those before the timed ones, and at most so many traced after them.
 PROFILE_WARM_UP, PROFILE_TRACED = 5, 3
 
 
 class RunConfig(Section):
-    """The machine: may change on resume, and changes no curve but by rounding."""
+    """The machine; a resume may change it, and it changes the curve by rounding at most."""
 
     effect: ClassVar[Effect] = Effect.NONE  # each key states its own, lest one be forgotten
 

@@ -1,7 +1,7 @@
-"""The config: a YAML file read into a typed, frozen, strict tree.
+"""The config: the sections of a YAML file, as a frozen and strictly typed tree.
 
-Everything outside `run:` fixes the training curve; `run:` is the machine. A config refuses, it
-never corrects itself: every mistake is a ConfigError of one line that names file and key.
+Everything outside `run:` and `expect:` determines the training curve; `run:` describes the machine.
+A config never corrects a mistake: loading raises a ConfigError of one line with file and key.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from harness.config.section import (
     key,
 )
 
-# Within these the soft loss is finite in float32 for all logits that float16 can hold: its largest,
-# T · 2 · 65504 an image, is 1.3e8 at T = 1000. A larger T rounds the gradient, as the softened
-# logits of the classes come nearer to each other than float32 resolves.
+# Between these the soft loss is finite in float32 for all logits that float16 can hold: the
+# largest, T · 2 · 65504 per image, is 1.3e8 at T = 1000. A larger T would round the gradient,
+# since the softened logits of the classes would differ by less than float32 resolves.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 1000.0
 
 Areas = Annotated[tuple[Positive, Positive], AsList]
 Ratio = Annotated[float, Field(ge=0.001, le=1000)]
 Ratios = Annotated[tuple[Ratio, Ratio], AsList]
-# For pixels from 0 to 1: figures for pixels from 0 to 255 are refused.
+# For pixels from 0 to 1, so that values meant for pixels from 0 to 255 are refused.
 Colour = Annotated[tuple[Fraction, Fraction, Fraction], AsList]
 Deviation = Annotated[float, Field(ge=0.001, le=1)]
 ColourScale = Annotated[tuple[Deviation, Deviation, Deviation], AsList]
@@ -74,7 +74,7 @@ class ExpectConfig(Section):
 
 
 class DataConfig(Section):
-    """The images, and how a crop is made of one."""
+    """The images, and how crops are taken from them."""
 
     train_images: Count = key(
         "Number of labelled training images; training checks it against the data.", unit="images"
@@ -234,9 +234,9 @@ class RecipeConfig(Section):
 
     @property
     def warmup_end(self) -> int:
-        """Epoch at which the warm-up ends; 0 where there is none, or nothing to warm up to.
+        """Epoch at which the warm-up ends; 0 where there is none, or nothing is scaled up.
 
-        Section 5.1: the ramp from 0.1 is for kn > 256, that is a peak above the reference lr.
+        Section 5.1: the ramp from 0.1 is for kn > 256, that is for a peak above the reference lr.
         """
         scaled_up = self.scaling != "none" and self.minibatch > self.reference_minibatch
         return self.warmup_epochs if scaled_up and self.warmup != "none" else 0
@@ -275,12 +275,12 @@ class DistillConfig(Section):
 
     @property
     def teacher_config(self) -> str | None:
-        """The teacher's config, where `teacher` is one and no run folder or state dict."""
+        """Path of the teacher's config; None where `teacher` is a run folder or a state dict."""
         return self.teacher if self.teacher.endswith((".yaml", ".yml")) else None
 
     @property
     def weights(self) -> tuple[float, float]:
-        """Of the hard and of the soft term."""
+        """Weights of the hard and the soft term."""
         soft = 1.0 - self.hard_weight if self.soft_weight is None else self.soft_weight
         return self.hard_weight, soft
 
@@ -291,7 +291,7 @@ class DistillConfig(Section):
 
 
 class Config(Section):
-    """A whole config, checked; the sections and keys are those of the YAML file."""
+    """A complete config; its sections and keys are those of the YAML file."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = key(
         "Seed of initialization, shuffling and augmentation.", 1
@@ -305,22 +305,22 @@ class Config(Section):
 
     @property
     def workers(self) -> int:
-        """k, the paper's workers of n = recipe.worker_batch images each."""
+        """The paper's k: the number of workers, each of n = recipe.worker_batch images."""
         return self.recipe.minibatch // self.recipe.worker_batch
 
     @property
     def images(self) -> int:
-        """N, the images of an epoch."""
+        """N, the number of images in an epoch."""
         return self.data.train_images + self.data.unlabelled_images
 
     @property
     def steps_per_epoch(self) -> int:
-        """floor(N / kn): the last N mod kn places of an epoch's shuffling are not used."""
+        """floor(N / kn); the last N mod kn places of an epoch's shuffling are not used."""
         return self.images // self.recipe.minibatch
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up, 0 where there is none."""
+        """Number of warm-up steps; 0 where there is none."""
         return self.recipe.warmup_end * self.steps_per_epoch
 
     @property

@@ -1,4 +1,4 @@
-"""A section of the config: keys, each with the facts about it stated once, on the key."""
+"""A section of the config: its keys, and the facts that each key carries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import (
     Strict,
     model_serializer,
 )
+from pydantic.config import JsonDict
 
 # Numbers beyond these mean nothing here, and would overflow the integers and floats of PyTorch.
 LARGEST_COUNT, LARGEST_SIDE, LARGEST_FLOAT32 = 2**31 - 1, 2**15, 3.4e38
@@ -24,12 +25,12 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-# YAML has lists only, so the tuples take them; their items stay strict.
+# YAML has lists only, so tuples accept them; their items stay strict.
 AsList = Strict(False)
 
 
 class Effect(Enum):
-    """What a change of a key does to a run. Resuming and the report go by it."""
+    """The effect that changing a key has on a run. Resuming and the report depend on it."""
 
     CURVE = "curve"
     ROUNDING = "rounding"
@@ -65,20 +66,17 @@ def key(
     unit: str = "",
     effect: Effect | None = None,
     computed: Callable[[dict[str, int]], object] | None = None,
-) -> Any:  # what pydantic's Field returns, too, so that a key may have any type
+) -> Any:  # like pydantic's Field, so that the annotation alone gives the key's type
     """Return the field of a config key, required where it has no `default`.
 
-    `description` is a sentence for the reference; `effect` is that of the section where None;
-    `computed` makes the default out of the section's earlier keys.
+    `description` is one sentence for the reference. `effect` is that of the section where it is
+    None. `computed` derives the default from the section's earlier keys.
     """
-    extra = {"unit": unit, "effect": effect.value if effect else ""}
-    facts: dict[str, Any] = {
-        "description": description,
-        "json_schema_extra": {name: text for name, text in extra.items() if text},
-    }
+    facts = {"unit": unit, "effect": effect.value if effect else ""}
+    extra: JsonDict = {name: text for name, text in facts.items() if text}
     if computed is not None:
-        return Field(default_factory=computed, **facts)
-    return Field(default, **facts)
+        return Field(default_factory=computed, description=description, json_schema_extra=extra)
+    return Field(default, description=description, json_schema_extra=extra)
 
 
 class Section(BaseModel):
@@ -102,6 +100,6 @@ class Section(BaseModel):
 
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
-        # What is dumped can be loaded: meaningless keys are left out and take their defaults.
+        # Meaningless keys are left out, so that the result can be loaded.
         meaningless = self.meaningless()
         return {name: value for name, value in handler(self).items() if name not in meaningless}

@@ -18,8 +18,11 @@ INT_PATTERN = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain values only. 1e-4 is a number; 4:00:00, 010 and dates are text, and so refused
-    where a number is due; a key written twice is an error."""
+    """A loader of plain values only.
+
+    1e-4 is a number. 4:00:00, 010 and dates are text, and so refused where a number is expected.
+    A key that is written twice is an error.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -35,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line; text that any YAML reader could take for a number is quoted."""
+    """A dumper of lists on one line, which quotes text that any YAML reader takes for a number."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -50,8 +53,11 @@ _Dumper.add_representer(
 )
 
 
-def read_yaml(text: str, source: str) -> Any:
-    """The one document in `text`; a ConfigError names `source` and, where known, the line."""
+def read_yaml(text: str, source: str) -> object:
+    """Return the value of the one document in `text`.
+
+    Raises ConfigError, which names `source` and, where it is known, the line.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -62,6 +68,6 @@ def read_yaml(text: str, source: str) -> Any:
         raise config_error(source, [f"broken YAML: {str(error).splitlines()[0]}"]) from None
 
 
-def write_yaml(mapping: dict[str, Any]) -> str:
-    """Block style, keys in their order; `read_yaml` reads it back equal."""
+def write_yaml(mapping: dict[str, object]) -> str:
+    """Write a mapping in block style, keys in their order; `read_yaml` returns it unchanged."""
     return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

@@ -118,13 +118,13 @@ def train_stages(
                 world = world_from_environment(student.config.run.device)
                 batch_plan, config = prepare(student.config, world)
                 if world.rank == 0:
-                    RunFolder(Path(out)).check(config, resume, set(student.typed))
+                    RunFolder(Path(out)).check(config, resume, set(student.cli_overrides))
                 call.present(student.config, world, batch_plan, Path(out))
             for stage in teachers:
                 if world.rank == 0:
                     print(f"teacher  {stage.path}, run folder {stage.folder}", flush=True)
-                start(stage.config, stage.folder, resume=True, cli_overrides=stage.typed)
-        return start(student.config, out, resume=resume, cli_overrides=student.typed)
+                start(stage.config, stage.folder, resume=True, cli_overrides=stage.cli_overrides)
+        return start(student.config, out, resume=resume, cli_overrides=student.cli_overrides)
 
 
 def cache_soft_targets(

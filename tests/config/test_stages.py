@@ -44,7 +44,7 @@ def test_overrides_reach_their_stages(chain):
     assert (teacher.config.recipe.epochs, student.config.recipe.epochs) == (4, 5)
     assert teacher.config.run.precision == student.config.run.precision == "float64"
     assert (teacher.config.run.log_every_steps, student.config.run.log_every_steps) == (1, 3)
-    assert teacher.typed == {"run.precision", "recipe.epochs", "run.log_every_steps"}
+    assert teacher.cli_overrides == {"run.precision", "recipe.epochs", "run.log_every_steps"}
     assert student.overrides == ("run.precision=float64", "recipe.epochs=5", overrides[3])
 
 
