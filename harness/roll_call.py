@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from harness.config.errors import found
+from harness.config.errors import format_value
 from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
 from harness.data.sources.digest import first_difference, first_differing_file
@@ -276,7 +276,10 @@ def difference(ours: Card, theirs: Card, ask: Ask) -> str:
     for key in dict.fromkeys([*ours.settings, *theirs.settings]):
         a, b = ours.settings.get(key), theirs.settings.get(key)
         if a != b:
-            return f"{key} is {found(b)}, {here} has {found(a)}; start all ranks with one config"
+            return (
+                f"{key} is {format_value(b)}, {here} has {format_value(a)}; start all ranks with "
+                "one config"
+            )
     if ours.out and theirs.out and not _same_folder(ours.out, theirs.out):
         return (
             f"its run folder is {theirs.out[2]}, that of {here} is {ours.out[2]}; start all ranks "

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from harness.config.errors import config_error, found
+from harness.config.errors import config_error, format_value
 from harness.config.loading import keep_expectation, load_config, read_mapping
 from harness.config.schema import Config, ExpectConfig
 from harness.config.section import Section, Text
@@ -58,7 +58,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
     for name, mapping in study.variants.items():
         source = f"{path}: variants.{name}"
         if not isinstance(mapping, dict):
-            raise config_error(source, [f"expected set and expect, found {found(mapping)}"])
+            raise config_error(source, [f"expected set and expect, found {format_value(mapping)}"])
         if "/" in name or name.startswith("."):
             raise config_error(source, ["a variant's name becomes a folder's; take another"])
         known = [*Variant.model_fields, *(f"expect.{key}" for key in ExpectConfig.model_fields)]

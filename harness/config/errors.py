@@ -59,7 +59,7 @@ def explain(error: ValidationError, known: Sequence[str]) -> list[str]:
     return problems + [f"{key}: {_problem(key, items, known)}" for key, items in by_key.items()]
 
 
-def found(value: object) -> str:
+def format_value(value: object) -> str:
     """Format a value as its user wrote it, shortened to 80 characters."""
     if isinstance(value, dict):
         return "a section of keys" if value else "{}"
@@ -77,7 +77,7 @@ def _problem(key: str, items: list[ErrorDetails], known: Sequence[str]) -> str:
     choices = [choice for item in items for choice in _choices(item)]
     close = get_close_matches(value.lower(), choices, 1) if isinstance(value, str) else []
     nearest = f", did you mean {close[0]}?" if close else ""
-    return f"expected {expected}, found {found(value)}{nearest}"
+    return f"expected {expected}, found {format_value(value)}{nearest}"
 
 
 def _expected(item: ErrorDetails) -> str:

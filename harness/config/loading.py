@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from harness.config.errors import ConfigError, config_error, explain, found
+from harness.config.errors import ConfigError, config_error, explain, format_value
 from harness.config.reference import key_names, sections
 from harness.config.schema import Config
 from harness.config.section import Effect
@@ -46,7 +46,7 @@ def read_mapping(path: str | Path, expected: str = "keys") -> dict[str, object]:
         raise config_error(path, ["cannot be read: not a text file in UTF-8"]) from None
     mapping = read_yaml(text, str(path))
     if not isinstance(mapping, dict):
-        what = "an empty file" if mapping is None else found(mapping)
+        what = "an empty file" if mapping is None else format_value(mapping)
         raise config_error(path, [f"expected {expected}, found {what}"])
     return mapping
 
@@ -96,7 +96,7 @@ def curve_differences(a: Config, b: Config) -> list[str]:
     """Return `key: value in a -> value in b` for every key of the curve that differs."""
     old, new = _curve_values(a), _curve_values(b)
     return [
-        f"{key}: {found(old.get(key))} -> {found(new.get(key))}"
+        f"{key}: {format_value(old.get(key))} -> {format_value(new.get(key))}"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
     ]
@@ -135,7 +135,9 @@ def _with_override(mapping: dict[str, object], override: str) -> dict[str, objec
         below = {} if inner.get(name) is None else inner[name]
         if not isinstance(below, dict):
             name = ".".join(sections[:depth])
-            raise config_error("command line", [f"{key}: {name} is {found(below)} and has no keys"])
+            raise config_error(
+                "command line", [f"{key}: {name} is {format_value(below)} and has no keys"]
+            )
         inner[name] = copy = dict(below)
         inner = copy
     value = read_yaml(text, f"command line: {key}")

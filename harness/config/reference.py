@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from harness.config.errors import config_error, found, nearest_key
+from harness.config.errors import config_error, format_value, nearest_key
 from harness.config.schema import Config
 from harness.config.section import Effect, Section
 
@@ -192,7 +192,7 @@ def _key(name: str, field: FieldInfo, section: type[Section], schema: Schema) ->
         default = DERIVED
     else:
         text = list(field.default) if isinstance(field.default, tuple) else field.default
-        default = text if isinstance(text, str) else found(text)
+        default = text if isinstance(text, str) else format_value(text)
     effect = Effect(extra["effect"]) if "effect" in extra else section.effect
     description = field.description or ""
     return Key(name, _values(own), default, str(extra.get("unit", "")), effect, description)

@@ -37,7 +37,7 @@ class RunConfig(Section):
         effect=Effect.ROUNDING,
     )
     micro_batch: Count | Literal["auto"] = key(
-        "Images that a rank pushes through the network at once, a multiple of "
+        "Images that a rank passes through the network together, a multiple of "
         "recipe.worker_batch; auto measures the fastest.",
         "auto",
         unit="images",

@@ -11,6 +11,10 @@ from harness.config.errors import config_error
 
 FLOAT, INT = "tag:yaml.org,2002:float", "tag:yaml.org,2002:int"
 REPLACED = (FLOAT, INT, "tag:yaml.org,2002:timestamp")
+OTHER_RESOLVERS = {
+    first: [pair for pair in pairs if pair[0] not in REPLACED]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 DIGITS = r"[0-9][0-9_]*"
 NUMBER = rf"[-+]?(?:(?:{DIGITS}\.[0-9_]*|\.{DIGITS})(?:e[-+]?[0-9]+)?|{DIGITS}e[-+]?[0-9]+)"
 FLOAT_PATTERN = re.compile(rf"^(?:{NUMBER}|[-+]?\.inf|\.nan)$", re.IGNORECASE)
@@ -23,6 +27,8 @@ class _Loader(yaml.SafeLoader):
     1e-4 is a number. 4:00:00, 010 and dates are text, and so refused where a number is expected.
     A key that is written twice is an error.
     """
+
+    yaml_implicit_resolvers = OTHER_RESOLVERS
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -41,10 +47,6 @@ class _Dumper(yaml.SafeDumper):
     """A dumper of lists on one line, which quotes text that any YAML reader takes for a number."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in REPLACED]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 _Loader.add_implicit_resolver(FLOAT, FLOAT_PATTERN, list("-+.0123456789"))
 _Loader.add_implicit_resolver(INT, INT_PATTERN, list("-+0123456789"))
 _Dumper.add_implicit_resolver(FLOAT, FLOAT_PATTERN, list("-+.0123456789"))

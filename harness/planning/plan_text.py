@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.config.errors import found
+from harness.config.errors import format_value
 from harness.config.schema import NO_EXPECTATION, ExpectConfig
 from harness.planning.lr_plot import draw_lr
 from harness.planning.plan import Plan
@@ -79,7 +79,9 @@ def _lr_table(plan: Plan) -> list[str]:
 
 def _parameters(plan: Plan) -> list[str]:
     mark = {True: "ok", False: "FAILED", None: "loaded"}
-    options = "".join(f", {name} {found(v)}" for name, v in plan["optimizer_options"].items())
+    options = "".join(
+        f", {name} {format_value(v)}" for name, v in plan["optimizer_options"].items()
+    )
     lines = [
         f"optimizer    {plan['optimizer']}{options}",
         f"network      of the family {plan['family']!r}",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, ValidationError, model_validator
 
-from harness.config.errors import config_error, explain, found
+from harness.config.errors import config_error, explain, format_value
 from harness.config.loading import load_config, read_mapping
 from harness.config.run_section import RunConfig
 from harness.config.schema import Config
@@ -98,7 +98,8 @@ class Cluster(Whole):
         yield from super().problems()
         whole = re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes)
         if whole is None or self.min_nodes > self.max_nodes:
-            yield f"nodes: expected a number, or a range such as 2-4, found {found(self.nodes)}"
+            nodes = format_value(self.nodes)
+            yield f"nodes: expected a number, or a range such as 2-4, found {nodes}"
         for key, value in self.sbatch.items():
             option = key.replace("_", "-")
             if option in SET_BY:
@@ -106,7 +107,7 @@ class Cluster(Whole):
             elif option in LAUNCHERS_OWN:
                 yield f"sbatch.{key}: set by the launcher; remove it"
             elif value is not True and not isinstance(_as_text(value), str):
-                yield f"sbatch.{key}: expected text, a number or true, found {found(value)}"
+                yield f"sbatch.{key}: expected text, a number or true, found {format_value(value)}"
 
 
 def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:

@@ -59,8 +59,8 @@ def test_generated_files_are_up_to_date(path, text):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_json_schema_takes_every_shipped_config(path):
     validator = jsonschema.Draft202012Validator(json.loads(json_schema()))
-    validator.validate(read_mapping(path))
-    validator.validate(load_config(path).model_dump(mode="json"))  # as a run folder keeps it
+    stored = load_config(path).model_dump(mode="json")  # as a run folder keeps it
+    assert [*validator.iter_errors(read_mapping(path)), *validator.iter_errors(stored)] == []
 
 
 def test_the_json_schema_refuses_a_misspelt_key_and_a_wrong_value():
