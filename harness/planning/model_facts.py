@@ -86,9 +86,9 @@ def inspect_model(model: nn.Module, optimizer: torch.optim.Optimizer, config: Co
         "batch_norms_undecayed": sum({bn.weight, bn.bias} <= undecayed for bn in batch_norms),
         "residual_blocks": len(last_gammas),
         "zero_gammas": sum(not gamma.any() for gamma in last_gammas),
-        "fc_std": fc and _std(fc.weight),
-        "fc_std_as_drawn": fc and _drawn_with(fc.weight, FC_STD),
-        "fc_bias": fc and float(fc.bias.detach().abs().max()),
+        "fc_std": None if fc is None else _std(fc.weight),
+        "fc_std_as_drawn": None if fc is None else _drawn_with(fc.weight, FC_STD),
+        "fc_bias": None if fc is None else float(fc.bias.detach().abs().max()),
         "convolutions": len(convolutions),
         "convolutions_as_drawn": sum(_drawn_with(c.weight, _he_std(c)) for c in convolutions)
         if by_paper
