@@ -135,7 +135,7 @@ def test_every_variant_of_a_shipped_study_is_its_row(name):
     runs = study_runs(f"configs/studies/{name}.yaml", Path("runs"))
     first_seed = [run for run in runs if run.name.endswith("-1")]
     assert [run.run.parent.name for run in first_seed] == [*PAPERS[name]]
-    for run in {run.config.model: run for run in first_seed}.values():
+    for run in {str(run.config.model): run for run in first_seed}.values():
         make_plan(run.config, ranks=1)
     for run in first_seed:
         config, (peak, warmup_epochs, *paper) = run.config, PAPERS[name][run.run.parent.name]
