@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.config.schema import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from harness.config.distill_section import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 
 UNLABELLED = -1  # the label of an image without one
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from harness.config.schema import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from harness.config.distill_section import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from harness.recipe.losses import UNLABELLED, kl_divergence, soft_loss, training_loss
 
 LOGITS = [[2.0, 0.0, 0.0, 0.0]]
