@@ -89,7 +89,7 @@ class _Whole(_Steps, _Distillation, _Ranks, _LearningRate, ModelFacts):
 
 
 class Plan(_Whole, total=False):
-    """What `harness plan --json` prints."""
+    """A planned run, as `harness plan --json` prints it."""
 
     lr_at: dict[str, float]  # the learning rate at each step that was asked for
 
