@@ -168,7 +168,7 @@ def _same_images(config: Config, one: np.ndarray, found: np.ndarray) -> tuple[np
 
 
 def _known_sum(setting: Setting, where: str, found: Results) -> Line:
-    """Compare the gradient of the fc bias, with fc at zero, with the one that the labels imply.
+    """Compare the gradient of a bias that alone makes the logits with the one the labels imply.
 
     Each class then has the probability 1/K, so the gradient is (1 - ε) (1/K - count_c / kn) for
     class c.

@@ -20,7 +20,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from harness.config.loading import load_config
 from harness.config.schema import Config
@@ -58,7 +57,7 @@ from harness.training.step import Step
 from harness.verify.loaders import FedImages, InterruptingLoader, summed
 from harness.verify.results import Results, StepResult
 from harness.verify.setting import SHARED_GPU, Request
-from harness.verify.snapshot import fc, global_state, recipe_digests, record_gradients
+from harness.verify.snapshot import KnownLogits, global_state, recipe_digests, record_gradients
 
 T = TypeVar("T")
 
@@ -79,9 +78,9 @@ class Rank:
     results: Results = field(default_factory=lambda: Results())
 
     def known_sum(self) -> None:
-        """Record the summed gradient (K,) of the fc bias in step 0, with fc weights and bias 0."""
-        step = self._step("float64", zero_fc=True)
-        gradients = record_gradients(step, fc(step.network)[1:])
+        """Record the summed gradient (K,) of a bias in step 0 that alone makes the logits."""
+        step = self._step("float64", known_logits=True)
+        gradients = record_gradients(step, [step.network.get_parameter("bias")])
         self._one_step(step, 0, self.loader.train(0))
         self.results["known_sum"] = gradients[-1].cpu()
 
@@ -174,14 +173,13 @@ class Rank:
             return None
         return self.request.stop_at * len(self.feed.micro_batches)
 
-    def _step(self, precision: str, zero_fc: bool = False) -> Step:
+    def _step(self, precision: str, known_logits: bool = False) -> Step:
         """Build the config's model and optimizer as before step 0."""
         set_precision(precision)
         config = in_precision(self.config, precision)
         model = build_model(config, channels_last=self.world.device.type == "cuda")
-        if zero_fc:
-            for parameter in fc(model):
-                nn.init.zeros_(parameter)
+        if known_logits:
+            model = KnownLogits(model, config.data.classes)
         model = on_device(model, config, self.world.device)
         replica = Replica(config, model, self.world, [self.watchdog])
         return Step(config, replica, self.feed.micro_batches)
