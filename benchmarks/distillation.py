@@ -34,7 +34,8 @@ from harness.config.loading import load_config
 from harness.config.schema import Config, DistillConfig
 from harness.data.batch import Batch
 from harness.data.loaders.choice import open_loader
-from harness.distillation.logit_cache import CachedTeacher, Rows, all_shards
+from harness.distillation.logit_cache import CachedTeacher, Manifest, all_shards
+from harness.distillation.logit_rows import Rows
 from harness.distillation.teacher import AnyTeacher, Teacher, load_teacher
 from harness.distributed import World, world_from_environment
 from harness.execution.evaluation import Evaluation
@@ -116,9 +117,16 @@ def _synthetic_cache(config: Config, folder: Path, rows: Rows) -> CachedTeacher:
     for shard in all_shards(CACHED_EPOCHS, images):
         logits = torch.randn(shard.end - shard.first, rows.classes)
         np.save(folder / shard.name, rows.encode(logits, temperature=1.0))
-    manifest = asdict(rows) | {"epochs": CACHED_EPOCHS, "images": images}
-    evaluation = asdict(Evaluation(0, 0, 1, 0.0))
-    return CachedTeacher(config, folder, manifest | {"evaluation": evaluation})
+    manifest = Manifest(
+        epochs=CACHED_EPOCHS,
+        images=images,
+        classes=rows.classes,
+        dtype=rows.dtype,
+        top=rows.top,
+        evaluation=asdict(Evaluation(0, 0, 1, 0.0)),
+        shards={},
+    )
+    return CachedTeacher(config, folder, manifest)
 
 
 def _numbered(config: Config) -> Callable[[], Batch]:

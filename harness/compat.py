@@ -12,15 +12,30 @@ import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 BatchNorm = _BatchNorm  # the base class of all batch norms; torch exports the subclasses only
+DispatchMode = TorchDispatchMode  # documented, but under this private name only
+
+
+def draws_random(operation: Any) -> bool:
+    """Return whether an operation of a dispatch mode draws from a random generator."""
+    return torch.Tag.nondeterministic_seeded in operation.tags
+
+
+def written_arguments(operation: Any, arguments: Sequence[object]) -> list[object]:
+    """Return those of an operation's arguments that it writes to; only its schema tells them."""
+    declared = (argument.alias_info for argument in operation._schema.arguments)
+    pairs = zip(declared, arguments, strict=False)
+    return [value for alias, value in pairs if alias is not None and alias.is_write]
 
 
 def compiler_phases() -> int:

@@ -18,8 +18,6 @@ ALLOWED = {
     "harness/models/fused_blocks.py": {"module.__class__"},  # a block keeps its parameters
     # settings of libraries' own objects, made and finished in one place
     "harness/commands/parsing.py": {"options.overrides"},
-    # still to be given to a constructor
-    "harness/distillation/logit_cache.py": {"sweep.shards"},
 }
 
 

@@ -14,7 +14,7 @@ from harness.startup import import_quickly
 
 def add(commands: Subparsers) -> None:
     """Add the command to the parser."""
-    export = commands.add_parser("export", help="a plain torchvision state dict of a run")
+    export = commands.add_parser("export", help="write the plain state dict of a run")
     export.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
     export.add_argument(
         "--to", type=Path, required=True, metavar="FILE", help=".pt or .safetensors"

@@ -1,8 +1,8 @@
-"""A teacher's logits on the disk: computed once, used by many students.
+"""A teacher's logits on disk, computed once and used by many students.
 
-A crop is a pure function of (seed, crop epoch, image id), and so are a teacher's logits of it:
-neither kn, nor the ranks, nor the order of the images changes them. A cache of E crop epochs is a
-folder: manifest.json, and for each epoch and each SHARD_IMAGES images a file of rows by image id.
+A crop is a pure function of (seed, crop epoch, image id), and so are a teacher's logits for it:
+kn, the ranks and the order of the images do not change them. A cache of E crop epochs is a folder
+of manifest.json and, for each epoch and each SHARD_IMAGES images, a file of rows by image id.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.config.schema import Config
@@ -32,6 +30,7 @@ from harness.data.loaders.choice import open_loader
 from harness.data.sampling import TrainBatchSpec, crops
 from harness.data.sources.digest import first_difference
 from harness.data.sources.source import ImageSource
+from harness.distillation.logit_rows import Rows
 from harness.distillation.teacher import AnyTeacher, Teacher, load_teacher
 from harness.distributed import World, barrier, process_group
 from harness.errors import UserError
@@ -46,57 +45,21 @@ SHARD_IMAGES = 16384
 MAKE_AGAIN = "make it again with `harness cache`, in an empty folder"
 
 
-@dataclass(frozen=True)
-class Rows:
-    """How the logits of an image are stored: all of them, or the `top` largest and one logit that
-    replaces each of the others."""
+class Manifest(TypedDict):
+    """What manifest.json records, besides the items of `identify`."""
 
+    epochs: int
+    images: int
     classes: int
-    dtype: str  # float16 | float32
+    dtype: str
     top: int | None
-
-    @property
-    def type(self) -> np.dtype:
-        if self.top is None:
-            return np.dtype((self.dtype, (self.classes,)))
-        number = np.min_scalar_type(self.classes)
-        kept = [("classes", number, (self.top,)), ("logits", self.dtype, (self.top,))]
-        return np.dtype([*kept, ("others", self.dtype)])
-
-    @np.errstate(over="ignore")  # refused below
-    def encode(self, logits: Tensor, temperature: float) -> NDArray[Any]:
-        """float32 (B, K) -> (B,) rows. Raises UserError where float16 is too narrow.
-
-        The others get the logit T log mean exp(z / T) over them: softened at T = `temperature`,
-        they have the sum of their true targets, so each of the `top` largest has its true target.
-        """
-        if self.top is None:
-            rows = logits.numpy().astype(self.dtype)
-            values = [rows]
-        else:
-            largest = logits.topk(self.top)
-            others = logits.scatter(1, largest.indices, -torch.inf)
-            log_sum = (others / temperature).logsumexp(1)
-            rows = np.empty(len(logits), self.type)
-            rows["classes"], rows["logits"] = largest.indices.numpy(), largest.values.numpy()
-            rows["others"] = temperature * (log_sum - math.log(self.classes - self.top)).numpy()
-            values = [rows["logits"], rows["others"]]
-        if not all(np.isfinite(numbers).all() for numbers in values):
-            raise UserError(f"a logit of the teacher does not fit {self.dtype}; see its run")
-        return rows
-
-    def decode(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """(B,) rows -> (B, K)."""
-        if self.top is None:
-            return rows.astype(np.float32)
-        logits = np.repeat(rows["others"].astype(np.float32)[:, None], self.classes, axis=1)
-        np.put_along_axis(logits, rows["classes"].astype(np.int64), rows["logits"], axis=1)
-        return logits
+    evaluation: dict[str, Any]  # the fields of `Evaluation`
+    shards: dict[str, str]  # file name -> SHA-256
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The images `first` to `end` - 1 in the crops of `epoch`."""
+    """A file with the images `first` to `end` - 1, in the crops of `epoch`."""
 
     epoch: int
     first: int
@@ -108,15 +71,17 @@ class Shard:
 
 
 def all_shards(epochs: int, images: int) -> list[Shard]:
-    """Epoch by epoch."""
+    """Return the shards of a cache, epoch by epoch."""
     starts = range(0, images, SHARD_IMAGES)
     return [Shard(e, s, min(s + SHARD_IMAGES, images)) for e in range(epochs) for s in starts]
 
 
-def identify(config: Config, feed: BatchPlan, teacher: Teacher, top: int | None) -> dict[str, Any]:
-    """Everything the rows of a cache depend on: they are right where all of it is the same.
+def identify(
+    config: Config, feed: BatchPlan, teacher: Teacher, top: int | None
+) -> dict[str, object]:
+    """Return everything that the rows of a cache depend on; a cache is valid if all of it is equal.
 
-    All logits serve any temperature; the `top` largest are exact at one (see `Rows.encode`).
+    Complete rows serve any temperature; the `top` largest are exact at one (see `Rows.encode`).
     """
     data, distill = config.data, config.distill
     assert distill is not None
@@ -131,15 +96,21 @@ def identify(config: Config, feed: BatchPlan, teacher: Teacher, top: int | None)
         "flip": data.flip,
         "classes": data.classes,
         "teacher": teacher.identity,
-        **teacher.computes,
+        **teacher.settings,
         **({} if top is None else {"temperature": distill.temperature}),
     }
 
 
 class _Sweep(BatchPlan):
-    """Asks for every image of `shards`, by id."""
+    """A plan with every image of `shards`, by id, on this rank."""
 
-    shards: list[Shard]
+    def __init__(
+        self, shards: Sequence[Shard], feed: BatchPlan, world: World, channels_last: bool
+    ) -> None:
+        ranks = world.rank, world.world_size
+        images = feed.config, feed.train, feed.val
+        super().__init__(*images, *ranks, feed.micro_batch, channels_last)
+        self.shards = shards
 
     def training(self, first_step: int) -> Iterator[TrainBatchSpec]:
         train, data = self.train, self.config.data
@@ -153,17 +124,17 @@ class _Sweep(BatchPlan):
 def write_cache(
     config: Config, feed: BatchPlan, world: World, epochs: int, dtype: str, top: int | None
 ) -> Path:
-    """Computes the logits of E = `epochs` crop epochs on all ranks; returns the cache's folder.
+    """Compute the logits of E = `epochs` crop epochs on all ranks; return the cache's folder.
 
-    Shards that are there are kept, so that it can be interrupted. Raises UserError where the
-    folder holds another cache, or the disk has too little room.
+    Existing shards are kept, so an interrupted call can be repeated. Raises UserError where the
+    folder holds another cache, or the disk is too small.
     """
     assert config.distill is not None and config.distill.cache is not None
     folder, rows = Path(config.distill.cache), Rows(config.data.classes, dtype, top)
     shards = all_shards(epochs, len(feed.train))
     size_mb = epochs * len(feed.train) * rows.type.itemsize / 1e6
     cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
-    ranks, timeout_s = (world.rank, world.world_size), config.run.hang_timeout_s
+    timeout_s = config.run.hang_timeout_s
     with ExitStack() as opened:
         with roll_call(timeout_s, StopRequest()) as call:
             teacher = load_teacher(config, feed.train.classes)
@@ -173,9 +144,9 @@ def write_cache(
             if world.rank == 0:
                 print(f"{folder}: {epochs} epochs of {len(feed.train):,} images, {size_mb:,.1f} MB")
                 _begin(folder, plan, size_mb, feed.train)
-            sweep = _Sweep(config, feed.train, feed.val, *ranks, feed.micro_batch, cuda)
             missing = [shard for shard in shards if not _sum_file(folder, shard).exists()]
-            sweep.shards = missing[world.rank :: world.world_size]
+            own = missing[world.rank :: world.world_size]
+            sweep = _Sweep(own, feed, world, cuda)
             loader = open_loader(config, sweep, config.run.loader, threads, cuda)
             opened.enter_context(closing(loader))
             call.present(config, world, feed, folder, teacher.identity)
@@ -183,10 +154,10 @@ def write_cache(
         teacher.to(world.device)
         evaluation = teacher.evaluate(loader.evaluate)
         batches = loader.train(0)
-        for shard in sweep.shards:
+        for shard in own:
             encode = partial(rows.encode, temperature=config.distill.temperature)
             _write_shard(folder, shard, encode, teacher, batches)
-        barrier(control)  # a rank may wait here as long as another needs for a shard more
+        barrier(control)  # the other ranks may take as long as one more shard
         if world.rank == 0:
             sums = {shard.name: _sum_file(folder, shard).read_text() for shard in shards}
             whole = plan | {"evaluation": asdict(evaluation), "shards": sums}
@@ -195,32 +166,37 @@ def write_cache(
     return folder
 
 
-def _begin(folder: Path, plan: dict[str, Any], size_mb: float, train: ImageSource) -> None:
-    """Rank 0: plan.json says whose the shards are until the manifest does."""
+def _begin(folder: Path, plan: dict[str, object], size_mb: float, train: ImageSource) -> None:
+    """Create the cache's folder, or check an unfinished one, on rank 0.
+
+    Until the manifest exists, plan.json records which cache the shards belong to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (begun := folder / "plan.json").exists():
-            held = {"class_digests": plan["class_digests"]}  # older ones have none
-            with suppress(ValueError):  # damaged: another one
+            held = {"class_digests": plan["class_digests"]}  # older plans have none
+            with suppress(ValueError):  # damaged, so not this cache
                 held |= json.loads(begun.read_text())
             _check_data(str(folder), held, train)
             if held != json.loads(json.dumps(plan)):
                 raise UserError(f"{folder}: holds another cache; remove it or name another folder")
             return
         if any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty and no cache; name another folder")
+            raise UserError(f"{folder}: is neither empty nor a cache; name another folder")
         free_mb = shutil.disk_usage(folder).free / 1e6
         if size_mb > free_mb:
-            raise UserError(f"{folder}: {free_mb:,.0f} MB are free, it takes {size_mb:,.0f}")
+            raise UserError(
+                f"{folder}: {free_mb:,.0f} MB are free, but the cache takes {size_mb:,.0f}"
+            )
         write_atomically(begun, json.dumps(plan, indent=2).encode())
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
 
 
-def _check_data(place: str, held: dict[str, Any], train: ImageSource) -> None:
-    """Raises UserError where the plan or manifest `held` records other images than `train`."""
+def _check_data(place: str, held: Mapping[str, Any], train: ImageSource) -> None:
+    """Raise UserError if the plan or manifest `held` records other images than `train`."""
     here = train.class_digests()
-    there = held.get("class_digests", here)  # an older harness kept a checksum alone
+    there = held.get("class_digests", here)  # older ones hold a checksum only
     if difference := first_difference(there, here, "the cache", str(train.location)):
         raise UserError(f"{place}: was made from other data: {difference}; {MAKE_AGAIN}")
 
@@ -232,15 +208,15 @@ def _sum_file(folder: Path, shard: Shard) -> Path:
 def _write_shard(
     folder: Path,
     shard: Shard,
-    encode: Callable[[Tensor], NDArray[Any]],
+    encode: Callable[[Tensor], np.ndarray],
     teacher: Teacher,
     batches: Iterator[Batch],
 ) -> None:
-    """The next batches of a sweep are the shard's; its checksum is written last.
+    """Write a shard from the next batches of a sweep; its checksum is written last.
 
-    Where an image was replaced as it cannot be decoded, its row is never asked for.
+    The row of an image that cannot be decoded holds its replacement; no student reads it.
     """
-    parts: list[NDArray[Any]] = []
+    parts: list[np.ndarray] = []
     while sum(map(len, parts)) < shard.end - shard.first:
         parts.append(encode(teacher(0, next(batches)).cpu()))
     file = io.BytesIO()
@@ -251,14 +227,14 @@ def _write_shard(
         write_atomically(_sum_file(folder, shard), hashlib.sha256(content).hexdigest().encode())
     except OSError as error:
         raise RunFailed(
-            f"{folder / shard.name}: {error.strerror}; make room and give the same command again"
+            f"{folder / shard.name}: {error.strerror}; free some space and repeat the command"
         ) from error
 
 
 class CachedTeacher:
-    """Reads from a cache what the teacher would say. `identity` is that of the whole cache."""
+    """A teacher whose logits come from a cache. `identity` is that of the whole cache."""
 
-    def __init__(self, config: Config, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, config: Config, folder: Path, manifest: Manifest) -> None:
         self.identity = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         self._steps_per_epoch, self._epochs = config.steps_per_epoch, manifest["epochs"]
         self._rows = Rows(manifest["classes"], manifest["dtype"], manifest["top"])
@@ -271,9 +247,11 @@ class CachedTeacher:
         self._device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
+        """Return logits on `device` from now on."""
         self._device = device
 
     def __call__(self, step: int, batch: Batch) -> Tensor:
+        """Return the logits, float32 (B, K), of a micro-batch."""
         epoch = step // self._steps_per_epoch % self._epochs
         ids = batch.ids.numpy()
         first = ids - ids % SHARD_IMAGES
@@ -287,14 +265,15 @@ class CachedTeacher:
         return tensor
 
     def evaluate(self, batches: Callable[[], Iterator[Batch]]) -> Evaluation:
-        """As it was when the cache was made."""
+        """Return the evaluation that was made with the cache."""
         return self._evaluation
 
 
 def open_teacher(config: Config, feed: BatchPlan, world: World) -> AnyTeacher | None:
-    """The teacher of `config`, live or, with distill.cache, cached; None without one.
+    """Return the teacher of `config`: None, live, or cached where distill.cache is set.
 
-    Raises UserError, also for a cache that is damaged, or of other crops or another teacher.
+    Raises UserError for an unusable teacher, and for a cache that is damaged or was made with
+    other crops or another teacher.
     """
     if config.distill is None:
         return None
@@ -304,12 +283,13 @@ def open_teacher(config: Config, feed: BatchPlan, world: World) -> AnyTeacher | 
     folder = Path(config.distill.cache)
     manifest = read_manifest(folder)
     _check_data(f"distill.cache: {folder}", manifest, feed.train)
-    for key, here in identify(config, feed, teacher, manifest.get("top")).items():
-        if (there := manifest.get(key, "not recorded")) != here:
+    recorded: Mapping[str, object] = manifest
+    for key, here in identify(config, feed, teacher, manifest["top"]).items():
+        if (there := recorded.get(key, "not recorded")) != here:
             raise UserError(
                 f"distill.cache: {folder}: is of another {key} ({there}, here {here}); {MAKE_AGAIN}"
             )
-    # each rank checks its share: whoever finds a fault ends the run
+    # Each rank checks its share; a fault on any rank ends the run.
     for name, checksum in list(manifest["shards"].items())[world.rank :: world.world_size]:
         try:
             found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -321,16 +301,16 @@ def open_teacher(config: Config, feed: BatchPlan, world: World) -> AnyTeacher | 
 
 
 def crop_epochs(config: Config) -> int | None:
-    """After how many epochs the crops come again: those of the cache. None: not within the run."""
+    """Return after how many epochs of a cache the crops repeat; None without a cache."""
     if config.distill is None or config.distill.cache is None:
         return None
     return read_manifest(Path(config.distill.cache))["epochs"]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError where there is none, or it is damaged."""
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a finished cache. Raises UserError if it is missing or damaged."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest: Manifest = json.loads((folder / "manifest.json").read_text())
         if set(manifest["shards"]) != {
             shard.name for shard in all_shards(manifest["epochs"], manifest["images"])
         }:

@@ -1,11 +1,11 @@
-"""The teacher: a finished network, loaded, checked, and asked for the soft targets of a crop."""
+"""The teacher: a finished network, which returns its logits for the crops of a student."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,71 +25,73 @@ from harness.runs.run_folder import RunFolder
 
 
 class AnyTeacher(Protocol):
-    """A teacher's answers, from the network or from a cache.
+    """The logits of a teacher, from its network or from a cache.
 
-    `identity` tells it from any other: a run that resumes must find it again.
+    `identity` distinguishes it from all others: a resumed run must have the same teacher.
     """
 
     identity: str
 
     def to(self, device: torch.device) -> None:
-        """Moves to the device of the batches, once the process group stands."""
+        """Move to the device of the batches, once the process group exists."""
         ...
 
     def __call__(self, step: int, batch: Batch) -> Tensor:
-        """The logits, float32 (B, K) on the device, for a micro-batch of a step."""
+        """Return the logits, float32 (B, K) on the device, for a micro-batch of a step."""
         ...
 
     def evaluate(self, batches: Callable[[], Iterator[Batch]]) -> Evaluation:
-        """Its own result on the validation set, summed over the ranks."""
+        """Return its own result on the validation set, summed over the ranks."""
         ...
 
 
 class Teacher:
-    """A network in evaluation mode and a precision of its own; nothing of it is trained or synced.
+    """A network in evaluation mode with its own precision, neither trained nor synchronized.
 
-    It sees the very crops that the student sees, normalised as in its own training.
-    `identity` is the SHA-256 of its weights, `computes` what else its logits depend on.
+    It sees the same crops as the student, normalized as in its own training. `identity` is the
+    SHA-256 of its weights; `settings` holds what else its logits depend on.
     """
 
     def __init__(self, config: Config, model: nn.Module) -> None:
-        """`config`: the student's, but for the teacher's normalisation and precision."""
+        """`config` is the student's with the teacher's normalization and precision."""
         self._config = config
         dtype = master_dtype(config.run.precision)
         self.identity = weights_checksum(model)
-        self.computes: dict[str, Any] = {
+        self.settings: dict[str, object] = {
             "precision": config.run.precision,
             "mean": list(config.data.mean),
             "std": list(config.data.std),
         }
         self.network = model.to(dtype).eval().requires_grad_(False)
         self._model: nn.Module = self.network
-        self._pixels = Preprocess(config, torch.device("cpu"))
+        self._preprocess = Preprocess(config, torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
+        """Move the network to `device`, and compile it where the student is compiled."""
         self.network.to(device)
         if device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)
         if self._config.run.compile is True:
             self._model = torch.compile(self.network)  # type: ignore[assignment]
-        self._pixels = Preprocess(self._config, device)
+        self._preprocess = Preprocess(self._config, device)
 
     @torch.no_grad()
     def __call__(self, step: int, batch: Batch) -> Tensor:
-        """In float32 whatever the precision, as the cache keeps them."""
+        """Return the logits (B, K), in float32 for any precision, as in a cache."""
         with (
             precision_within(self._config.run.precision),
-            autocast(self._config, self._pixels.device),
+            autocast(self._config, self._preprocess.device),
         ):
-            return self._model(self._pixels(batch.images)).float()
+            return self._model(self._preprocess(batch.images)).float()
 
     def evaluate(self, batches: Callable[[], Iterator[Batch]]) -> Evaluation:
+        """Return its result on the validation set, summed over the ranks."""
         with precision_within(self._config.run.precision):
-            return evaluate(self._config, self._model, batches(), self._pixels)
+            return evaluate(self._config, self._model, batches(), self._preprocess)
 
 
 def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and bytes of a state dict on the CPU, in its own order."""
+    """Return the SHA-256 of names, types, shapes and bytes of the state dict on the CPU."""
     total = hashlib.sha256()
     for name, value in model.state_dict().items():
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -98,9 +100,9 @@ def weights_checksum(model: nn.Module) -> str:
 
 
 def load_teacher(config: Config, class_names: Sequence[str]) -> Teacher:
-    """The teacher that `config.distill` names, on the CPU.
+    """Load the teacher that `config.distill` names, on the CPU.
 
-    Raises UserError where it is missing, unfinished, damaged, or has other classes.
+    Raises UserError if it is missing, unfinished or damaged, or has other classes.
     """
     distill = config.distill
     assert distill is not None
@@ -117,7 +119,7 @@ def _load(config: Config, distill: DistillConfig) -> TrainedModel:
     if distill.teacher_config or path.is_dir():
         if distill.teacher_model is not None:
             raise UserError(
-                f"distill.teacher_model: has no meaning with {path}, which names its model; "
+                f"distill.teacher_model: has no meaning with {path}, which names its network; "
                 "remove it"
             )
         return _load_run(default_run_folder(path) if distill.teacher_config else path, path)
@@ -129,7 +131,7 @@ def _load(config: Config, distill: DistillConfig) -> TrainedModel:
         raise UserError(
             f"distill.teacher: {path} is a state dict; name its model in distill.teacher_model"
         )
-    # it says nothing of its normalisation: that of the student is taken
+    # A state dict does not record the normalization; take the student's.
     config = config.model_copy(update={"model": ModelConfig(name=distill.teacher_model)})
     model = build_model(config)
     load_weights(model, path, "distill.teacher", "distill.teacher_model, or of other classes")
@@ -141,8 +143,8 @@ def _load_run(folder: Path, named: Path) -> TrainedModel:
     if status.get("state") != "finished":
         how = status.get("state", "not there")
         raise UserError(
-            f"distill.teacher: {named}: its run {folder} is {how}, not finished; a student starts "
-            "from a finished teacher only: train it first"
+            f"distill.teacher: {named}: its run {folder} is {how}, not finished; a student needs "
+            "a finished teacher: train it first"
         )
     trained = load_trained(folder, report=lambda text: print(f"warning: {text}", flush=True))
     step = checkpoint_key(trained.checkpoint)[1]
@@ -157,7 +159,7 @@ def _load_run(folder: Path, named: Path) -> TrainedModel:
 def _check_classes(
     teacher: str, trained: TrainedModel, config: Config, class_names: Sequence[str]
 ) -> None:
-    """The count, and the names where the teacher's are known: runs keep them, state dicts not."""
+    """Compare the number of classes, and their names where the teacher is a run."""
     theirs, ours = trained.config.data.classes, config.data.classes
     if theirs != ours:
         raise UserError(

@@ -34,9 +34,9 @@ from harness.runs.checkpoint import DamagedCheckpoint, load_checkpoint, newest_c
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network as a checkpoint holds it, with the config it was trained by.
+    """A network from a checkpoint, with the config of its training.
 
-    `class_names` are in the order of the logits; none where they were not recorded.
+    `class_names` are in the order of the logits; old checkpoints do not record them.
     """
 
     config: Config
@@ -52,15 +52,15 @@ def _warn(text: str) -> None:
 def load_trained(
     path: Path, overrides: Sequence[str] = (), report: Callable[[str], None] = _warn
 ) -> TrainedModel:
-    """Reads the newest valid checkpoint of a run folder, or the checkpoint itself.
+    """Load the newest valid checkpoint of a run folder, or the checkpoint itself.
 
-    `overrides` may change `run.*` only; `report` receives what is odd about checkpoints.
-    Raises UserError where there is none or it is damaged.
+    `overrides` may change `run.*` only; `report` receives warnings about checkpoints. Raises
+    UserError if there is no checkpoint, or it is damaged.
     """
     for override in overrides:
         if not override.startswith("run."):
             raise UserError(
-                f"{override}: only run.* may be changed; the rest fixed what was trained"
+                f"{override}: only run.* may be changed; all other keys belong to the training"
             )
     if path.is_dir():
         found = newest_checkpoint(path / "checkpoints", report)
@@ -85,17 +85,17 @@ def load_trained(
 
 
 def load_validation(trained: TrainedModel) -> ImageSource:
-    """The validation images, each labelled with the network's class of its folder's name.
+    """Load the validation images, each labelled with the network's class of its folder's name.
 
-    The folder may have some of the network's classes only. Raises UserError where it has others,
-    or is not the data that the config describes.
+    The folder may lack some of the network's classes. Raises UserError if it has others, or is not
+    the data that the config describes.
     """
     config = trained.config
     val = open_source(config.run, "val")
     check_count(val, "val_images", config.data.val_images)
     check_headers(val, skip=False, remedy="repair it")
     classes = tuple(trained.class_names)
-    if not classes:  # a checkpoint of an older harness
+    if not classes:  # an old checkpoint
         if len(val.classes) != config.data.classes:
             raise UserError(
                 f"{val.location}: {len(val.classes)} classes, but the network has "
@@ -120,10 +120,10 @@ def load_validation(trained: TrainedModel) -> ImageSource:
 
 
 def evaluate_trained(trained: TrainedModel, predictions: Path | None = None) -> Evaluation:
-    """Evaluates on the whole validation set, in this one process.
+    """Evaluate on the whole validation set, in this one process.
 
-    A validation image's label is the network's class of the name of its folder.
-    `predictions`: a CSV file to write, a line an image: path, label, prediction (class names).
+    `predictions` is a CSV file to write, with a line for each image: path, label and prediction,
+    the last two as class names.
     """
     if predictions is not None:
         check_output(predictions, "--predictions")
@@ -168,7 +168,7 @@ def _predictions_csv(rows: list[tuple[str, str, str]]) -> str:
 
 
 def export_trained(trained: TrainedModel, file: Path) -> str:
-    """Writes the plain float32 state dict with torchvision's names; says what it wrote."""
+    """Write the plain float32 state dict with the network's own names; return a line about it."""
     if file.suffix not in (".pt", ".safetensors"):
         raise UserError(f"--to {file}: the name must end in .pt or .safetensors")
     check_output(file, "--to")

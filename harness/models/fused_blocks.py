@@ -1,6 +1,6 @@
-"""The models' forward passes with batch norm, addition and ReLU as one operation of the norm.
+"""Forward passes of ResNets with batch norm, addition and ReLU as one operation of the norm.
 
-Each class is its base with another `forward`: parameters and their names stay torchvision's.
+Each class only replaces `forward` of its base: parameters and their names remain torchvision's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from harness.models.ghost_batch_norm import GhostBatchNorm2d, add_relu
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual): left to a ghost batch norm, as it may fuse them."""
+    """Return relu(norm(x) + residual), which a ghost batch norm may compute as one operation."""
     if isinstance(norm, GhostBatchNorm2d):
         return norm(x, residual, relu=True)
     return add_relu(norm(x), residual, relu=True)
 
 
 class FusedBasicBlock(BasicBlock):
-    """torchvision's, two 3x3 convolutions."""
+    """torchvision's block of two 3x3 convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_relu(self.bn1, self.conv1(x))
@@ -30,7 +30,7 @@ class FusedBasicBlock(BasicBlock):
 
 
 class FusedBottleneck(Bottleneck):
-    """torchvision's, 1x1, 3x3 and 1x1 convolutions."""
+    """torchvision's block of 1x1, 3x3 and 1x1 convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_relu(self.bn1, self.conv1(x))
@@ -41,7 +41,7 @@ class FusedBottleneck(Bottleneck):
 
 
 class FusedResNet(ResNet):
-    """torchvision's, with its stem fused too."""
+    """torchvision's ResNet with a fused stem."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
@@ -50,7 +50,7 @@ class FusedResNet(ResNet):
 
 
 class FusedCifarResNet(CifarResNet):
-    """Ours for small images, with its stem fused too."""
+    """A ResNet for small images with a fused stem."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = norm_relu(self.bn1, self.conv1(x))
@@ -66,7 +66,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def fuse_blocks(model: nn.Module) -> None:
-    """Gives the model and its residual blocks the forward passes of this module, in place."""
-    for module in model.modules():
+def fuse_blocks(network: nn.Module) -> None:
+    """Give the network and its residual blocks the forward passes of this module, in place."""
+    for module in network.modules():
         module.__class__ = FUSED.get(type(module), type(module))

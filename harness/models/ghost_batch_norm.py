@@ -14,10 +14,10 @@ from harness.compat import zero_all
 
 @cache
 def kernel_device() -> str:
-    """The type of device that the fused kernel (ghost_batch_norm_triton.py) runs on.
+    """Return the type of device that the fused kernel (ghost_batch_norm_triton.py) runs on.
 
-    "cuda" where there is a GPU and Triton, "cpu" in Triton's interpreter (TRITON_INTERPRET=1, for
-    tests), "" for none: plain PyTorch then computes the same.
+    It is "cuda" with a GPU and Triton, "cpu" in Triton's interpreter (TRITON_INTERPRET=1, for
+    tests), and "" otherwise: plain PyTorch then computes the same.
     """
     if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
         return ""  # Triton takes a while to import
@@ -29,15 +29,16 @@ def kernel_device() -> str:
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Normalises each worker's n images by themselves, never across workers (section 2.3).
+    """Batch norm over each worker's n images, never across workers (section 2.3).
 
-    In training, x is (m*n, C, H, W), in the order of `Minibatch.places`: channels_last worker by
-    worker, else image i of worker j at i*m + j. The statistics of every worker are summed until
-    `RunningStatistics` applies them; `forward` leaves the running statistics alone.
-    Evaluation, parameters and state dict are those of plain batch norm. With `residual` (like x)
-    and `relu`, `forward` also adds and rectifies: in channels_last on a GPU one fused operation.
+    In training, x is (m*n, C, H, W) in the order of `Minibatch.places`: worker by worker in
+    channels_last, else image i of worker j at i*m + j. The statistics of the workers are summed
+    until `RunningStatistics` applies them; `forward` does not change the running statistics.
+    Evaluation, parameters and state dict are those of plain batch norm. With `residual` (shaped
+    like x) and `relu`, `forward` also adds and rectifies, in channels_last on a GPU as one fused
+    operation.
 
-    Raises ValueError in training where the batch is no multiple of n.
+    In training, raises ValueError for a batch that is not a multiple of n.
     """
 
     running_mean: Tensor
@@ -71,7 +72,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return add_relu(super().forward(x), residual, relu)
         workers = x.shape[0] // self.worker_batch
         if workers == 0 or x.shape[0] % self.worker_batch:
-            raise ValueError(f"{x.shape[0]} images are no multiple of n = {self.worker_batch}")
+            raise ValueError(f"{x.shape[0]} images are not a multiple of n = {self.worker_batch}")
         if x.device.type == self.fused_on and (residual is None or residual.dtype == x.dtype):
             y, statistics, _ = torch.ops.harness.ghost_batch_norm(
                 x, residual, self.weight, self.bias, self.worker_batch, self.eps, relu
@@ -82,8 +83,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     def _plain(self, x: Tensor, workers: int) -> Tensor:
         if workers == 1:
-            # the kernels of plain batch norm, in either layout
-            y = self._normalise(x, self.one_worker[0], self.one_worker[1], self.weight, self.bias)
+            # plain batch norm's kernels, in either layout
+            y = self._normalize(x, self.one_worker[0], self.one_worker[1], self.weight, self.bias)
             self.sums.add_(self.one_worker)
             return y
         statistics = self.sums.new_zeros(2, workers, self.num_features)
@@ -91,47 +92,47 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.sums.add_(statistics.sum(1))
         return y
 
-    def _normalise(
+    def _normalize(
         self, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        """Batch norm of x; leaves its mean and unbiased variance in the float32 scratch given.
+        """Return batch norm of x; write its mean and unbiased variance to the float32 tensors.
 
-        Momentum 1 makes the "running" statistics those of this batch. They are multiplied by 0
-        before, so the scratch has to be finite.
+        Momentum 1 makes the "running" statistics those of this batch. Their old values are
+        multiplied by 0, so they have to be finite.
         """
         return F.batch_norm(
             x, mean, variance, weight, bias, training=True, momentum=1.0, eps=self.eps
         )
 
     def _by_channel(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-        """NCHW: the m workers' images as n images of m*C channels, without a copy."""
+        """Normalize NCHW as n images of m*C channels, which needs no copy."""
         m = means.shape[0]
         n, image = self.worker_batch, x.shape[2:]
         wide = x.reshape(n, m * self.num_features, *image)
         weight, bias = self.weight.repeat(m), self.bias.repeat(m)
-        y = self._normalise(wide, means.view(-1), variances.view(-1), weight, bias)
-        # no view to autograd, which would copy the gradient of what add_relu does in place to one
+        y = self._normalize(wide, means.view(-1), variances.view(-1), weight, bias)
+        # not a view: autograd would copy the gradient of add_relu's in-place operations on one
         return torch.ops.aten._unsafe_view(y, x.shape)
 
     def _by_worker(self, x: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-        """channels_last: worker after worker, by the kernels of plain batch norm.
+        """Normalize channels_last worker by worker, with the kernels of plain batch norm.
 
-        Written as a reduction over the middle of (m, n*H*W, C) it takes 4 to 6 times as long on a
-        CPU, in passes over float32 copies.
+        A reduction over the middle of (m, n*H*W, C) takes 4 to 6 times as long on a CPU, in passes
+        over float32 copies.
         """
         workers = zip(x.split(self.worker_batch), means, variances, strict=True)
-        return torch.cat([self._normalise(*w, self.weight, self.bias) for w in workers])
+        return torch.cat([self._normalize(*w, self.weight, self.bias) for w in workers])
 
 
 def add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """y + residual, rectified: in place, as torchvision's blocks do."""
+    """Return relu(y + residual), computed in place as torchvision's blocks do."""
     if residual is not None:
         y += residual
     return F.relu(y, inplace=True) if relu else y
 
 
 def ghost_batch_norms(model: nn.Module) -> list[GhostBatchNorm2d]:
-    """The model's ghost batch norms, in model order."""
+    """Return the model's ghost batch norms, in model order."""
     return [module for module in model.modules() if isinstance(module, GhostBatchNorm2d)]
 
 
@@ -176,9 +177,9 @@ def _converted(norm: nn.BatchNorm2d, worker_batch: int, channels_last: bool) -> 
 class RunningStatistics:
     """The running statistics of all ghost batch norms of a model, updated once a step.
 
-    They become views of one tensor, so that an update is a few operations however many layers
-    there are (53 in ResNet-50). Build it when the model is on its device. `sums`, one of a layer,
-    are what the layers have seen since the last update.
+    They become views of one tensor, so an update takes a few operations for any number of layers
+    (53 in ResNet-50). Construct it once the model is on its device. `sums` holds, for each layer,
+    the sums of its statistics since the last update.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -203,10 +204,10 @@ class RunningStatistics:
 
     @torch.no_grad()
     def update(self, workers: int) -> None:
-        """r <- 0.9 r + 0.1 (mean over the `workers` seen), after the step's last backward pass.
+        """Set r = 0.9 r + 0.1 (mean over `workers`), after the step's last backward pass.
 
         Section 5.1: "BN's running averages with momentum 0.9"; PyTorch calls it momentum 0.1.
-        Every layer has seen each of the workers once since the last call. Does not wait for the
+        Each layer must have normalized each worker once since the last call. Does not wait for the
         device.
         """
         if not self.sums:
@@ -220,7 +221,7 @@ class RunningStatistics:
         self.forget()
 
     def forget(self) -> None:
-        """Drops what the layers have seen since the last update."""
+        """Drop the sums since the last update."""
         if self._scratch:
-            # one_worker too: a statistic that overflowed must not stay, as 0 * inf is NaN there
+            # one_worker too: after an overflow, 0 * inf in _normalize would be NaN
             zero_all(self._scratch)

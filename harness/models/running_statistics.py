@@ -1,6 +1,7 @@
 """Running statistics of batch norm over all workers of a minibatch."""
 
-# no postponed annotations here: DDP checks those of a communication hook
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,11 +15,11 @@ from harness.models.ghost_batch_norm import ghost_batch_norms
 
 @contextmanager
 def global_running_statistics(model: nn.Module, share: float) -> Iterator[None]:
-    """Within: the running statistics are the means over all k workers; after: the rank's own again.
+    """Within: running statistics are the means over all k workers. After: the rank's own again.
 
-    `share` is (workers of this rank) / k. The moving average is linear, so this weighted sum of the
-    ranks' averages is the average of the workers' statistics (design of GhostBatchNorm2d), and as
-    it is only lent, evaluating or saving never changes the run.
+    `share` is (workers of this rank) / k. The moving average is linear, so the weighted sum of the
+    ranks' averages is the average of the workers' statistics. The rank's own are restored, so
+    evaluating or saving never changes the run.
     """
     layers = ghost_batch_norms(model)
     if not dist.is_initialized() or not layers:

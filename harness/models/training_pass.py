@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.compat import BatchNorm
+from harness.compat import BatchNorm, DispatchMode, draws_random, written_arguments
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def try_training_pass(network: nn.Module, images: Sequence[int]) -> TrainingPass
     return TrainingPass(output, recorder.faults)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Notes the module that runs whenever an operation draws, or writes to a buffer."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -71,15 +71,14 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: torch._ops.OpOverload,
+        func: Any,
         types: object,
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if draws_random(func):
             self.faults[self._running[-1] if self._running else ""] = "draws random numbers"
-        for declared, value in zip(func._schema.arguments, args, strict=False):
-            written = declared.alias_info is not None and declared.alias_info.is_write
-            if written and id(value) in self._owners:
+        for value in written_arguments(func, args):
+            if id(value) in self._owners:
                 self.faults[self._owners[id(value)]] = "changes a buffer"
         return func(*args, **(kwargs or {}))

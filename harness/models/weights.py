@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
 
 def load_weights(
     model: nn.Module, path: Path, key: str = "model.weights", owner: str = "model.name"
 ) -> None:
-    """Loads a state dict, .safetensors or torch.save's, strictly and without running its code.
+    """Load a state dict (.safetensors, or from torch.save) strictly, without running its code.
 
-    `key` of the config names the file, `owner` the model. Raises UserError that names the file,
-    and the first entry that does not fit.
+    In messages, `key` is the config key that names the file and `owner` the one that names the
+    network. Raises UserError with the file and the first entry that does not fit.
     """
     misfit = partial(_misfit, f"{key}: {path}", owner)
     weights = _read_state_dict(path, key)
@@ -37,7 +33,7 @@ def load_weights(
         if weight.shape != expected[entry].shape:
             shapes = f"{tuple(weight.shape)} instead of {tuple(expected[entry].shape)}"
             raise misfit(entry, f"has the shape {shapes}")
-    # a dict without the version that torch.save adds, so that PyTorch fills in num_batches_tracked
+    # A plain dict lacks the version that torch.save adds, so PyTorch fills in num_batches_tracked.
     model.load_state_dict(dict(weights), strict=True)
 
 
@@ -54,7 +50,7 @@ def _read_state_dict(path: Path, key: str) -> Mapping[str, Tensor]:
 
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is damaged or hostile may raise anything
+    except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{key}: {path}: no state dict ({reason[0]})") from error
     if not isinstance(weights, Mapping) or not all(

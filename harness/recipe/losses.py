@@ -1,4 +1,4 @@
-"""Training losses: cross entropy with labels, with a teacher's soft targets, and their sum."""
+"""Training losses: cross entropy with labels, and with a teacher's soft targets."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ UNLABELLED = -1  # the label of an image without one
 def training_loss(
     logits: Tensor, labels: Tensor, global_batch: int, label_smoothing: float
 ) -> Tensor:
-    """Cross entropy of local logits (B, K) and labels (B,), summed over B and divided by kn.
+    """Return the cross entropy of logits (B, K) and labels (B,), summed over B, divided by kn.
 
     `global_batch` is kn: section 3, remark 3, "Normalize the per-worker loss by total minibatch
     size kn, not per-worker size n". Computed in at least float32. The target is
-    (1 - ε) onehot + ε / K (Szegedy et al. 2016, section 7); an image without a label adds nothing,
-    and is counted in kn all the same. Raises ValueError for ε outside [0, 1].
+    (1 - ε) onehot + ε / K (Szegedy et al. 2016, section 7); an image without a label adds nothing
+    but counts in kn. Raises ValueError for ε outside [0, 1].
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing {label_smoothing} is not in [0, 1]")
@@ -36,10 +36,10 @@ def training_loss(
 def soft_loss(
     logits: Tensor, teacher_logits: Tensor, global_batch: int, temperature: float
 ) -> Tensor:
-    """T² times the cross entropy with a teacher's soft targets, summed over B, divided by kn.
+    """Return T² times the cross entropy with soft targets, summed over B, divided by kn.
 
     Hinton et al. 2015 (arXiv 1503.02531), section 2: both logits, (B, K), are softened,
-    q_i = exp(z_i / T) / Σ_j exp(z_j / T). The gradient falls as 1/T², which T² makes up for:
+    q_i = exp(z_i / T) / Σ_j exp(z_j / T). The gradient falls as 1/T², which T² compensates:
     Σ over B of T (q - p) / kn, near (z - v) / (K kn) at a large T. Computed in at least float32.
     Raises ValueError for T outside [LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE].
     """
@@ -52,18 +52,18 @@ def soft_loss(
 def kl_divergence(
     logits: Tensor, teacher_logits: Tensor, global_batch: int, temperature: float
 ) -> Tensor:
-    """KL(p || q) in nats, summed over B, divided by kn: p the teacher's targets, q the student's.
+    """Return KL(p || q) in nats of teacher p and student q, summed over B, divided by kn.
 
     Both (B, K) are softened as in `soft_loss`, which is T² times this plus T² times the entropy of
-    p: a constant of the teacher, so both have one gradient, but only this one is 0 where the
-    student agrees. To be logged; without gradient.
+    p, a constant of the teacher: both have the same gradient, but only this one is 0 where the
+    student agrees. For the log, without gradient.
     """
     softened, targets = _soften(logits, teacher_logits, temperature)
     return F.kl_div(softened.log_softmax(1), targets, reduction="sum") / global_batch
 
 
 def _soften(logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The student's logits divided by T, and the teacher's softened targets in their dtype."""
+    """Return the student's logits divided by T, and the teacher's targets in their dtype."""
     if not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
         bounds = f"[{LOWEST_TEMPERATURE}, {HIGHEST_TEMPERATURE:g}]"
         raise ValueError(f"temperature {temperature} is not in {bounds}")

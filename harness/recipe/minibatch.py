@@ -1,4 +1,4 @@
-"""A minibatch: k workers of n images, laid over ranks and micro-batches."""
+"""A minibatch: k workers of n images, distributed over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from harness.errors import UserError
 
-AUTO_MICRO_BATCH = 256  # images, where a rank has as many
+AUTO_MICRO_BATCH = 256  # images, if a rank has that many
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """The kn images of a step. Workers are logical: k and n know nothing of the hardware.
+    """The kn images of a step. Workers are logical: k and n do not depend on the hardware.
 
     Worker w's image i has place w*n + i within the minibatch, from 0 to kn - 1.
     """
@@ -28,9 +28,9 @@ class Minibatch:
         return self.workers * self.worker_batch
 
     def workers_of(self, rank: int, world_size: int) -> range:
-        """The workers that a rank hosts: contiguous, and shares differ by at most one.
+        """Return the workers of a rank: contiguous, with shares that differ by at most one.
 
-        Raises UserError where there are more ranks than workers.
+        Raises UserError for more ranks than workers.
         """
         if world_size > self.workers:
             raise UserError(
@@ -44,32 +44,32 @@ class Minibatch:
         return range(first, first + share + (rank < surplus))
 
     def micro_batches(self, rank: int, world_size: int, micro_batch: int) -> list[range]:
-        """The workers of each of a rank's micro-batches of `micro_batch` images, in order.
+        """Return the workers of each of a rank's micro-batches of `micro_batch` images, in order.
 
         The last may be smaller. Accumulating over them is a legal way to run the recipe
-        (footnote 5). Raises ValueError where `micro_batch` is no multiple of n.
+        (footnote 5). Raises ValueError unless `micro_batch` is a multiple of n.
         """
         per_micro_batch, rest = divmod(micro_batch, self.worker_batch)
         if rest or per_micro_batch < 1:
-            raise ValueError(f"micro_batch {micro_batch} is no multiple of {self.worker_batch}")
+            raise ValueError(f"micro_batch {micro_batch} is not a multiple of {self.worker_batch}")
         hosted = self.workers_of(rank, world_size)
         starts = range(0, len(hosted), per_micro_batch)
         return [hosted[start : start + per_micro_batch] for start in starts]
 
     def micro_batch_images(self, local_workers: int, micro_batch: int | Literal["auto"]) -> int:
-        """Images that a rank of `local_workers` workers pushes through the model at once.
+        """Return how many images a rank of `local_workers` workers processes in one pass.
 
-        `micro_batch` is `run.micro_batch`; "auto" is as many workers as make 256 images.
+        `micro_batch` is `run.micro_batch`; "auto" takes the workers of 256 images.
         """
         images = AUTO_MICRO_BATCH if micro_batch == "auto" else micro_batch
         fitting = max(images // self.worker_batch, 1)
         return min(local_workers, fitting) * self.worker_batch
 
     def places(self, workers: range, channels_last: bool) -> np.ndarray:
-        """The places (m*n,) int64 of a micro-batch of m workers, in memory order.
+        """Return the places (m*n,) int64 of a micro-batch of m workers, in memory order.
 
-        channels_last: worker by worker. NCHW: image i of the micro-batch's j-th worker at i*m + j,
-        so that `GhostBatchNorm2d` gets its view of the images for nothing.
+        The order is worker by worker in channels_last. In NCHW, image i of the j-th worker is at
+        i*m + j, so `GhostBatchNorm2d` needs no copy of the images.
         """
         images = np.arange(self.worker_batch, dtype=np.int64)
         places = np.asarray(workers, dtype=np.int64)[:, None] * self.worker_batch + images

@@ -13,7 +13,7 @@ FINAL_EPOCHS = 5  # section 5.1: "the median error of the final 5 epochs"
 
 
 def peak_lr(recipe: RecipeConfig) -> float:
-    """The learning rate after warm-up.
+    """Return the learning rate after warm-up.
 
     Section 2.1, "Linear Scaling Rule": minibatch times r, learning rate times r. The square root
     (and no scaling) are the rules it was compared with (table 2a).
@@ -24,7 +24,7 @@ def peak_lr(recipe: RecipeConfig) -> float:
 
 
 def lr_at(config: Config, step: int) -> float:
-    """The learning rate of the update `step`, counted from 0 to config.total_steps - 1.
+    """Return the learning rate of the update `step`, counted from 0 to config.total_steps - 1.
 
     Raises ValueError for any other step.
     """
@@ -46,12 +46,12 @@ def lr_at(config: Config, step: int) -> float:
 
 
 def final_epochs(config: Config) -> range:
-    """The epochs, counted from 1, whose median validation error is the run's error.
+    """Return the epochs, counted from 1, whose median validation error is the run's error.
 
     Section 5.1 takes the final 5, all of which the paper trains at the final learning rate. In a
-    shorter run some of them may come before the last milestone, at many times the error of the
-    end, so only those are taken that were trained entirely at the final learning rate; where it
-    changes up to the end (cosine, a warm-up that is the whole run), the last epoch alone.
+    shorter run some of them may precede the last milestone, with a much larger error, so only
+    epochs entirely at the final learning rate count. Where the learning rate changes until the
+    end (cosine, or warm-up throughout), only the last epoch counts.
     """
     recipe = config.recipe
     settled = recipe.warmup_end  # epochs after which the learning rate stays
@@ -64,6 +64,6 @@ def final_epochs(config: Config) -> range:
 
 
 def error_rule(epochs: Sequence[int]) -> str:
-    """How the error is made of `epochs`: `median of epochs 28 to 30`, or `epoch 12` for one."""
+    """Describe the error of `epochs`: `median of epochs 28 to 30`, or `epoch 12` for one."""
     first, last = epochs[0], epochs[-1]
     return f"epoch {last}" if first == last else f"median of epochs {first} to {last}"

@@ -12,7 +12,8 @@ from harness import load_config
 from harness.commands.command_line import main
 from harness.data.loaders.choice import open_loader
 from harness.data.sampling import crops, permutation
-from harness.distillation.logit_cache import Rows, all_shards, open_teacher
+from harness.distillation.logit_cache import all_shards, open_teacher
+from harness.distillation.logit_rows import Rows
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.runs.logging.jsonl import read_log

@@ -168,7 +168,7 @@ def test_a_state_dict_with_the_name_of_its_model(student, teacher, small, tmp_pa
     assert "distill.teacher" in line and "another distill.teacher_model" in line
     assert "name its model" in one_line(capsys, "train", student(teacher=str(file)))
     line = one_line(capsys, "train", student(teacher_model="resnet8"))
-    assert line.endswith("which names its model; remove it")
+    assert line.endswith("which names its network; remove it")
 
 
 def test_evaluation_and_export_are_the_students_alone(student, tmp_path, capsys):

@@ -189,13 +189,17 @@ def test_a_name_of_two_packages_is_refused(convnets, tmp_path, monkeypatch):
         find_family("convnet2")
 
 
+REGNET_VERIFIED = """verify configs/quickstart.yaml model.name=regnet_y_400mf --ranks 2 --steps 4
+recipe.minibatch=64 recipe.worker_batch=8 recipe.reference_minibatch=8 run.micro_batch=8"""
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("page", "options"),
     [
         ("networks.md", commands_of("networks.md")[0]),
         ("optimizers.md", commands_of("optimizers.md")[0]),
-        ("networks.md", ["verify", "configs/quickstart.yaml", "model.name=regnet_y_400mf"]),
+        ("networks.md", REGNET_VERIFIED.split()),
     ],
 )
 def test_verify_passes_with_packages_that_pip_installed(page, options, digits, tmp_path):

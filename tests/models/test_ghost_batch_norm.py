@@ -205,7 +205,7 @@ def test_evaluation_is_plain_batch_norm(channels_last):
 @pytest.mark.parametrize("images", [0, 2, 4])
 def test_training_takes_whole_workers(images, channels_last):
     ghost, _ = ghost_and_plain(channels_last)
-    with pytest.raises(ValueError, match=f"^{images} images are no multiple of n = 3$"):
+    with pytest.raises(ValueError, match=f"^{images} images are not a multiple of n = 3$"):
         ghost(torch.zeros(images, C, 2, 2, dtype=torch.float64))
 
 
