@@ -71,8 +71,8 @@ def test_another_thread_sees_the_main_threads_stack():
 
 
 def test_each_compiled_graph_is_a_phase():
+    torch._dynamo.reset()  # which also forgets the phases of earlier tests
     before = compat.compiler_phases()
-    torch._dynamo.reset()
     torch.compile(lambda x: x.sin() + 1, backend="eager")(torch.ones(3))
     assert compat.compiler_phases() > before
 
@@ -151,3 +151,21 @@ def test_dali_mentions_cuda_where_no_image_is_at_fault():
         pipeline.build()
     assert compat.is_cuda_error(raised.value)
     assert not compat.is_cuda_error(RuntimeError("Error in decoders__ImageSlice: truncated"))
+
+
+def test_a_dispatch_mode_sees_draws_and_writes():
+    seen = []
+
+    class Mode(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((compat.draws_random(func), compat.written_arguments(func, args)))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    with Mode():
+        x.mul(2)
+        x.add_(1)
+        torch.dropout(x, 0.5, train=True)
+    assert seen[0] == (False, [])
+    assert seen[1][1][0] is x and not seen[1][0]
+    assert any(draws for draws, _ in seen[2:])

@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import nn
 
+from harness.config.loading import load_config
+from harness.distillation.teacher import load_teacher
 from harness.errors import UserError
+from harness.execution.trained_model import evaluate_trained, export_trained, load_trained
 from harness.models.ghost_batch_norm import RunningStatistics, convert_batch_norms
 from harness.models.registry import build_model, build_without_weights, check_model, find_family
 from harness.models.training_pass import try_training_pass
 from harness.planning.plan import make_plan
 from harness.planning.plan_text import render_plan
 from harness.recipe.losses import training_loss
+from harness.training.setup import train
 from tests.models.test_build_model import config
 from tests.packages import commands_of, install, install_page, package_of
 
@@ -187,6 +191,20 @@ def test_a_name_of_two_packages_is_refused(convnets, tmp_path, monkeypatch):
     install(tmp_path / "b", monkeypatch, "twin", code, "harness.models", "twin = twin:FAMILY")
     with pytest.raises(UserError, match="'convnet2' is a network of small ConvNets and of small"):
         find_family("convnet2")
+
+
+def test_a_network_of_a_package_is_trained_evaluated_exported_and_taken_as_teacher(
+    convnets, small, tmp_path
+):
+    keys = ["model.name=convnet2", "model.options.width=16", "model.width=null"]
+    trained_error = train(load_config(small(), keys), tmp_path / "run").error
+    trained = load_trained(tmp_path / "run")
+    assert evaluate_trained(trained).error == pytest.approx(trained_error)
+    export_trained(trained, tmp_path / "convnet.pt")
+    teacher = [f"teacher={tmp_path}/convnet.pt", "teacher_model=convnet2", "precision=float32"]
+    config = load_config(small(), [f"distill.{key}" for key in teacher])
+    loaded = load_teacher(config, trained.class_names).network.state_dict()
+    assert all(torch.equal(loaded[n], value) for n, value in trained.model.state_dict().items())
 
 
 REGNET_VERIFIED = """verify configs/quickstart.yaml model.name=regnet_y_400mf --ranks 2 --steps 4

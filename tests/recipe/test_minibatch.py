@@ -50,7 +50,7 @@ def test_the_last_micro_batch_may_hold_fewer_workers():
 
 @pytest.mark.parametrize("images", [0, 16, 48])
 def test_a_micro_batch_is_a_multiple_of_n(images):
-    with pytest.raises(ValueError, match="no multiple of 32"):
+    with pytest.raises(ValueError, match="not a multiple of 32"):
         Minibatch(workers=8, worker_batch=32).micro_batches(0, 1, images)
 
 
