@@ -27,6 +27,7 @@ from harness.data.sources.source import ImageSource
 from harness.distributed import World, world_from_environment
 from harness.errors import UserError
 from harness.outcome import RunFailed, Stopped
+from harness.plug_ins import modules_behind_results
 from harness.rendezvous import PROCESS, patience, rendezvous
 from harness.resilience.stopping import StopRequest
 from harness.runs.environment import code_digest, package_files, versions
@@ -76,6 +77,7 @@ class RollCall:
             settings={"WORLD_SIZE": self._world.world_size},
         )
         self._indices: dict[str, ImageSource] = {}
+        self._packages: tuple[str, ...] = ("harness",)
         self.store: dist.Store | None = None
 
     def present(
@@ -96,10 +98,11 @@ class RollCall:
             settings["the digest of the teacher's weights"] = teacher[:16]
         used = ("torch", "torchvision", "pillow", *(["dali"] if loader == "dali" else []))
         self._indices = {"train": feed.train, "val": feed.val}
+        self._packages = ("harness", *modules_behind_results(config))
         self._card = replace(
             self._card,
             settings=settings,
-            code=code_digest(),
+            code=code_digest(self._packages),
             versions={name: versions()[name] for name in used},
             out=None if out is None else (str(out), boot_id, str(out.absolute())),
             data={split: index.digest for split, index in self._indices.items()},
@@ -135,7 +138,8 @@ class RollCall:
 
     def _look_up(self, topic: str, of_class: str) -> Mapping[str, Any]:
         if topic == "code":
-            sources = [pair for pair in package_files("harness") if pair[0].endswith(".py")]
+            files = [pair for package in self._packages for pair in package_files(package)]
+            sources = [pair for pair in files if pair[0].endswith(".py")]
             return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sources}
         index = self._indices[topic]
         return index.sizes_of(of_class) if of_class else index.class_digests()

@@ -10,7 +10,17 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "harness": [
         *("__main__", "commands", "verify", "report", "training", "distillation", "execution"),
-        *("planning", "roll_call", "runs", "resilience", "data", "models", "recipe", "config"),
+        *(
+            "planning",
+            "roll_call",
+            "plug_ins",
+            "runs",
+            "resilience",
+            "data",
+            "models",
+            "recipe",
+            "config",
+        ),
         *("rendezvous", "distributed", "slurm_step", "startup", "compat"),
         *("installed", "output_file", "atomic_file", "outcome", "errors"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def find_family(name: str) -> ModelFamily:
     for family in FAMILIES:
         if name in family.names:
             return family
-    families = _installed_families()
+    families = [family for _, family in _installed_families()]
     found = [family for family in families if name in family.names]
     if len(found) > 1:
         raise UserError(
@@ -56,7 +57,17 @@ def find_family(name: str) -> ModelFamily:
     return found[0]
 
 
-def _installed_families() -> list[ModelFamily]:
+def entry_point(name: str) -> EntryPoint | None:
+    """Return the entry point that adds the network `name`; None where it is built in.
+
+    Raises UserError for a package that cannot be used.
+    """
+    if any(name in family.names for family in FAMILIES):
+        return None
+    return next((point for point, family in _installed_families() if name in family.names), None)
+
+
+def _installed_families() -> list[tuple[EntryPoint, ModelFamily]]:
     families = []
     for point in installed(GROUP).values():
         family = load(point, "model.name")
@@ -65,7 +76,7 @@ def _installed_families() -> list[ModelFamily]:
                 f"model.name: {point.value} is a {type(family).__name__} instead of a ModelFamily; "
                 "repair or uninstall its package"
             )
-        families.append(family)
+        families.append((point, family))
     return families
 
 

@@ -125,8 +125,13 @@ def _dali_version() -> str | None:
     return None
 
 
-def describe_environment(device: torch.device, ranks: int) -> Record:
-    """Describe versions, hardware, code, commit and command of this process, one of `ranks`."""
+def describe_environment(
+    device: torch.device, ranks: int, plug_ins: tuple[str, ...] = ()
+) -> Record:
+    """Describe versions, hardware, code, commit and command of this process, one of `ranks`.
+
+    `plug_ins` are the modules of installed packages that count as code of the run.
+    """
     import torch
 
     cuda = device.type == "cuda"
@@ -141,7 +146,7 @@ def describe_environment(device: torch.device, ranks: int) -> Record:
         },
         "ranks": ranks,
         "git_commit": code_commit(),
-        "code_digest": code_digest(),
+        "code_digest": code_digest(("harness", *plug_ins)),
         "command": sys.argv,
     }
 

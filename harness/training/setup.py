@@ -23,6 +23,7 @@ from harness.distributed import (
 from harness.errors import UserError
 from harness.execution.precision import master_dtype, precision_within
 from harness.models.registry import load_start_weights
+from harness.plug_ins import modules_behind_results
 from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Watchdog
 from harness.roll_call import roll_call
@@ -73,7 +74,8 @@ def train(
         network = place_network(rank, from_start=checkpoint is None)
         profile = Profile(config.run.profile_steps, world, control, folder.path)
         replica = Replica(config, network, world, (watchdog, profile))
-        environment = describe_environment(world.device, world.world_size)
+        plug_ins = modules_behind_results(config)
+        environment = describe_environment(world.device, world.world_size, plug_ins)
         if rank.tunes_micro_batch:
             recorded = folder.recorded_micro_batch(environment) if rank.keeps_micro_batch else None
             config = tune_micro_batch(replica, batch_plan, recorded, world, control, watchdog)

@@ -258,7 +258,7 @@ def test_a_run_resumed_under_other_code_says_so_everywhere(small, tmp_path, monk
     config, run, described = load_config(small()), tmp_path / "run", {}
     monkeypatch.setattr(
         "harness.training.setup.describe_environment",
-        lambda device, ranks: describe_environment(device, ranks) | described,
+        lambda *arguments: describe_environment(*arguments) | described,
     )
 
     def resume_at(step, **code):
