@@ -1,4 +1,4 @@
-"""The command line: python -m launch submit | status | study."""
+"""The command line: python -m launch submit | study | status | cancel."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from harness.commands.parsing import parse
 from harness.errors import FINISHED, USER_ERROR, UserError
+from launch.records import Record
+
+if TYPE_CHECKING:  # PyTorch is imported by the commands that need it
+    from launch.cluster_file import Cluster
+    from launch.run_spec import RunSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
+    """Run a command; return its exit code."""
     options = parse(_parser(), arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names need not be UTF-8
         sys.stdout.reconfigure(errors="replace")
@@ -27,14 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        what = "interrupted; what was submitted goes on (squeue --me shows it, scancel ends it)"
+        what = "interrupted; what was submitted continues (squeue --me shows it, scancel ends it)"
         print(what if options.cluster else "interrupted", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch", description="Runs, by SLURM or here.")
-    commands = parser.add_subparsers(required=True, metavar="submit|study|status")
+    commands = parser.add_subparsers(required=True, metavar="submit|study|status|cancel")
     submit = commands.add_parser("submit", help="one run, or a teacher and its student")
     submit.add_argument("config", metavar="CONFIG")
     _add_cluster(submit, required=True)
@@ -51,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="the state of what was started, in a table")
     status.add_argument("target", type=Path, metavar="RUN|STUDY")
     status.set_defaults(command=_status, cluster=None)
+
+    cancel = commands.add_parser("cancel", help="stop what waits or runs; it can be resumed")
+    cancel.add_argument("target", type=Path, metavar="RUN|STUDY")
+    cancel.set_defaults(command=_cancel, cluster=None)
     return parser
 
 
@@ -65,9 +74,8 @@ def _add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from launch.cluster_file import check_environment, load_cluster, with_cluster
     from launch.run_spec import teachers_of, with_teachers
-    from launch.slurm.backend import active_job
-    from launch.slurm.cluster_file import check_environment, load_cluster, with_cluster
     from launch.status import follow
 
     cluster = load_cluster(options.cluster, options.nodes)
@@ -79,35 +87,42 @@ def _submit(options: argparse.Namespace) -> int:
         run = replace(run, name=options.out.name, run=options.out)
     chain = [*teachers_of([run]), run]
     _show_whole_plans(chain, cluster, to=_beside(options))
-    if not run.is_finished() and (job := active_job(run.run, run.name)):
+    submitted = _submit_each(cluster, chain, options.dry_run)
+    if run.run in submitted.active:
+        job = submitted.active[run.run].job_id
         raise UserError(f"{run.run}: job {job} has it already: {_status_of(run.run)}")
-    records, _ = _submit_each(cluster, chain, options.dry_run)
-    return follow(records) if options.wait and records else FINISHED
+    return follow(submitted.new) if options.wait and submitted.new else FINISHED
 
 
-def _submit_each(
-    cluster: Any, runs: Sequence[Any], dry_run: bool
-) -> tuple[list[Any], dict[Path, str]]:
-    """A job a run, after its teacher's; what has finished or has a job stays. Returns the records
-    of those submitted, and the jobs of all that have not finished."""
-    from launch.slurm.backend import active_job, executor, submit
+@dataclass
+class _Submitted:
+    """The records of runs that were submitted now, and of those that had a job before."""
 
-    records: list[Any] = []
-    jobs: dict[Path, str] = {}
+    new: list[Record] = field(default_factory=list)
+    active: dict[Path, Record] = field(default_factory=dict)
+
+
+def _submit_each(cluster: Cluster, runs: Sequence[RunSpec], dry_run: bool) -> _Submitted:
+    """Submit a job for each run, after its teacher's, unless it is finished or has a job."""
+    from launch.registry import find_backend
+    from launch.status import active_record
+
+    backend, found = find_backend(cluster.backend), _Submitted()
+    jobs: dict[Path, Record] = {}  # of the runs that have not finished
     for run in runs:
-        after = jobs.get(run.teacher.run) if run.teacher else None
+        after = [jobs[run.teacher.run]] if run.teacher and run.teacher.run in jobs else []
         if run.is_finished():
             print(f"finished already: {run.run}")
-        elif job := active_job(run.run, run.name):
-            jobs[run.run] = job
+        elif record := active_record(run.run, run.name, cluster.backend):
+            found.active[run.run] = jobs[run.run] = record
         elif dry_run:
-            print(executor(cluster, run.run, after).script())
-            jobs[run.run] = f"JOB_OF_{run.name}"
+            print(backend.preview(cluster, run.run, [run], after))
+            jobs[run.run] = Record(run.name, str(run.run), "", "", f"JOB_OF_{run.name}", 0)
         else:
-            records += submit(cluster, run.run, [run], after)
-            jobs[run.run] = records[-1].job_id
-            print(_describe(records[-1]), flush=True)
-    return records, jobs
+            (jobs[run.run],) = backend.submit(cluster, run.run, [run], after).records
+            found.new.append(jobs[run.run])
+            print(_describe(jobs[run.run]), flush=True)
+    return found
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -117,7 +132,8 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _study_here(options: argparse.Namespace) -> int:
-    from launch.local.backend import LocalStudy, devices_here
+    from launch.records import LOCAL
+    from launch.registry import find_backend
     from launch.run_spec import teachers_of
     from launch.study import study_folder, study_runs
 
@@ -130,38 +146,44 @@ def _study_here(options: argparse.Namespace) -> int:
     teachers = [replace(t, name=_teachers_name(t, Path("runs"))) for t in teachers]
     _show_plans(teachers, runs, ranks=1)
     runs = [*teachers, *runs]
-    study = LocalStudy(folder, runs, devices_here(runs, options.at_once))
-    print(f"{len(study.waiting)} of {len(runs)} runs to do, in {folder}")
-    if options.dry_run or not study.waiting:
+    waiting = sum(not run.is_finished() for run in runs)
+    print(f"{waiting} of {len(runs)} runs to do, in {folder}")
+    if options.dry_run or not waiting:
         return FINISHED
     print(f"states: {_status_of(folder)}", flush=True)
-    return study.run()
+    submission = find_backend(LOCAL).submit(None, folder, runs, at_once=options.at_once)
+    return FINISHED if submission.exit_code is None else submission.exit_code
 
 
 def _study_on_cluster(options: argparse.Namespace) -> int:
+    from launch.cluster_file import check_environment, load_cluster
+    from launch.registry import find_backend
     from launch.run_spec import teachers_of
-    from launch.slurm.backend import active_job, executor, submit
-    from launch.slurm.cluster_file import check_environment, load_cluster
-    from launch.status import follow
+    from launch.status import active_record, follow
     from launch.study import study_folder, study_runs
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
+    backend = find_backend(cluster.backend)
     folder = options.out or study_folder(options.study, cluster.folder)
     runs = study_runs(options.study, folder, options.overrides, cluster)
     root = Path(cluster.folder).absolute()
     teachers = [replace(t, name=_teachers_name(t, root)) for t in teachers_of(runs)]
     _show_plans(teachers, runs, cluster.ranks, to=_beside(options))
-    runs = [r for r in runs if not r.is_finished() and active_job(folder, r.name) is None]
+    runs = [
+        run
+        for run in runs
+        if not run.is_finished() and active_record(folder, run.name, cluster.backend) is None
+    ]
     if not runs:
         print(f"nothing to submit: every run is finished or has a job; {_status_of(folder)}")
         return FINISHED
-    _, jobs = _submit_each(cluster, teachers_of(runs), options.dry_run)
-    after = ":".join(jobs.values()) or None
+    submitted = _submit_each(cluster, teachers_of(runs), options.dry_run)
+    after = [*submitted.active.values(), *submitted.new]
     if options.dry_run:
-        print(executor(cluster, folder, after, options.at_once).script(len(runs)))
+        print(backend.preview(cluster, folder, runs, after, options.at_once))
         return FINISHED
-    records = submit(cluster, folder, runs, after, options.at_once)
+    records = backend.submit(cluster, folder, runs, after, options.at_once).records
     job = records[0].job_id.split("_")[0]
     print(f"job {job}: {len(records)} runs, in {folder}\nlogs in {Path(records[0].log).parent}")
     print(f"states: {_status_of(folder)}", flush=True)
@@ -175,13 +197,26 @@ def _status(options: argparse.Namespace) -> int:
     return FINISHED
 
 
+def _cancel(options: argparse.Namespace) -> int:
+    from launch.registry import find_backend
+    from launch.status import active_records
+
+    records = active_records(options.target)
+    for record in records:
+        find_backend(record.backend).cancel(record)
+        print(f"{record.name}: job {record.job_id} is asked to stop", flush=True)
+    if not records:
+        print(f"{options.target}: nothing is waiting or running")
+    return FINISHED
+
+
 def _beside(options: argparse.Namespace) -> TextIO:
-    """Where plans go: a dry run's output is the script."""
+    """Return where plans go: the output of a dry run is the script."""
     return sys.stderr if options.dry_run else sys.stdout
 
 
-def _show_whole_plans(runs: Sequence[Any], cluster: Any, to: TextIO) -> None:
-    """A wrong config never reaches the queue."""
+def _show_whole_plans(runs: Sequence[RunSpec], cluster: Cluster, to: TextIO) -> None:
+    """Print the plan of each run, so that a wrong config never reaches the queue."""
     from harness.planning.plan import make_plan
     from harness.planning.plan_text import render_plan
     from harness.planning.runtime import Hardware
@@ -196,9 +231,9 @@ def _show_whole_plans(runs: Sequence[Any], cluster: Any, to: TextIO) -> None:
 
 
 def _show_plans(
-    teachers: Sequence[Any], runs: Sequence[Any], ranks: int, to: TextIO | None = None
+    teachers: Sequence[RunSpec], runs: Sequence[RunSpec], ranks: int, to: TextIO | None = None
 ) -> None:
-    """A line for each teacher and variant: a wrong one is told before anything starts."""
+    """Print a line for each teacher and variant; a wrong one is refused before anything starts."""
     from harness.planning.plan import make_plan
 
     one_of_each = {run.name: run for run in teachers}
@@ -212,12 +247,12 @@ def _show_plans(
         print(f"{name}: {plan['total_steps']:,} steps, peak lr {peak_lr}", file=to)
 
 
-def _teachers_name(teacher: Any, root: Path) -> str:
-    """Within a study."""
+def _teachers_name(teacher: RunSpec, root: Path) -> str:
+    """Return a teacher's name within a study."""
     return "-".join(("teacher", *teacher.run.relative_to(root).parts))
 
 
-def _describe(record: Any) -> str:
+def _describe(record: Record) -> str:
     waits = f", after job {record.after}" if record.after else ""
     return (
         f"job {record.job_id}{waits}\nrun folder {record.run}\nlog {record.log}\n"

@@ -1,4 +1,4 @@
-"""A run that is wanted: of a config, in a folder, after its teacher's."""
+"""What is to be run: a config, in a folder, after its teacher."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config.loading import curve_differences, load_config
+from harness.atomic_file import write_atomically
+from harness.config.loading import curve_differences, dump_config, load_config
 from harness.config.schema import Config
 from harness.config.stages import load_stages
 from harness.errors import UserError
-from launch.records import is_finished
+from launch.records import is_finished, records_folder
+
+
+@dataclass(frozen=True)
+class FrozenRun:
+    """A run as it was started: its config in a file that no later edit reaches, and its log."""
+
+    config: Path
+    log: Path
+    arguments: tuple[str, ...]  # of `harness train`
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """`name`: within its records; `typed`: the command line's overrides; `teacher`: the run that
-    has to be finished first, where the teacher is a config."""
+    """A run to be started.
+
+    `name` is unique within its records. `cli_overrides` are those of the command line. `teacher` is
+    the run that has to be finished first, where the teacher is a config.
+    """
 
     name: str
     run: Path
     config: Config
-    typed: tuple[str, ...] = ()
+    cli_overrides: tuple[str, ...] = ()
     teacher: RunSpec | None = None
 
     def has_checkpoint(self) -> bool:
@@ -29,7 +42,7 @@ class RunSpec:
         return any((self.run / "checkpoints").glob("checkpoint-*.pt"))
 
     def is_finished(self) -> bool:
-        """Raises UserError where the run folder holds another config's run."""
+        """Return whether the run has finished. Raises UserError for a folder of another config."""
         if not (self.run / "config.yaml").exists():
             return False
         if differences := curve_differences(load_config(self.run / "config.yaml"), self.config):
@@ -39,6 +52,25 @@ class RunSpec:
             )
         return is_finished(self.run)
 
+    def freeze(self, target: Path, backend: str, config: Config | None = None) -> FrozenRun:
+        """Write the run's config, or `config`, beside its log to a launcher's records of `target`.
+
+        Raises UserError where the folder cannot be written.
+        """
+        folder = records_folder(target, backend).absolute()
+        frozen = folder / f"{self.name}.yaml"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(frozen, dump_config(config or self.config).encode())
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written: {error.strerror}; take another folder"
+            ) from None
+        to = "--out", str(self.run.absolute()), "--resume"
+        return FrozenRun(
+            frozen, folder / f"{self.name}.log", (str(frozen), *self.cli_overrides, *to)
+        )
+
 
 def with_teachers(
     path: str | Path,
@@ -46,27 +78,27 @@ def with_teachers(
     root: Path,
     load: Callable[[str, Sequence[str]], Config],
 ) -> RunSpec:
-    """The run of the config at `path`, and through `teacher` those of its teachers.
+    """Return the run of the config at `path`, linked through `teacher` to those of its teachers.
 
-    Run folders stand below `root` as they do below runs/; a student's teacher is the folder in
-    which the teacher's run is. `load`: a config's path and its overrides -> the config. Raises
+    Run folders have the same places below `root` as below runs/. A student's `distill.teacher` is
+    the folder of its teacher's run. `load` loads a config from its path and overrides. Raises
     UserError.
     """
     last: RunSpec | None = None
     for stage in load_stages(path, overrides):
-        run, typed = root / stage.folder.relative_to("runs"), stage.overrides
+        run, overrides = root / stage.folder.relative_to("runs"), stage.overrides
         if last is not None:
-            typed = (*typed, f"distill.teacher={last.run}")
-        config = load(stage.path, typed)
-        # the teacher is the stage's own, now by its folder: what is expected stays
+            overrides = (*overrides, f"distill.teacher={last.run}")
+        config = load(stage.path, overrides)
+        # the teacher is still the same, now named by its folder, so the expectation holds
         config = config.model_copy(update={"expect": stage.config.expect})
-        last = RunSpec(run.name, run, config, typed, last)
+        last = RunSpec(run.name, run, config, tuple(overrides), last)
     assert last is not None  # a config is a stage
     return last
 
 
 def teachers_of(runs: Iterable[RunSpec]) -> list[RunSpec]:
-    """Each run that must be finished before one of these, once, a teacher before its student.
+    """Return the runs that must finish before one of these, each once, teachers first.
 
     Raises UserError where two of them would train different configs in one folder.
     """

@@ -1,4 +1,4 @@
-"""Studies: several runs from one file."""
+"""Studies: many runs from one file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from harness.config.loading import keep_expectation, load_config, read_mapping
 from harness.config.schema import Config, ExpectConfig
 from harness.config.section import Section, Text
 from harness.config.stages import TEACHERS, changes_teacher
+from launch.cluster_file import Cluster, Whole, validate, with_cluster
 from launch.run_spec import RunSpec, with_teachers
-from launch.slurm.cluster_file import Cluster, Whole, validate, with_cluster
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], Strict(False)]
@@ -71,10 +71,10 @@ def study_folder(path: str | Path, root: str | Path = "runs") -> Path:
     return Path(root) / "studies" / Path(path).stem
 
 
-def _expecting(run: RunSpec, base: str, variant: Variant, typed: Sequence[str]) -> Config:
-    """The run's config, without its `expect` where `typed` changes the recipe of the variant."""
-    theirs = [override for override in typed if override.startswith(TEACHERS)]
-    own = [override for override in typed if override not in theirs]
+def _expecting(run: RunSpec, base: str, variant: Variant, cli_overrides: Sequence[str]) -> Config:
+    """Return the run's config, without `expect` where `cli_overrides` change its recipe."""
+    theirs = [override for override in cli_overrides if override.startswith(TEACHERS)]
+    own = [override for override in cli_overrides if override not in theirs]
     if changes_teacher(theirs) and not any(override.startswith("expect") for override in own):
         return run.config.model_copy(update={"expect": None})
     stated = variant.overrides()
@@ -84,23 +84,28 @@ def _expecting(run: RunSpec, base: str, variant: Variant, typed: Sequence[str]) 
 
 
 def study_runs(
-    path: str | Path, folder: Path, typed: Sequence[str] = (), cluster: Cluster | None = None
+    path: str | Path,
+    folder: Path,
+    cli_overrides: Sequence[str] = (),
+    cluster: Cluster | None = None,
 ) -> list[RunSpec]:
-    """The runs of a study, seed by seed, each variant; run folders FOLDER/VARIANT/SEED.
+    """Return the runs of a study, seed by seed; their folders are FOLDER/VARIANT/SEED.
 
-    `cluster`: whose `run:` keys they get. Teachers that are configs stand beside other runs, below
-    the cluster's folder or runs/, and have the seeds of their configs. Raises UserError.
+    The `run:` keys of `cluster` hold for them. Teachers that are configs lie beside other runs,
+    below the cluster's folder or runs/, and have the seeds of their configs. Raises UserError.
     """
     study, variants = load_study(path)
     load = load_config if cluster is None else partial(with_cluster, cluster)
     root = Path("runs") if cluster is None else Path(cluster.folder).absolute()
-    own = tuple(override for override in typed if not override.startswith(TEACHERS))
+    own = tuple(override for override in cli_overrides if not override.startswith(TEACHERS))
     runs = []
     for seed in study.seeds:
         for name, variant in variants.items():
-            overrides = (f"seed={seed}", *variant.overrides(), *typed)
+            overrides = (f"seed={seed}", *variant.overrides(), *cli_overrides)
             run = with_teachers(study.base, overrides, root, load)
-            config = _expecting(run, study.base, variant, typed)
+            config = _expecting(run, study.base, variant, cli_overrides)
             place = folder / name / f"{seed}"
-            runs.append(replace(run, name=f"{name}-{seed}", run=place, config=config, typed=own))
+            runs.append(
+                replace(run, name=f"{name}-{seed}", run=place, config=config, cli_overrides=own)
+            )
     return runs

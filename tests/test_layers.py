@@ -25,7 +25,8 @@ LAYERS = {
         *("installed", "output_file", "atomic_file", "outcome", "errors"),
     ],
     "launch": [
-        *("__main__", "study", "task", "local", "status", "slurm", "run_spec", "records"),
+        *("__main__", "study", "task", "status", "registry", "local", "slurm", "backend"),
+        *("cluster_file", "run_output", "run_spec", "records"),
     ],
 }
 

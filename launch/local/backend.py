@@ -1,4 +1,4 @@
-"""Runs a study on this machine: each run a process, side by side on free devices."""
+"""This machine as a launcher: each run is a process, side by side on free devices."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
-from harness.atomic_file import write_atomically
-from harness.config.loading import dump_config
 from harness.data.loaders.child_process import PR_SET_PDEATHSIG
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from harness.outcome import Outcome, State
 from harness.resilience.stopping import StopRequest
+from launch.backend import RunState, Stage, Submission
+from launch.cluster_file import RANK_VARIABLES, Cluster
 from launch.records import (
+    LOCAL,
     Record,
     is_finished,
     read_outcome,
@@ -32,28 +33,27 @@ from launch.records import (
     records_folder,
     write_records,
 )
+from launch.run_output import finished_error, tail
 from launch.run_spec import RunSpec
-from launch.slurm.cluster_file import RANK_VARIABLES
 from launch.slurm.log import BAD_LINE
-from launch.status import finished_error, tail
 
 POLL_S = 0.2
 PROGRESS_S = 30.0
-BEGUN = "--- "  # before the time at which a run was started, in its log
+BEGUN = "--- "  # precedes the time of a start in the log of a run
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one run at a time gets. `gpu`: as CUDA_VISIBLE_DEVICES names it; None: the CPU."""
+    """What one run at a time gets. `gpu` is its name in CUDA_VISIBLE_DEVICES, None for the CPU."""
 
     gpu: str | None
     threads: int
 
 
 def devices_here(runs: Sequence[RunSpec], at_once: int | None) -> list[Device]:
-    """A GPU a run, or `at_once` runs dealt out to the GPUs; without GPUs one run, or `at_once`.
+    """Return a GPU for each run, or `at_once` places dealt out to the GPUs.
 
-    They share the cores that this process may use.
+    Without GPUs there is one place, or `at_once`. All share the cores that this process may use.
     """
     gpus: list[str | None] = []
     if any(run.config.run.device != "cpu" for run in runs):
@@ -71,7 +71,7 @@ def devices_here(runs: Sequence[RunSpec], at_once: int | None) -> list[Device]:
 class Child:
     """A run under way."""
 
-    wanted: RunSpec
+    spec: RunSpec
     device: Device
     process: subprocess.Popen[bytes]
     log: Path
@@ -86,10 +86,10 @@ class Child:
 
     def outcome(self) -> Outcome:
         """Return how the run ended, with a reason for people."""
-        code, recorded = self.process.returncode, read_outcome(self.wanted.run)
-        if code == FINISHED or (self.stopping and is_finished(self.wanted.run)):
+        code, recorded = self.process.returncode, read_outcome(self.spec.run)
+        if code == FINISHED or (self.stopping and is_finished(self.spec.run)):
             took = timedelta(seconds=round(time.monotonic() - self.begun_s))
-            error = finished_error(self.wanted.run, read_status(self.wanted.run))
+            error = finished_error(self.spec.run, read_status(self.spec.run))
             return Outcome(State.FINISHED, f"{error}, in {took}")
         if code == STOPPED:
             return recorded or Outcome(State.STOPPED)
@@ -102,29 +102,94 @@ class Child:
         return Outcome(State.FAILED, why)
 
     def _complaint(self) -> str:
-        """What it said last of what is wrong, since it was started."""
+        """Return the last line since the start of the run that reports an error."""
         lines = [line.strip() for line in tail(self.log)]
         begun = max((i for i, line in enumerate(lines) if line.startswith(BEGUN)), default=-1)
-        said = [line for line in lines[begun + 1 :] if line] or ["it said nothing"]
+        said = [line for line in lines[begun + 1 :] if line] or ["it wrote nothing"]
         bad = [line for line in said if BAD_LINE.match(line)]
         return (bad or said)[-1].removeprefix("error: ")
 
 
-class LocalStudy:
-    """The runs of the study in `folder`, of which those that have not finished are run."""
+class LocalBackend:
+    """Runs on this machine, under the command that starts them."""
 
-    def __init__(self, folder: Path, wanted: Sequence[RunSpec], devices: Sequence[Device]) -> None:
-        self.folder, self.wanted, self.free = folder, wanted, [*devices]
-        self.waiting = [run for run in wanted if not run.is_finished()]
+    def submit(
+        self,
+        cluster: Cluster | None,
+        target: Path,
+        runs: Sequence[RunSpec],
+        after: Sequence[Record] = (),
+        at_once: int | None = None,
+    ) -> Submission:
+        """Run everything to its end, or until a signal; runs wait for their teachers by themselves.
+
+        There is no cluster file.
+        """
+        study = LocalStudy(target, runs, devices_here(runs, at_once))
+        code = study.run()
+        return Submission([*read_records(target, LOCAL).values()], code)
+
+    def preview(
+        self,
+        cluster: Cluster | None,
+        target: Path,
+        runs: Sequence[RunSpec],
+        after: Sequence[Record] = (),
+        at_once: int | None = None,
+    ) -> str:
+        """Return the names of the runs that have not finished."""
+        return "\n".join(run.name for run in runs if not run.is_finished())
+
+    def state(self, record: Record) -> RunState | None:
+        """Return whether the run is yet to start, or its process lives."""
+        if not record.job_id:
+            return RunState(Stage.QUEUED)
+        if not _lives(record):
+            return None
+        status = read_status(Path(record.run))
+        running = status.get("state") == State.RUNNING.value
+        began = running and status.get("pid") == int(record.job_id)
+        return RunState(Stage.RUNNING if began else Stage.STARTING, f"on {record.host}")
+
+    def cancel(self, record: Record) -> None:
+        """Have the run's process stop with a checkpoint."""
+        if record.host != socket.gethostname():
+            raise UserError(f"{record.name}: runs on {record.host}; cancel it there")
+        if _lives(record):
+            with suppress(ProcessLookupError):
+                os.kill(int(record.job_id), signal.SIGTERM)
+
+
+def _lives(record: Record) -> bool:
+    """Return True where the record's process is one of this machine and of this run.
+
+    Process numbers are used again, so the command line must name the run's config.
+    """
+    if record.host != socket.gethostname() or not record.job_id:
+        return False
+    try:
+        command = Path(f"/proc/{record.job_id}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return os.fsencode(record.config) in command.split(b"\0")
+
+
+class LocalStudy:
+    """The runs of the study in `folder`; those that have not finished are run."""
+
+    def __init__(self, folder: Path, specs: Sequence[RunSpec], devices: Sequence[Device]) -> None:
+        self.folder, self.specs, self.free = folder, specs, [*devices]
+        self.waiting = [run for run in specs if not run.is_finished()]
         self.children: list[Child] = []
-        self.ended = {State.FINISHED: len(wanted) - len(self.waiting)}
+        self.ended = {State.FINISHED: len(specs) - len(self.waiting)}
         self.ended |= {State.STOPPED: 0, State.FAILED: 0}
         self._kill = False
-        self._begun_s = self._told_s = time.monotonic()
-        self._images_before = sum(map(_images_done, wanted))
+        self._records: dict[str, Record] = {}
+        self._begun_s = self._reported_s = time.monotonic()
+        self._images_before = sum(map(_images_done, specs))
 
     def run(self) -> int:
-        """To the end, or until a signal; returns the exit code. Raises UserError."""
+        """Run to the end, or until a signal; return the exit code. Raises UserError."""
         with only_command(self.folder), StopRequest(self._kill_children).listen() as stop:
             self._record()
             while self.children or (stop.signal is None and self._next()):
@@ -135,42 +200,46 @@ class LocalStudy:
                 self._collect()
                 if stop.signal is not None:
                     self._stop()
-                elif time.monotonic() - self._told_s > PROGRESS_S:
+                elif time.monotonic() - self._reported_s > PROGRESS_S:
                     self._progress()
         return self._end()
 
     def _record(self) -> None:
-        """All runs are told of from the start."""
-        known, host = read_records(self.folder, "local"), socket.gethostname()
-        self._records = {
-            run.name: known.get(run.name)
-            or Record(run.name, str(run.run), str(config), str(log), "", 0, host=host)
-            for run in self.wanted
-            for config, log in [_files(self.folder, run)]
-        }
-        write_records(self.folder, [*self._records.values()], "local")
+        """Record all runs from the start, so that `status` shows those that wait, too."""
+        known, host = read_records(self.folder, LOCAL), socket.gethostname()
+        folder = records_folder(self.folder, LOCAL).absolute()
+        for run in self.specs:
+            config, log = str(folder / f"{run.name}.yaml"), str(folder / f"{run.name}.log")
+            new = Record(run.name, str(run.run), config, log, "", 0, host=host, backend=LOCAL)
+            self._records[run.name] = known.get(run.name, new)
+        write_records(self.folder, [*self._records.values()], LOCAL)
 
-    def _start(self, wanted: RunSpec, device: Device) -> None:
-        config, log_path = _files(self.folder, wanted)
-        run = wanted.config.run
+    def _start(self, spec: RunSpec, device: Device) -> None:
+        run = spec.config.run
         if run.loader_threads == "auto":  # which would be all cores
             run = run.model_copy(update={"loader_threads": device.threads})
-        resolved = wanted.config.model_copy(update={"run": run})
-        write_atomically(config, dump_config(resolved).encode())
-        words = [sys.executable, "-m", "harness", "train", str(config), *wanted.typed]
-        with log_path.open("ab") as log:
+        resolved = spec.config.model_copy(update={"run": run})
+        frozen = spec.freeze(self.folder, LOCAL, resolved)
+        words = [sys.executable, "-m", "harness", "train", *frozen.arguments]
+        with frozen.log.open("ab") as log:
             log.write(f"{BEGUN}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             log.flush()
-            process = _start_process([*words, "--out", str(wanted.run), "--resume"], device, log)
-        self.children.append(Child(wanted, device, process, log_path))
-        record = replace(self._records[wanted.name], job_id=str(process.pid))
-        write_records(self.folder, [record], "local")
+            process = _start_process(words, device, log)
+        self.children.append(Child(spec, device, process, frozen.log))
+        record = replace(
+            self._records[spec.name],
+            config=str(frozen.config),
+            log=str(frozen.log),
+            job_id=str(process.pid),
+            host=socket.gethostname(),
+        )
+        write_records(self.folder, [record], LOCAL)
         where = "" if device.gpu is None else f" on GPU {device.gpu}"
-        print(f"{wanted.name} started{where}", flush=True)
+        print(f"{spec.name} started{where}", flush=True)
 
     def _next(self) -> RunSpec | None:
-        """The first that waits, and not for its teacher."""
-        under_way = {child.wanted.run for child in self.children}
+        """Return the first waiting run whose teacher, if any, has finished."""
+        under_way = {child.spec.run for child in self.children}
 
         def ready(run: RunSpec) -> bool:
             teacher = run.teacher
@@ -179,7 +248,7 @@ class LocalStudy:
         return next(filter(ready, self.waiting), None)
 
     def _give_up_students(self, teacher: RunSpec) -> None:
-        """Of a teacher that has failed, and theirs."""
+        """Give up the students of a teacher that has failed, and their students."""
         for run in [run for run in self.waiting if run.teacher and run.teacher.run == teacher.run]:
             self.waiting.remove(run)
             self.ended[State.FAILED] += 1
@@ -187,18 +256,18 @@ class LocalStudy:
             self._give_up_students(run)
 
     def _collect(self) -> None:
-        """Takes in the children that have ended, and tells of them."""
+        """Report the children that have ended, and free their devices."""
         for child in [child for child in self.children if child.process.poll() is not None]:
             self.children.remove(child)
             self.free.append(child.device)
             outcome = child.outcome()
             self.ended[outcome.state] += 1
             print(
-                f"{child.wanted.name} {outcome.state.value}: {outcome.reason}{self._count()}",
+                f"{child.spec.name} {outcome.state.value}: {outcome.reason}{self._count()}",
                 flush=True,
             )
             if outcome.state is State.FAILED:
-                self._give_up_students(child.wanted)
+                self._give_up_students(child.spec)
 
     def _kill_children(self) -> None:
         """Have the runs killed, after a second Ctrl-C."""
@@ -212,18 +281,18 @@ class LocalStudy:
                 child.stop()
 
     def _count(self) -> str:
-        return f" ({self.ended[State.FINISHED]} of {len(self.wanted)} finished)"
+        return f" ({self.ended[State.FINISHED]} of {len(self.specs)} finished)"
 
     def _progress(self) -> None:
-        """A line: each run's step, and the time left as the images go that were trained on."""
-        self._told_s = time.monotonic()
-        total = sum(run.config.total_steps * run.config.recipe.minibatch for run in self.wanted)
-        done = sum(map(_images_done, self.wanted))
-        rate = (done - self._images_before) / (self._told_s - self._begun_s)
+        """Print each run's step, and the time left at the present rate of images."""
+        self._reported_s = time.monotonic()
+        total = sum(run.config.total_steps * run.config.recipe.minibatch for run in self.specs)
+        done = sum(map(_images_done, self.specs))
+        rate = (done - self._images_before) / (self._reported_s - self._begun_s)
         steps = [
-            f"{child.wanted.name} step {status.get('step', 0)}/{child.wanted.config.total_steps}"
+            f"{child.spec.name} step {status.get('step', 0)}/{child.spec.config.total_steps}"
             for child in self.children
-            for status in [read_status(child.wanted.run)]
+            for status in [read_status(child.spec.run)]
         ]
         left = f", left {timedelta(seconds=round((total - done) / rate))}" if rate > 0 else ""
         print(f"{', '.join(steps)}; {rate:.0f} images/s{left}{self._count()}", flush=True)
@@ -232,20 +301,14 @@ class LocalStudy:
         left = len(self.waiting) + self.ended[State.STOPPED]
         counts = [f"{count} {state.value}" for state, count in self.ended.items() if count]
         counts += [f"{len(self.waiting)} not started"] if self.waiting else []
-        print(f"{len(self.wanted)} runs: {', '.join(counts)}", flush=True)
+        print(f"{len(self.specs)} runs: {', '.join(counts)}", flush=True)
         if left:
             return STOPPED
         return FAILED if self.ended[State.FAILED] else FINISHED
 
 
-def _files(folder: Path, wanted: RunSpec) -> tuple[Path, Path]:
-    """A run's config, as it was started, and its log."""
-    records = records_folder(folder, "local")
-    return records / f"{wanted.name}.yaml", records / f"{wanted.name}.log"
-
-
-def _images_done(wanted: RunSpec) -> int:
-    return read_status(wanted.run).get("step", 0) * wanted.config.recipe.minibatch
+def _images_done(spec: RunSpec) -> int:
+    return read_status(spec.run).get("step", 0) * spec.config.recipe.minibatch
 
 
 def _start_process(words: list[str], device: Device, log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -255,10 +318,10 @@ def _start_process(words: list[str], device: Device, log: IO[bytes]) -> subproce
         environment["CUDA_VISIBLE_DEVICES"] = device.gpu
     parent = os.getpid()
 
-    def settle() -> None:  # no thread of ours runs
-        for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's; this process decides
+    def in_child() -> None:  # no other thread runs in it
+        for number in (signal.SIGINT, signal.SIGHUP):  # a terminal's; the parent decides
             signal.signal(number, signal.SIG_IGN)
-        if sys.platform == "linux":  # should this process be killed, its runs stop too
+        if sys.platform == "linux":  # if the parent is killed, its runs stop, too
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(FAILED)
@@ -269,14 +332,14 @@ def _start_process(words: list[str], device: Device, log: IO[bytes]) -> subproce
         stdout=log,
         stderr=subprocess.STDOUT,
         env=environment,
-        preexec_fn=settle,
+        preexec_fn=in_child,
     )
 
 
 @contextmanager
 def only_command(folder: Path) -> Iterator[None]:
-    """Makes the records' folder; within, no other command runs this study. Raises UserError."""
-    records = records_folder(folder, "local")
+    """Make the records' folder; within, no other command runs this study. Raises UserError."""
+    records = records_folder(folder, LOCAL)
     try:
         records.mkdir(parents=True, exist_ok=True)
         lock = (records / "lock").open("a")

@@ -1,4 +1,4 @@
-"""Submitting runs to SLURM, through submitit."""
+"""SLURM as a launcher, through submitit."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
 
-from harness.atomic_file import write_atomically
-from harness.config.loading import dump_config
-from harness.errors import UserError
-from launch.records import Record, read_records, records_folder, write_records
-from launch.run_spec import RunSpec
-from launch.slurm.cluster_file import Cluster
+from harness.errors import FINISHED, STOPPED, UserError
+from harness.outcome import State
+from harness.plug_ins import all_modules
+from launch.backend import RunState, Stage, Submission
+from launch.cluster_file import Cluster
+from launch.records import Record, read_status, records_folder, write_records
+from launch.run_spec import FrozenRun, RunSpec
 from launch.slurm.code_copy import CodeCopy
 from launch.slurm.job_step import Task
-from launch.slurm.scontrol import find_job
+from launch.slurm.scontrol import CANNOT_WRITE, WAITING, Job, cancel, find_job
 
-SIGNAL_DELAY_S = 60  # USR2 comes so long before the time limit; SLURM may be some seconds late
+SIGNAL_DELAY_S = 60  # from USR2 to the time limit; SLURM may be some seconds late
 SAID = re.compile(r"^sbatch: (error: )?(Batch job submission failed: )?")
 SBATCH_PATIENCE_S = 30  # sbatch itself tries for two minutes where the queue is full
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's, which writes its script where there is no SLURM too (--dry-run).
+    """submitit's executor, which can write its script without SLURM, too (--dry-run).
 
-    `code`: the copy of the code that the jobs start from.
+    `code` is the copy of the code that the jobs start from.
     """
 
     def __init__(self, folder: Path, max_num_timeout: int, code: CodeCopy | None) -> None:
@@ -54,38 +54,136 @@ class Executor(submitit.SlurmExecutor):
         return 2
 
     def script(self, runs: int = 1) -> str:
-        """What would be handed to sbatch; an array where the runs are several."""
+        """Return the script for sbatch; an array where the runs are several."""
         if runs > 1:
             self.parameters["map_count"] = runs
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
-def active_job(target: Path, name: str) -> str | None:
-    """The job that still has this run: waiting or running."""
-    record = read_records(target).get(name)
-    job = find_job(record.job_id) if record else None
-    return record.job_id if record and job and job.active else None
+class SlurmBackend:
+    """Submits runs through submitit; a study is an array."""
+
+    def submit(
+        self,
+        cluster: Cluster | None,
+        target: Path,
+        runs: Sequence[RunSpec],
+        after: Sequence[Record] = (),
+        at_once: int | None = None,
+    ) -> Submission:
+        """Submit the runs as one job, or as one array where they are several."""
+        assert cluster is not None
+        if shutil.which("sbatch") is None:
+            raise UserError("sbatch is not on PATH; submit from a login node (docs/cluster.md)")
+        executor = make_executor(cluster, target, runs, after, at_once)
+        if executor.code is not None:
+            executor.code.write()
+        code = str(executor.code.folder) if executor.code else None
+        frozen = [run.freeze(target, "slurm") for run in runs]
+        tasks = [_task(cluster, *pair, code) for pair in zip(runs, frozen, strict=True)]
+        with _whole(), _one_line_errors(), _patience():
+            jobs = executor.submit_array(tasks)
+            records = [
+                Record(
+                    *(run.name, str(run.run), str(files.config), str(files.log), job.job_id),
+                    *(cluster.requeues, _job_ids(after) or None, None, code),
+                )
+                for run, files, job in zip(runs, frozen, jobs, strict=True)
+            ]
+            write_records(target, records)
+        return Submission(records)
+
+    def preview(
+        self,
+        cluster: Cluster | None,
+        target: Path,
+        runs: Sequence[RunSpec],
+        after: Sequence[Record] = (),
+        at_once: int | None = None,
+    ) -> str:
+        """Return the script for sbatch."""
+        assert cluster is not None
+        return make_executor(cluster, target, runs, after, at_once).script(len(runs))
+
+    def state(self, record: Record) -> RunState | None:
+        """Return what SLURM says of the run's job."""
+        job = find_job(record.job_id)
+        if job is None:
+            return None  # SLURM has forgotten it
+        if job.active:
+            return _active_state(record, job)
+        if job.state == "CANCELLED":
+            return RunState(Stage.CANCELLED, _why_cancelled(record, job), job.restarts)
+        if job.exit_code in (FINISHED, STOPPED):
+            return None
+        reason = f"{job.state}, and it wrote no log"
+        if job.exit_signal == CANNOT_WRITE:
+            folder = Path(record.log).parent
+            reason = f"{job.nodes} cannot write {folder}: set folder in the cluster file"
+        return RunState(Stage.FAILED, reason, job.restarts)
+
+    def cancel(self, record: Record) -> None:
+        """Cancel the job; its ranks get a TERM and stop with a checkpoint."""
+        if failure := cancel(record.job_id):
+            raise UserError(f"job {record.job_id}: not cancelled: {failure}")
 
 
-def executor(
-    cluster: Cluster, target: Path, after: str | None = None, at_once: int | None = None
+def _active_state(record: Record, job: Job) -> RunState:
+    if job.state in WAITING:
+        return RunState(Stage.QUEUED, job.reason if job.reason != "None" else "", job.restarts)
+    status = read_status(Path(record.run))
+    if status.get("state") == State.RUNNING.value and status["heartbeat"] > job.started_s:
+        return RunState(Stage.RUNNING, f"on {job.nodes}", job.restarts)
+    stage = Stage.ENDING if job.state == "COMPLETING" else Stage.STARTING
+    return RunState(stage, f"on {job.nodes}", job.restarts)
+
+
+def _why_cancelled(record: Record, job: Job) -> str:
+    if record.after is not None and job.nodes in ("", "(null)"):
+        return f"job {record.after}, which it waited for, did not succeed"
+    return "by scancel; submit it again to resume"
+
+
+def make_executor(
+    cluster: Cluster,
+    target: Path,
+    runs: Sequence[RunSpec],
+    after: Sequence[Record],
+    at_once: int | None,
 ) -> Executor:
-    """`after`: start when that job has succeeded; `at_once`: so many runs of an array."""
+    """Return submitit's executor with everything set that the script for sbatch is made of."""
+    # Each job starts from a copy of the code, that of the packages that its runs use included.
+    plug_ins = {module for run in runs for module in all_modules(run.config)}
+    records = records_folder(target)
+    code = CodeCopy.of_this_code(records, tuple(sorted(plug_ins))) if cluster.freeze else None
+    # submitit's own limit never decides: the task counts the requeues
+    executor = Executor(records, max_num_timeout=max(cluster.requeues, 1), code=code)
+    executor.update_parameters(**_parameters(cluster, target, _job_ids(after), at_once))
+    return executor
+
+
+def _job_ids(after: Sequence[Record]) -> str:
+    return ":".join(record.job_id for record in after)
+
+
+def _parameters(
+    cluster: Cluster, target: Path, after: str, at_once: int | None
+) -> dict[str, object]:
     # sbatch takes whole nodes as tasks, as a number of tasks would cap a range of nodes at its
-    # lower end; srun then starts a task a GPU, or an agent a node, which starts the ranks
+    # lower end; srun then starts a task per GPU, or an agent per node, which starts the ranks
     tasks = 1 if cluster.launcher == "torchrun" else cluster.gpus_per_node
     node_cpus = cluster.cpus_per_gpu * cluster.gpus_per_node
-    extra: dict[str, Any] = {"nodes": cluster.nodes, "requeue": cluster.requeues > 0 or None}
+    extra: dict[str, object] = {"nodes": cluster.nodes}
+    extra["requeue" if cluster.requeues else "no-requeue"] = True
     if cluster.min_nodes < cluster.max_nodes:
         extra["spread-job"] = True  # as many of them as are free
-    extra |= {"partition": cluster.partition, "account": cluster.account}
-    if after is not None:
+    for option, value in (("partition", cluster.partition), ("account", cluster.account)):
+        if value is not None:
+            extra[option] = value
+    if after:
         extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
-    extra = {key: value for key, value in extra.items() if value is not None}
-    if not cluster.requeues:
-        extra["no-requeue"] = True
     options = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
-    parameters: dict[str, Any] = {
+    parameters: dict[str, object] = {
         "job_name": target.name,
         "nodes": cluster.max_nodes,
         "gpus_per_node": cluster.gpus_per_node,
@@ -103,60 +201,14 @@ def executor(
         parameters["mem"] = f"{round(cluster.mem_gb * 1024)}M"
     if at_once is not None:
         parameters["array_parallelism"] = at_once
-    # submitit's own limit never decides: the task counts the requeues
-    records = records_folder(target)
-    code = CodeCopy.of_this_code(records) if cluster.freeze else None
-    made = Executor(records, max_num_timeout=max(cluster.requeues, 1), code=code)
-    made.update_parameters(**parameters)
-    return made
+    return parameters
 
 
-def submit(
-    cluster: Cluster,
-    target: Path,
-    wanted: Sequence[RunSpec],
-    after: str | None = None,
-    at_once: int | None = None,
-) -> list[Record]:
-    """Submits the runs of `target` as one job, or as one array where they are several.
-
-    Raises UserError where a folder cannot be written or SLURM refuses.
-    """
-    if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not on PATH; submit from a login node (docs/cluster.md)")
-    array = executor(cluster, target, after, at_once)
-    if array.code is not None:
-        array.code.write()
-    code = str(array.code.folder) if array.code else None
-    tasks = [_task(cluster, target, one, code) for one in wanted]
-    with _whole(), _one_line_errors(), _patience():
-        jobs = array.submit_array(tasks)
-        records = [
-            Record(
-                *(one.name, str(one.run), task.arguments[0], task.log, job.job_id),
-                *(cluster.requeues, after, None, code),
-            )
-            for one, task, job in zip(wanted, tasks, jobs, strict=True)
-        ]
-        write_records(target, records)
-    return records
-
-
-def _task(cluster: Cluster, target: Path, wanted: RunSpec, code: str | None) -> Task:
-    """Freezes the config: what is queued does not change with the file."""
-    folder = records_folder(target).absolute()
-    config, log = folder / f"{wanted.name}.yaml", folder / f"{wanted.name}.log"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config, dump_config(wanted.config).encode())
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written: {error.strerror}; take another folder"
-        ) from None
+def _task(cluster: Cluster, run: RunSpec, frozen: FrozenRun, code: str | None) -> Task:
     return Task(
-        arguments=(str(config), *wanted.typed, "--out", str(wanted.run.absolute()), "--resume"),
-        run=str(wanted.run.absolute()),
-        log=str(log),
+        arguments=frozen.arguments,
+        run=str(run.run.absolute()),
+        log=str(frozen.log),
         launcher=cluster.launcher,
         min_nodes=cluster.min_nodes,
         gpus_per_node=cluster.gpus_per_node,
@@ -168,7 +220,7 @@ def _task(cluster: Cluster, target: Path, wanted: RunSpec, code: str | None) -> 
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """sbatch's complaint as a UserError."""
+    """Raise sbatch's complaint as a UserError."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints it too
             yield
@@ -182,7 +234,7 @@ def _one_line_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole() -> Iterator[None]:
-    """Ctrl-C waits until what sbatch has taken is written down: no job without a record."""
+    """Have Ctrl-C wait until accepted jobs are recorded, so that no job is without a record."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -200,5 +252,5 @@ def _patience() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)  # whoever had set one gets it back
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # restore an outer one
         signal.signal(signal.SIGALRM, previous)

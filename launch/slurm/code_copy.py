@@ -28,18 +28,26 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 @dataclass(frozen=True)
 class CodeCopy:
-    """A copy in `folder`, named after its content; `files` holds the bytes by relative names."""
+    """A copy of the code in `folder`, named after its content.
+
+    `files` holds the bytes by relative names.
+    """
 
     folder: Path
     files: dict[str, bytes] = field(repr=False)
 
     @classmethod
-    def of_this_code(cls, records: Path, packages: tuple[str, ...] = PACKAGES) -> CodeCopy:
-        """A copy below `records` of the packages as they are now, not yet written."""
+    def of_this_code(cls, records: Path, plug_ins: tuple[str, ...] = ()) -> CodeCopy:
+        """Return a copy below `records` of the code as it is now, not written yet.
+
+        `plug_ins` are the modules of further packages to copy.
+        """
         files = {
-            name: path.read_bytes() for package in packages for name, path in package_files(package)
+            name: path.read_bytes()
+            for package in (*PACKAGES, *plug_ins)
+            for name, path in package_files(package)
         }
-        # git cannot tell: the copy is in no repository, or in another one
+        # git does not know it: the copy is in no repository, or in another one
         files[f"harness/{COMMIT}"] = f"{code_commit() or ''}\n".encode()
         files["__main__.py"] = START
         digest = hashlib.sha256()
@@ -48,7 +56,7 @@ class CodeCopy:
         return cls(records.absolute() / f"code-{digest.hexdigest()[:12]}", files)
 
     def write(self) -> None:
-        """Writes the copy, whole or not at all; one that is there already is used again.
+        """Write the copy, whole or not at all; an existing one is used again.
 
         Raises UserError where it cannot be written, or where the one there was changed.
         """

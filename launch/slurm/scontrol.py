@@ -1,4 +1,4 @@
-"""What SLURM says of a job."""
+"""What SLURM knows of a job, read from scontrol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CANNOT_WRITE = 53  # slurmd's exit signal where it cannot open a job's output fi
 
 @dataclass(frozen=True)
 class Job:
-    """A job as slurmctld remembers it (some minutes after its end it forgets it)."""
+    """A job as slurmctld remembers it, which it does until some minutes after the job's end."""
 
     state: str
     reason: str
@@ -35,13 +35,13 @@ class Job:
 
 
 class SlurmUnavailable(UserError):
-    """SLURM does not answer: nothing is known of its jobs."""
+    """SLURM does not answer, so nothing is known of its jobs."""
 
 
 def find_job(job_id: str) -> Job | None:
-    """The job (12, in an array 12_3); None where SLURM knows no such job (any more).
+    """Return the job (12, in an array 12_3); None where SLURM does not know it, or no longer.
 
-    Raises Silent.
+    Raises SlurmUnavailable.
     """
     command = ["scontrol", "--oneliner", "show", "job", job_id]
     try:
@@ -79,8 +79,16 @@ def _seconds(local_time: str) -> float:
 
 
 def requeue(job_id: str) -> str:
-    """Puts a job back into the queue; returns why that failed, or ""."""
-    command = ["scontrol", "requeue", job_id]
+    """Put a job back into the queue; return why that failed, or ""."""
+    return _failure(["scontrol", "requeue", job_id])
+
+
+def cancel(job_id: str) -> str:
+    """Cancel a job; return why that failed, or ""."""
+    return _failure(["scancel", job_id])
+
+
+def _failure(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -2,7 +2,7 @@ import pytest
 
 from harness.config.errors import ConfigError
 from harness.errors import UserError
-from launch.slurm.cluster_file import check_environment, load_cluster
+from launch.cluster_file import check_environment, load_cluster
 
 GOOD = """\
 folder: /shared/runs

@@ -7,8 +7,8 @@ from harness.config.loading import load_config
 from harness.errors import UserError
 from harness.planning.plan import make_plan
 from harness.recipe.schedule import peak_lr
+from launch.cluster_file import load_cluster
 from launch.run_spec import RunSpec, teachers_of, with_teachers
-from launch.slurm.cluster_file import load_cluster
 from launch.study import load_study, study_folder, study_runs
 
 EXAMPLE = "configs/clusters/example.yaml"

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from launch.__main__ import main
-from launch.slurm.cluster_file import load_cluster, with_cluster
+from launch.cluster_file import load_cluster, with_cluster
 
 CLUSTER = {
     "nodes": 2,

@@ -281,5 +281,9 @@ def test_a_run_resumed_under_other_code_says_so_everywhere(small, tmp_path, monk
     said = "other code from step 5 on: commit aaaaaaaaa → bbbbbbbbb"
     assert ("warning", said) in told
     records_folder(run, "local").mkdir()
-    write_records(run, [Record("run", str(run), "c.yaml", "run.log", "1", 0, host="n1")], "local")
+    write_records(
+        run,
+        [Record("run", str(run), "c.yaml", "run.log", "1", 0, host="n1", backend="local")],
+        "local",
+    )
     assert table(run).splitlines()[-1] == f"warning: run: {said}"

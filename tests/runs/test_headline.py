@@ -8,7 +8,7 @@ from harness.commands.command_line import main
 from harness.config.loading import load_config
 from harness.runs.headline import Headline, headline, read_headline, recorded_headline
 from harness.training.setup import train
-from launch.status import finished_error
+from launch.run_output import finished_error
 
 SIX = {1: 90.0, 2: 88.0, 3: 86.39, 4: 86.5, 5: 80.0, 6: 13.06}
 

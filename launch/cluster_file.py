@@ -17,6 +17,7 @@ from harness.config.run_section import RunConfig
 from harness.config.schema import Config
 from harness.config.section import Count, Positive, Section, Text
 from harness.errors import UserError
+from launch.records import LOCAL
 
 SET_BY = {  # sbatch's options that the launcher sets, and the key that they come from
     "nodes": "nodes",
@@ -65,6 +66,7 @@ class Whole(Section):
 class Cluster(Whole):
     """A cluster file. `nodes` is a number, or a range such as 2-4."""
 
+    backend: Text = "slurm"  # or a launcher that an installed package adds (docs/launchers.md)
     folder: Text  # writable from every node
     nodes: Words
     gpus_per_node: Count  # one rank a GPU
@@ -100,6 +102,8 @@ class Cluster(Whole):
         if whole is None or self.min_nodes > self.max_nodes:
             nodes = format_value(self.nodes)
             yield f"nodes: expected a number, or a range such as 2-4, found {nodes}"
+        if self.backend == LOCAL:
+            yield f"backend: {LOCAL} has no cluster file; run a study without --cluster"
         for key, value in self.sbatch.items():
             option = key.replace("_", "-")
             if option in SET_BY:
@@ -120,15 +124,15 @@ def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:
     return validate(Cluster, mapping, source, [*Cluster.model_fields, *run_keys])
 
 
-def with_cluster(cluster: Cluster, path: str, typed: Sequence[str]) -> Config:
-    """The config at `path` under the cluster file's `run:` keys, and over them the typed ones."""
-    keys = {override.partition("=")[0] for override in typed}
+def with_cluster(cluster: Cluster, path: str, cli_overrides: Sequence[str]) -> Config:
+    """Return the config at `path` with the cluster file's `run:` keys, then the overrides."""
+    keys = {override.partition("=")[0] for override in cli_overrides}
     run = cluster.run.model_dump(mode="json", exclude_unset=True)
     added = {f"run.{key}": value for key, value in run.items()}
     if load_config(path).run.loader_threads == "auto":  # srun's tasks see their own cores only
         added.setdefault("run.loader_threads", cluster.cpus_per_gpu)
     overrides = [f"{key}={json.dumps(value)}" for key, value in added.items() if key not in keys]
-    return load_config(path, [*overrides, *typed])
+    return load_config(path, [*overrides, *cli_overrides])
 
 
 AnySection = TypeVar("AnySection", bound=Section)
