@@ -1,5 +1,6 @@
 """harness/compat.py: fails where a dependency changes what it reads."""
 
+import re
 import signal
 import threading
 import time
@@ -103,7 +104,8 @@ def test_gloo_begins_its_messages_with_its_source_file(tmp_path):
     with pytest.raises(RuntimeError) as failed:
         receiving.wait()
     lost = compat.describe_peer_loss(failed.value)
-    assert "onnection closed by peer" in lost and "\n" not in lost
+    # closed or reset, as the timing of the other end has it
+    assert re.search("onnection (closed|reset) by peer", lost) and "\n" not in lost
 
 
 class Stubborn(Dataset):
