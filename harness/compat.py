@@ -93,6 +93,15 @@ def main_thread_stack(frames: int = 8) -> str:
     return "".join(traceback.format_stack(main)[-frames:])
 
 
+def is_port_in_use(error: dist.DistNetworkError) -> bool:
+    """Return True where a store could not be opened as its port is taken.
+
+    PyTorch has no error type or number for it; libuv and the socket layer word it differently.
+    """
+    text = str(error).lower()
+    return "eaddrinuse" in text or "address already in use" in text
+
+
 def describe_peer_loss(error: Exception) -> str:
     """Return what an error says of a rank that is lost, or silent beyond the time-out; else "".
 

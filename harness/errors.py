@@ -1,4 +1,4 @@
-"""Errors that are told in one line, without a stack trace; exit codes."""
+"""Users' mistakes, which are reported in one line without a stack trace; exit codes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def record_for_torchrun(message: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    # torchrun takes the earliest of the ranks' errors for the cause
+    # torchrun takes the earliest error of the ranks as the cause
     extra = {"timestamp": str(int(time.time()))}
     content = {"message": {"message": " ".join(message.split()), "extraInfo": extra}}
     with suppress(OSError), open(path, "x") as file:

@@ -1,4 +1,4 @@
-"""Where the ranks of a launch meet: a store that torchrun's agent keeps, or rank 0."""
+"""The rendezvous of a launch's ranks: a store that torchrun's agent, or rank 0, keeps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from harness.compat import is_port_in_use
 from harness.distributed import World, group_timeout
 from harness.errors import UserError
 from harness.outcome import RunFailed
@@ -21,24 +22,24 @@ from harness.slurm_step import step_id, use_slurm_rendezvous
 
 PAUSE_S = 0.02  # between two looks at the store
 OPENING = "harness/opening"  # its key
-PROCESS = uuid.uuid4().hex  # tells this process from any other
+PROCESS = uuid.uuid4().hex  # distinguishes this process from any other
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What rank 0 leaves at the rendezvous for the others: whose it is."""
+    """Identifies the launch of a rendezvous; rank 0 writes it for the other ranks."""
 
     launch: str
     generation: str
     world_size: int
     host: str  # rank 0's
-    process: str  # tells its process from any other
+    process: str  # distinguishes rank 0's process from any other
 
 
 def launch_of(world: World, environment: Mapping[str, str] = os.environ) -> str:
-    """What all ranks of a launch share and other launches do not, in words.
+    """Return the name that all ranks of a launch share and other launches do not.
 
-    Launches by hand have nothing of the kind: all of them count as one.
+    Launches by hand have no such name, so all of them count as one.
     """
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own default is "none"
     if run_id != "none":
@@ -49,11 +50,11 @@ def launch_of(world: World, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def generation(world: World) -> str:
-    """Names these ranks in a store that outlives them.
+    """Return a name for these ranks in a store that outlives them.
 
-    torchrun's agent may keep its store when it restarts the ranks: without a name of their own
-    they would find the addresses of the dead. A restart raises the count, a node that joins or
-    leaves changes the world size, and a process may meet the other ranks several times.
+    torchrun's agent may keep its store when it restarts the ranks; without a name of their own
+    they would find the addresses of dead processes. A restart raises the count, a node that joins
+    or leaves changes the world size, and a process may meet the other ranks several times.
 
     In a new store, which rank 0 keeps, the count must not be part of the name: an agent counts
     only failures of its own ranks, so after one the nodes have different counts and would never
@@ -72,7 +73,7 @@ def _agent_keeps_store() -> bool:
 
 
 def patience(timeout_s: float) -> Callable[[], None]:
-    """What to call between two looks at the store. Raises RunFailed after `timeout_s`."""
+    """Return a function that waits a moment and raises RunFailed once `timeout_s` have passed."""
     deadline_s = time.monotonic() + timeout_s
 
     def pause() -> None:
@@ -89,9 +90,9 @@ def rendezvous(
 ) -> dist.Store | None:
     """Return the store at which the ranks meet, in torchrun's agent or rank 0; None for one rank.
 
-    Each call is a new meeting. `pause` is called between two looks, and may raise to end the wait.
-    Raises UserError where no rendezvous is named, its port is in use, or it is another launch's,
-    and RunFailed where it cannot be reached within the time-out.
+    Each call is a new meeting. `pause` is called between two reads of the store, and may raise to
+    end the wait. Raises UserError where no rendezvous is named, its port is in use, or it belongs
+    to another launch, and RunFailed where it cannot be reached within the time-out.
     """
     global _meetings
     if world.world_size == 1:
@@ -107,14 +108,14 @@ def rendezvous(
             _announce(store, world) if world.rank == 0 else _wait_for_opening(store, world, wait)
             return dist.PrefixStore(generation(world), store)
         except dist.DistNetworkError as error:
-            if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            if is_port_in_use(error):
                 raise UserError(f"rendezvous: port {_place()} is in use; choose another") from error
-            # the store of the last meeting, which rank 0 has just closed; the next one follows
+            # this was the store of the last meeting, which rank 0 has just closed
             wait()
 
 
 def _opening(store: dist.Store) -> Opening | None:
-    """Who opened the rendezvous; None before rank 0 has."""
+    """Return the identity of the rendezvous; None before rank 0 has written it."""
     return Opening(**json.loads(store.get(OPENING))) if store.check([OPENING]) else None
 
 
@@ -134,11 +135,11 @@ def _place() -> str:
 def _open_store(
     keeps_store: bool, hang_timeout_s: float, wait: Callable[[], object]
 ) -> dist.TCPStore:
-    """Connects to the store, which this process keeps itself if `keeps_store`.
+    """Connect to the store, which this process keeps itself if `keeps_store`.
 
-    PyTorch's constructor blocks without running signal handlers, for ever where another program
-    answers at the port, and complains at length where nobody does: so it is called once somebody
-    does, in a thread.
+    PyTorch's constructor blocks without running signal handlers, forever where another program
+    answers at the port, and prints pages where nobody answers. So it is called in a thread, once
+    somebody answers.
     """
     address, port = _address()
     while not keeps_store and not _answers(address, port):
@@ -175,12 +176,12 @@ def _answers(address: str, port: int) -> bool:
 
 
 def _announce(store: dist.Store, world: World) -> None:
-    """Rank 0 opens the rendezvous. Raises UserError where it is another process's."""
+    """Open the rendezvous, on rank 0. Raises UserError where another process has opened it."""
     host = socket.gethostname()
     own = Opening(launch_of(world), generation(world), world.world_size, host, PROCESS)
     text = json.dumps(asdict(own))
     if not _agent_keeps_store():
-        # MASTER_ADDR may lead to another machine, where another launch has the same port
+        # MASTER_ADDR may be another machine, on which another launch uses the same port
         found = Opening(**json.loads(store.compare_set(OPENING, "", text)))
         if found.process != own.process:
             raise UserError(
@@ -188,11 +189,11 @@ def _announce(store: dist.Store, world: World) -> None:
                 f"on {found.host}, this one is {own.launch}, rank 0 on {host}; unset MASTER_ADDR "
                 "and MASTER_PORT, or choose another port"
             )
-    store.set(OPENING, text)  # instead of that of the meeting before
+    store.set(OPENING, text)  # replaces that of the previous meeting
 
 
 def _wait_for_opening(store: dist.Store, world: World, wait: Callable[[], object]) -> None:
-    """Until rank 0 has opened this meeting. Raises UserError where it is another launch's."""
+    """Wait until rank 0 has opened this meeting. Raises UserError where it is another launch's."""
     own, host = launch_of(world), socket.gethostname()
     while True:
         found = _opening(store)

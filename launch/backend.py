@@ -45,7 +45,10 @@ class RunState:
 
 @dataclass(frozen=True)
 class Submission:
-    """What was started. `exit_code`: of a launcher that has run it to the end, else None."""
+    """The records of the runs that were started.
+
+    `exit_code` is that of a launcher that has run them to the end, else None.
+    """
 
     records: Sequence[Record]
     exit_code: int | None = None

@@ -1,4 +1,4 @@
-"""The cluster file: where and how jobs run. Strict, as every config is."""
+"""The cluster file: where and how jobs run. It is as strict as a config."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ LAUNCHERS_OWN = (
     *("array", "dependency", "kill-on-invalid-dep"),
     *("output", "error", "open-mode", "job-name"),
 )
-# the harness would take these for torchrun's and ignore SLURM's; and with one address and port
-# for all of them, the ranks of several jobs would meet
+# The harness would take these for torchrun's and ignore SLURM's. With one address and port for all
+# jobs, the ranks of several jobs would meet.
 RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"),
     *("MASTER_ADDR", "MASTER_PORT"),
@@ -45,7 +45,7 @@ RANK_VARIABLES = (
 
 
 def _as_text(value: Any) -> Any:
-    """A number is text where text is due (NCCL_DEBUG_SUBSYS: 1); true and false are not."""
+    """Take a number for text (NCCL_DEBUG_SUBSYS: 1), but not true or false."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -115,7 +115,7 @@ class Cluster(Whole):
 
 
 def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:
-    """Reads a cluster file; `nodes` stands for the file's. Raises ConfigError."""
+    """Read a cluster file; `nodes` replaces the file's. Raises ConfigError."""
     mapping = read_mapping(path)
     if nodes is not None:
         mapping["nodes"] = nodes
@@ -141,7 +141,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 def validate(
     kind: type[AnySection], mapping: Mapping[str, Any], source: str, known: Sequence[str]
 ) -> AnySection:
-    """`mapping` as a `kind`. Raises ConfigError, which names `source` and the key."""
+    """Return `mapping` as a `kind`. Raises ConfigError, which names `source` and the key."""
     try:
         return kind.model_validate(mapping)
     except ValidationError as error:
@@ -151,7 +151,7 @@ def validate(
 def check_environment(
     cluster: Cluster, path: str | Path, inherited: Mapping[str, str] = os.environ
 ) -> None:
-    """Raises UserError where a variable that jobs inherit from this shell fights the file's."""
+    """Raise UserError where a variable that jobs inherit from this shell contradicts the file."""
     for name in RANK_VARIABLES:
         if name in inherited:
             raise UserError(f"{name} is set here and jobs would inherit it: unset {name}")

@@ -1,4 +1,4 @@
-"""What a run has left for people: its error, and the end of its log."""
+"""The output of a run for people: its error, and the end of its log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be run: a config, in a folder, after its teacher."""
+"""The specification of a run: a config, a folder, and the teacher that comes before."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Study(Whole):
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
-    """Raises ConfigError."""
+    """Read a study and its variants. Raises ConfigError."""
     study = validate(Study, read_mapping(path), str(path), list(Study.model_fields))
     variants = {}
     for name, mapping in study.variants.items():
@@ -67,7 +67,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
 
 
 def study_folder(path: str | Path, root: str | Path = "runs") -> Path:
-    """configs/studies/warmup.yaml -> ROOT/studies/warmup"""
+    """Return the folder of a study: configs/studies/warmup.yaml -> ROOT/studies/warmup."""
     return Path(root) / "studies" / Path(path).stem
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from harness import compat
+from tests.conftest import free_port
 
 CPU = torch.device("cpu")
 
@@ -108,6 +109,19 @@ def test_gloo_begins_its_messages_with_its_source_file(tmp_path):
     assert re.search("onnection (closed|reset) by peer", lost) and "\n" not in lost
 
 
+def test_a_store_whose_port_is_taken_is_recognised():
+    port = free_port()
+    first = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    with pytest.raises(dist.DistNetworkError) as taken:
+        dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    assert compat.is_port_in_use(taken.value)
+    del first
+    with pytest.raises(dist.DistNetworkError) as refused:
+        limit = timedelta(seconds=1)
+        dist.TCPStore("127.0.0.1", free_port(), is_master=False, timeout=limit)
+    assert not compat.is_port_in_use(refused.value)
+
+
 class Stubborn(Dataset):
     """Its workers ignore SIGTERM, and take a minute over their second item."""
 
@@ -137,6 +151,7 @@ def test_a_dataloader_without_workers_has_none_to_kill():
     loader = DataLoader(Stubborn())
     next(iter(loader))
     compat.kill_workers(loader)
+    assert next(iter(loader)) is not None  # it still works
 
 
 def test_dali_mentions_cuda_where_no_image_is_at_fault():

@@ -17,8 +17,9 @@ from harness import load_config
 from harness.data.sources.folder import open_folder
 from harness.errors import UserError
 from harness.outcome import RunFailed, Stopped
+from harness.rank_card import OWN_KEYS, Card, shared_settings
 from harness.rendezvous import patience
-from harness.roll_call import OWN_KEYS, Card, _settings, attend, pronounce
+from harness.roll_call import attend, publish_verdict
 from tests.conftest import free_port, rank_environment
 
 CARD = Card(0, "node3", "p0", {"recipe.momentum": 0.9}, "c0", {"torch": "2.14"}, ("out", "", "out"))
@@ -184,15 +185,15 @@ def test_a_place_that_is_taken_is_refused_and_the_others_do_not_notice():
 )
 def test_what_one_rank_found_before_it_came_ends_all(kind, error):
     store = dist.HashStore()
-    pronounce(store, kind, "rank 1 on node7: data/train: missing")
-    pronounce(store)  # too late: the first verdict counts
+    publish_verdict(store, kind, "rank 1 on node7: data/train: missing")
+    publish_verdict(store)  # too late: the first verdict counts
     with pytest.raises(error, match="rank 1 on node7: data/train: missing"):
         attend(store, other(2), 4, lambda *question: {}, patience(20))
 
 
 def test_the_settings_of_a_card_are_all_keys_but_expect_and_a_ranks_own(small):
     config = load_config(small())
-    keys = set(_settings(config))
+    keys = set(shared_settings(config))
     assert {"seed", "data.crop", "recipe.momentum", "distill", "run.precision"} <= keys
     assert not any(key.startswith("expect") for key in keys)
     shared = {key.removeprefix("run.") for key in keys if key.startswith("run.")}

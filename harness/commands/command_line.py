@@ -22,16 +22,16 @@ COMMANDS = (data, config, plan, train, verify, cache, evaluate, report, export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
+    """Run a command; return its exit code."""
     options = parse(_parser(), arguments)
-    # PyTorch tells of a lost peer in pages of C++ frames; what matters is told in a line of ours
+    # PyTorch reports a lost peer as pages of C++ frames; print one line instead
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for stream in (sys.stdout, sys.stderr):  # a terminal without γ or × shows ? for them
+    for stream in (sys.stdout, sys.stderr):  # terminals that lack γ or × show ? instead
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         code = options.command(options)
-        sys.stdout.flush()  # a reader that has gone is found here, not at the exit
+        sys.stdout.flush()  # finds a reader that has gone here rather than at the exit
         return code
     except UserError as error:
         complain(str(error))

@@ -1,4 +1,4 @@
-"""What a command says of its end on standard error."""
+"""The last line of a command that fails, on standard error."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def failure(error: Exception) -> str | None:
 
 
 def complain(message: str) -> None:
-    """One line on standard error. Local ranks fail alike: the first speaks, and the launcher
-    ends the others before they would; one that fails alone is heard."""
+    """Print an error as one line.
+
+    Local ranks fail alike: the first one prints, and the launcher ends the others before they
+    would. A rank that fails alone is still heard.
+    """
     record_for_torchrun(message)
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     prefix = "error: "

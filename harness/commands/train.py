@@ -21,7 +21,7 @@ def add(commands: Subparsers) -> None:
     train = commands.add_parser("train", help="train, alone or as a rank of torchrun or srun")
     add_config(train)
     train.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/…)")
-    train.add_argument("--resume", action="store_true", help="start, go on, or show the result")
+    train.add_argument("--resume", action="store_true", help="start, continue, or show the result")
     train.set_defaults(command=run)
 
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from harness.config.stages import load_stages
 
-    stages = load_stages(options.config, options.overrides)  # a mistake is told before torch loads
+    stages = load_stages(options.config, options.overrides)  # report a mistake before torch loads
     from harness.config.schema import NO_EXPECTATION
 
     import_quickly("harness.training.setup")

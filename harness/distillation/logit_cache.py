@@ -46,7 +46,7 @@ MAKE_AGAIN = "make it again with `harness cache`, in an empty folder"
 
 
 class Manifest(TypedDict):
-    """What manifest.json records, besides the items of `identify`."""
+    """The contents of manifest.json, besides the items of `identify`."""
 
     epochs: int
     images: int

@@ -41,6 +41,7 @@ class ModelFamily:
         residual_blocks: The blocks whose last γ starts at `model.last_gamma`. They are also what
             torch.compile compiles, one by one; a network without any is compiled as a whole.
         undecayed: Return the parameters without weight decay.
+
     """
 
     name: str

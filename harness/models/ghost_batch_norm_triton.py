@@ -27,7 +27,7 @@ CHUNKS = 256  # that a worker's sums are made in, over rows and channel blocks, 
 def _partial_statistics(
     x, partial, rows, channels, chunk_rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """(mean, sum of squared deviations) of a chunk's rows, by Welford's algorithm."""
+    """Compute mean and sum of squared deviations of a chunk's rows, by Welford's algorithm."""
     worker, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     x += worker.to(tl.int64) * rows * channels
@@ -58,7 +58,7 @@ def _finish_statistics(
     partial, statistics, invstd, rows, channels, chunk_rows, chunks,
     EPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A worker's chunks -> its mean, unbiased variance, and 1 / sqrt(biased variance + eps)."""
+    """Merge a worker's chunks: mean, unbiased variance, and 1 / sqrt(biased variance + eps)."""
     worker, workers = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     k = tl.arange(0, BLOCK_K)[:, None]
@@ -83,7 +83,7 @@ def _normalise(
     x, residual, y, mean, invstd, weight, bias, rows, channels,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y of a tile."""
+    """Compute y of a tile."""
     worker = tl.program_id(0)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
@@ -108,9 +108,9 @@ def _partial_gradients(
     dy, x, y, g, mean, invstd, partial, rows, channels, chunk_rows,
     RESIDUAL: tl.constexpr, RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's sums of g and of g (x - mean) invstd, where g is dy where the ReLU let y through.
+    """Sum g and g (x - mean) invstd over a chunk; g is dy where the ReLU passed y, else 0.
 
-    Writes g where there is a residual: it is that one's gradient.
+    Where there is a residual, g is its gradient and is written, too.
     """
     worker, chunk, chunks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -143,7 +143,7 @@ def _input_gradient(
     dy, x, y, dx, mean, invstd, weight, sums, rows, channels,
     RELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = γ invstd (g - mean of g - x̂ · mean of g x̂) of a tile; `sums`: (m, 2, C)."""
+    """Compute dx = γ invstd (g - mean of g - x̂ · mean of g x̂) of a tile; `sums`: (m, 2, C)."""
     worker = tl.program_id(0)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
@@ -165,7 +165,7 @@ def _input_gradient(
 
 
 class _Tiling:
-    """How (m, R, C) is cut into chunks and tiles. Chunks depend on R and C only."""
+    """The division of (m, R, C) into chunks and tiles. Chunks depend on R and C only."""
 
     def __init__(self, x: Tensor, worker_batch: int) -> None:
         images, self.channels, height, width = x.shape
@@ -182,7 +182,7 @@ class _Tiling:
         self.accumulate = torch.promote_types(x.dtype, torch.float32)
 
     def partial_sums(self, x: Tensor) -> Tensor:
-        """Two sums of each worker, chunk and channel."""
+        """Return room for two sums of each worker, chunk and channel."""
         shape = self.workers, self.chunks, 2, self.channels
         return x.new_empty(shape, dtype=self.accumulate)
 
@@ -197,8 +197,10 @@ def ghost_batch_norm(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y like `x` (m*n, C, H, W), in channels_last and worker by worker; and of each worker the
-    statistics (2, m, C), mean and unbiased variance, and (m, C) 1 / sqrt(biased variance + eps).
+    """Return y, statistics and inverse standard deviations, worker by worker.
+
+    y is like `x` (m*n, C, H, W), in channels_last. The statistics (2, m, C) are each worker's mean
+    and unbiased variance; the last result (m, C) is 1 / sqrt(biased variance + eps).
 
     `residual` is of the shape and type of x, or None.
     """
@@ -243,9 +245,9 @@ def ghost_batch_norm_backward(
     worker_batch: int,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, the gradient of the residual (empty where there is none), and (2, C) those of β and γ.
+    """Return dx, the residual's gradient (empty without one), and those of β and γ (2, C).
 
-    `y` is what forward gave, where it had a ReLU.
+    `y` is the result of the forward pass, where that had a ReLU.
     """
     dy = dy.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ from harness.compat import BatchNorm, DispatchMode, draws_random, written_argume
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """What a pass returned, and the faults that it showed: module name -> what the module does."""
+    """The result of a pass, and the faults that it showed: module name -> what the module does."""
 
     output: object
     faults: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""Standard output and error that a run survives: its terminal or reader may go away."""
+"""Standard output and error whose failure a run survives, as its terminal may be closed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def unfailing_output() -> Iterator[None]:
 
 
 def _unfailing(stream: TextIO) -> TextIO:
-    """The same file with the same encoding and buffering; streams without a file are returned."""
+    """Return the same file with the same settings; return streams without a file as they are."""
     if not isinstance(stream, io.TextIOWrapper):  # None where the descriptor was closed
         return stream
     try:

@@ -1,4 +1,4 @@
-"""Which process may write to a run folder: incarnation numbers, and whether the owner lives."""
+"""The ownership of a run folder: incarnation numbers, and whether the owner is alive."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _unique_name(pid: int) -> str:
 
 
 class RunOwnership:
-    """The right to write to a run folder. It belongs to the newest incarnation of the run.
+    """The right to write to a run folder, which belongs to the newest incarnation of the run.
 
     Incarnation N begins by creating the file .incarnation-N, which only one process can do. The
     file names the process until its first status.json, which then serves as its heartbeat. `token`
@@ -79,12 +79,12 @@ class RunOwnership:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ended = 0  # the newest incarnation, which was found to have ended
+        self._ended = 0  # the newest incarnation that is known to have ended
         self.incarnation = 0  # this process' own, once claimed
         self.token = secrets.token_hex(8)
 
     def read_status(self) -> dict[str, Any]:
-        """status.json, or {} where there is none. Raises UserError where it is damaged."""
+        """Return status.json, or {} where there is none. Raises UserError where it is damaged."""
         path = self._folder / "status.json"
         try:
             status = json.loads(path.read_text())
@@ -103,7 +103,7 @@ class RunOwnership:
         return status
 
     def owner(self) -> dict[str, Any]:
-        """The newest incarnation's status, or its claim while it has written none; {} at first."""
+        """Return the newest incarnation's status, or its claim before it has one; {} at first."""
         status, claims = self.read_status(), self._claims()
         if not claims or max(claims) <= status.get("incarnation", 0):
             return status
@@ -115,8 +115,8 @@ class RunOwnership:
     def wait_until_free(self, stop: StopRequest) -> None:
         """Return once no other process can be at work in the folder; announce a wait.
 
-        The owner's own launch takes over at once, and so does anybody where the owner is known to
-        have ended. Otherwise its heartbeat is watched for up to `WATCH_S` on this process'
+        The owner's own launch takes over immediately, and so does anybody once the owner is known
+        to have ended. Otherwise its heartbeat is watched for up to `WATCH_S` on this process'
         monotonic clock: any change shows that it lives. Times in the folder are never compared with
         a clock, as two hosts' clocks may differ by any amount.
 
@@ -126,7 +126,7 @@ class RunOwnership:
         if not Launch.from_environment().follows(owner):
             self._watch(owner, stop)
         numbers = [self.owner().get("incarnation", 0), *self._claims()]
-        # status and claims may be lost where small files were purged or not copied
+        # status and claims may be missing where small files were purged or not copied
         numbers += [checkpoint_key(p)[0] for p in list_checkpoints(self._folder / "checkpoints")]
         self._ended = max(numbers)
 
@@ -155,7 +155,7 @@ class RunOwnership:
                 return
 
     def _signs(self) -> dict[str, tuple[int, bytes]]:
-        """Everything that a living owner changes: times and contents, compared for equality."""
+        """Return all that a living owner changes, times and contents, to compare for equality."""
         signs = {}
         for path in (self._folder / "status.json", *self._claims().values()):
             with suppress(OSError):
@@ -220,7 +220,7 @@ class RunOwnership:
 
 
 def _read_claim(path: Path) -> dict[str, Any]:
-    """{} where its process was killed, or is still, while writing it."""
+    """Read a claim; {} where its process is still writing it, or was killed while it did."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which process wrote a record, and whether it can be proved to have ended."""
+"""The identity of a process in a record, and whether it has provably ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # a random number that the ke
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, told apart from every other on any machine at any time.
+    """A process, distinguished from every other on any machine at any time.
 
     Host names and process numbers repeat: cloned machines share a name, and the first process of
     every container is number 1. The boot and the process number's namespace say where `pid` has a
@@ -79,7 +79,7 @@ class ProcessIdentity:
 
 
 def _state_and_start(pid: int) -> tuple[str | None, int | None]:
-    """State letter and start time, fields 3 and 22 of /proc/PID/stat (proc(5)).
+    """Return state letter and start time, fields 3 and 22 of /proc/PID/stat (proc(5)).
 
     Both are None where /proc is unreadable or belongs to another pid namespace, in which the same
     number is another process.

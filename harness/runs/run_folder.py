@@ -27,11 +27,11 @@ from harness.runs.checkpoint import list_checkpoints
 from harness.runs.ownership import Fenced, Launch, RunOwnership
 
 HEARTBEAT_S = 10.0
-NEWS_S = 1.0  # so old may the step in status.json be
+NEWS_S = 1.0  # the greatest age of the step in status.json
 
 
 class RunFolder:
-    """One run's folder. Only rank 0 writes; every write checks that it still owns the folder."""
+    """One run's folder. Only rank 0 writes; each write checks that it still owns the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,26 +39,26 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.ownership = RunOwnership(path)
         self.environment: dict[str, Any] = {}  # of this process, once it has opened the folder
-        self.previous_environment: dict[str, Any] = {}  # of the incarnation before
+        self.previous_environment: dict[str, Any] = {}  # of the previous incarnation
         self._status: dict[str, Any] = {"beats": 0}
-        self._progress: dict[str, Any] = {}  # told by the loop, not written yet
+        self._progress: dict[str, Any] = {}  # reported by the loop, not written yet
         self._lock = threading.RLock()  # the loop and the heartbeat write the status
         self._warned = False
 
     def read_status(self) -> dict[str, Any]:
-        """status.json, or {} where there is none. Raises UserError where it is damaged."""
+        """Return status.json, or {} where there is none. Raises UserError where it is damaged."""
         return self.ownership.read_status()
 
     @property
     def incarnation(self) -> int:
-        """This process' incarnation of the run; 0 until `open`."""
+        """The incarnation of the run that this process is; 0 until `open`."""
         return self.ownership.incarnation
 
-    def check(self, config: Config, resume: bool, typed: set[str]) -> bool:
-        """Return True to resume the run, False to start it; writes nothing.
+    def check(self, config: Config, resume: bool, cli_overrides: set[str]) -> bool:
+        """Return True to resume the run, False to start it; write nothing.
 
-        `typed` holds the dotted keys given on the command line. Raises UserError where the folder
-        exists and was not to be resumed, or belongs to another config.
+        `cli_overrides` holds the dotted keys given on the command line. Raises UserError where the
+        folder exists and was not to be resumed, or belongs to another config.
         """
         if not self.path.exists():
             return False
@@ -76,7 +76,7 @@ class RunFolder:
                 f"{self.path}: was run with another config ({'; '.join(differences)}); "
                 "give the same values or choose another --out"
             )
-        self._check_rounding(stored, config, typed)
+        self._check_rounding(stored, config, cli_overrides)
         return True
 
     def _check_without_config(self) -> None:
@@ -90,9 +90,9 @@ class RunFolder:
             raise UserError(f"{self.path}: exists and is no run folder; choose another --out")
 
     def recorded_micro_batch(self, environment: dict[str, Any]) -> int | None:
-        """`run.micro_batch` as it was found fastest, if that was on as many ranks of this hardware.
+        """Return the `run.micro_batch` that was measured on as many ranks of the same hardware.
 
-        `environment` is that of this process, as `open` is given it.
+        None where there is no such record. `environment` is that of this process.
         """
         if not (recorded := self._recorded_environment()):
             return None
@@ -101,23 +101,23 @@ class RunFolder:
         return micro_batch if here == there and micro_batch != "auto" else None
 
     def _recorded_environment(self) -> dict[str, Any]:
-        """environment.json, or {} where there is none or it is damaged."""
+        """Return environment.json, or {} where there is none or it is damaged."""
         try:
             return json.loads((self.path / "environment.json").read_text())
         except (OSError, json.JSONDecodeError):
             return {}
 
-    def _check_rounding(self, stored: Config, config: Config, typed: set[str]) -> None:
+    def _check_rounding(self, stored: Config, config: Config, cli_overrides: set[str]) -> None:
         for name in names_with(Effect.ROUNDING):
             old, new = value_of(stored, name), value_of(config, name)
-            if old != new and name not in typed:
+            if old != new and name not in cli_overrides:
                 raise UserError(
                     f"{self.path}: ran with {name} {old}, this resume has {new}, which changes "
                     f"rounding; type {name}={new} to continue under it, or {name}={old}"
                 )
 
     def open(self, config: Config, environment: dict[str, Any]) -> None:
-        """Rank 0: takes the next incarnation number and records config and environment.
+        """Take the next incarnation number and record config and environment, on rank 0.
 
         Raises UserError where the folder cannot be written, or another process took the number.
         """
@@ -142,12 +142,12 @@ class RunFolder:
         self.ownership.check()
 
     def report(self, **values: Any) -> None:
-        """Rank 0: values that the heartbeat will write; the loop does not wait for the disk.
+        """Take values that the heartbeat will write, so that the loop does not wait for the disk.
 
         Raises Fenced.
         """
         self._progress = values
-        with suppress(UserError):  # a file that cannot be read is told when it is written
+        with suppress(UserError):  # an unreadable file is reported when it is written
             self.check_current()
 
     def write_status(self, state: State, **values: object) -> bool:
@@ -158,7 +158,7 @@ class RunFolder:
         """
         with self._lock:
             news = self._progress | values
-            # observers watch the count; the time is for people, as clocks may jump or stand still
+            # observers watch the count; the time is for people, as clocks may jump or stop
             beats = {"heartbeat": round(time.time(), 3), "beats": self._status["beats"] + 1}
             self._status |= news | {"state": state.value} | beats
             text = json.dumps(self._status, indent=2) + "\n"
@@ -171,15 +171,17 @@ class RunFolder:
                     print(f"warning: {self.path}/status.json: not written: {why}", file=sys.stderr)
                 self._warned = True
                 with suppress(OSError):
-                    os.utime(self.path / "status.json")  # a beat that needs no room on the disk
+                    os.utime(self.path / "status.json")  # a beat that needs no disk space
                 return False
             self._warned = False
             return True
 
     @contextmanager
     def heartbeat(self, fenced: Callable[[str], None]) -> Iterator[None]:
-        """Within, a thread keeps the status fresh, with what was reported; `fenced` is told of a
-        newer incarnation."""
+        """Within, a thread keeps the status fresh and writes what was reported.
+
+        `fenced` is called with the reason once a newer incarnation has taken over.
+        """
         ended = threading.Event()
 
         def beat() -> None:
@@ -200,4 +202,4 @@ class RunFolder:
             yield
         finally:
             ended.set()
-            thread.join(HEARTBEAT_S)  # a disk that hangs does not hold the run
+            thread.join(HEARTBEAT_S)  # do not wait for a disk that hangs

@@ -22,8 +22,10 @@ WARM_UPS = 3  # passes before a capture: compilers and libraries choose their ke
 
 
 class Capture(Protocol):
-    """Makes graphs, which share their memory: each forward pass must be followed by its backward
-    pass before another one is replayed."""
+    """Makes graphs that share their memory.
+
+    Each forward pass must be followed by its backward pass before another one is replayed.
+    """
 
     def warm_up(self, work: Callable[[], object]) -> None:
         """Run `work` before its capture, so that libraries choose their kernels."""

@@ -62,7 +62,7 @@ class Replica:
         self.preprocess = Preprocess(config, self.device)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """The forward pass of images (B, 3, H, W) uint8: logits (B, K)."""
+        """Run images (B, 3, H, W) uint8 forward; return logits (B, K)."""
         images = self.preprocess(pixels)
         with compiler_settings(self.config.run.compile is True), autocast(self.config, self.device):
             logits: Tensor = self.model(images)

@@ -1,4 +1,4 @@
-"""What each task of a job runs: the harness as a child, its signals, its logs, its requeue."""
+"""The task of a job: the harness as a child, its signals, its logs, its requeue."""
 
 from __future__ import annotations
 

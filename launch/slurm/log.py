@@ -16,7 +16,7 @@ BAD_LINE = re.compile(r"error:|Traceback|Fatal Python error|E\d{4} ")  # the las
 
 
 class MergedLog:
-    """The file that a person reads: all of rank 0, and what went wrong on any other rank."""
+    """The log for people: all of rank 0, and what went wrong on any other rank."""
 
     def __init__(self, path: str, place: TaskPlace) -> None:
         self._file = open(  # noqa: SIM115 (closed by the end of the process)
@@ -24,13 +24,14 @@ class MergedLog:
         )
         self._leader, self._place = place.leader, place.name
         self._in_traceback = False
-        self.complaint = ""  # the last that this task's ranks said of what is wrong
+        self.complaint = ""  # the last error that this task's ranks reported
 
     def line(self, text: str) -> None:
+        """Log a line of the launcher itself."""
         self._file.write(f"--- {text}\n")
 
     def error(self, text: str) -> None:
-        """An error of this task, told on its own standard error too."""
+        """Log an error of this task, and print it on its own standard error."""
         print(f"error: {text}", file=sys.stderr, flush=True)
         self._file.write(f"error: {self._place}: {text}\n")
 
@@ -39,15 +40,15 @@ class MergedLog:
         self.complaint = text
 
     def output(self, text: str) -> None:
+        """Log standard output, if this task is the leader."""
         if self._leader:
             self._file.write(text)
 
     def errors(self, text: str) -> None:
-        """Standard error: all of the leader's; of others, error lines and tracebacks."""
+        """Log standard error: the leader's whole, other tasks' error lines and tracebacks."""
         plain = TORCH_PREFIX.sub("", text)
-        wanted = self._in_traceback or BAD_LINE.match(
-            plain
-        )  # and the line that a traceback ends in
+        # a traceback includes the line that it ends in
+        wanted = self._in_traceback or BAD_LINE.match(plain)
         within = self._in_traceback and plain.startswith(" ")
         self._in_traceback = within or plain.startswith("Traceback")
         if wanted and not self._in_traceback:

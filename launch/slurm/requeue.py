@@ -1,4 +1,4 @@
-"""Whether a task's job goes back into the queue, decided from what is known at its end."""
+"""The decision to requeue a job, from what is known at the end of a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, s
 
 
 class Decision(Enum):
-    """What a task does at its end."""
+    """The last act of a task."""
 
     FINISH = "the run is finished"
     LEAVE_TO_LEADER = "another task of the job decides"

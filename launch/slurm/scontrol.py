@@ -1,4 +1,4 @@
-"""What SLURM knows of a job, read from scontrol."""
+"""Jobs as SLURM knows them, read from scontrol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a task is within its job."""
+"""The place of a task within its job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.slurm_step import rendezvous_port
 
 
 class TaskPlace:
-    """Where this task is within its job, by SLURM's variables."""
+    """The place of this task within its job, by SLURM's variables."""
 
     def __init__(self, launcher: str) -> None:
         from submitit.slurm.slurm import SlurmJobEnvironment

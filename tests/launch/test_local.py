@@ -11,7 +11,7 @@ import yaml
 
 from harness.runs.logging.jsonl import read_log
 from launch.__main__ import main
-from launch.local.backend import devices_here, only_command
+from launch.local.study import devices_here, only_command
 from launch.records import read_status
 from launch.study import study_runs
 

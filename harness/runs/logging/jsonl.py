@@ -52,8 +52,10 @@ def standing_lines(lines: list[Record]) -> list[Record]:
 
 
 class JsonlSink:
-    """Appends to log.jsonl, one write per line. A write that fails is reported once; the run
-    continues."""
+    """Appends to log.jsonl, one write per line.
+
+    A write that fails is reported once, and the run continues.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._warned = path, False
