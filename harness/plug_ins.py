@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 
 from harness.config.schema import Config
-from harness.data.sources.registry import ENTRY_POINTS as DATA_FORMATS
+from harness.data.sources.registry import GROUP as DATA_FORMATS
 from harness.installed import installed
 from harness.models.registry import entry_point as network_entry_point
 from harness.recipe.optimizer import GROUP as OPTIMIZERS

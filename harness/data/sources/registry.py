@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -14,10 +14,11 @@ from harness.config.schema import RunConfig
 from harness.data.sources.folder import open_folder
 from harness.data.sources.source import ImageSource
 from harness.errors import UserError
+from harness.installed import installed, load
 
 # A package adds a format by an entry point of this group. Its name is that of the format, and its
 # object is called with data_root and "train", "val" or "unlabelled".
-ENTRY_POINTS = "harness.data_formats"
+GROUP = "harness.data_formats"
 
 OpenSplit = Callable[[Path, str], ImageSource]
 
@@ -44,17 +45,11 @@ def data_format(name: str) -> OpenSplit:
     """Return the function that opens a split of the format `name`. Raises as `open_source`."""
     if name == "folder":
         return open_folder
-    added = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if name not in added:
-        nearest = difflib.get_close_matches(name, ["folder", *added], n=1, cutoff=0.0)[0]
+    points = installed(GROUP)
+    if name not in points:
+        nearest = difflib.get_close_matches(name, ["folder", *points], n=1, cutoff=0.0)[0]
         raise ConfigError(f"run.data_format: no format {name!r}; did you mean {nearest!r}?")
-    try:
-        return added[name].load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"run.data_format: {name}: {added[name].value} cannot be imported ({error}); "
-            "repair its package"
-        ) from error
+    return cast(OpenSplit, load(points[name], "run.data_format"))
 
 
 def _problem(images: ImageSource) -> str:
