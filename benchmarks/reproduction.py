@@ -20,6 +20,7 @@ from harness.atomic_file import write_atomically
 from harness.config.schema import ExpectConfig
 from harness.recipe.schedule import peak_lr
 from harness.report import read_runs
+from harness.report.events import state_name
 from harness.report.figures import sections
 from harness.report.groups import Group, group_runs
 from harness.report.runs import Evaluated, RecordedRun
@@ -63,7 +64,7 @@ def _run(run: RecordedRun) -> dict[str, Any]:
     versions = run.environment.get("versions", {})
     return {
         "seed": run.config.seed,
-        "state": run.state,
+        "state": state_name(run.state),
         "error": run.error,
         "validation_errors": {epoch.epoch: epoch.error for epoch in run.evaluations},
         "steps": run.status.get("step", 0),

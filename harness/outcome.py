@@ -17,6 +17,14 @@ class State(Enum):
     FAILED = "failed"
 
 
+def recorded_state(status: Mapping[str, object]) -> State | None:
+    """Return the state that a status.json holds; None where it holds none, as before a start."""
+    try:
+        return State(status.get("state"))
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The end of a start of a run: values to decide by, and `reason`, which is for people.
@@ -35,11 +43,8 @@ class Outcome:
     @classmethod
     def from_status(cls, status: Mapping[str, object]) -> Outcome | None:
         """Return the outcome that a status.json holds; None where the run has not ended."""
-        try:
-            state = State(status.get("state"))
-        except ValueError:
-            return None
-        if state in (State.STARTING, State.RUNNING):
+        state = recorded_state(status)
+        if state in (None, State.STARTING, State.RUNNING):
             return None
         step = status.get("step")
         return cls(

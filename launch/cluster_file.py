@@ -17,6 +17,7 @@ from harness.config.run_section import RunConfig
 from harness.config.schema import Config
 from harness.config.section import Count, Positive, Section, Text
 from harness.errors import UserError
+from harness.resilience.grace import kill_after_s
 from launch.records import LOCAL
 
 SET_BY = {  # sbatch's options that the launcher sets, and the key that they come from
@@ -151,10 +152,14 @@ def validate(
 def check_environment(
     cluster: Cluster, path: str | Path, inherited: Mapping[str, str] = os.environ
 ) -> None:
-    """Raise UserError where a variable that jobs inherit from this shell contradicts the file."""
+    """Raise UserError where a variable that jobs inherit from this shell contradicts the file.
+
+    Also where the grace time that they would have is none.
+    """
     for name in RANK_VARIABLES:
         if name in inherited:
             raise UserError(f"{name} is set here and jobs would inherit it: unset {name}")
+    kill_after_s({**cluster.environment, **inherited})
     for name, value in cluster.environment.items():
         if inherited.get(name, value) != value:
             raise UserError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.atomic_file import write_atomically
 from harness.errors import UserError
-from harness.outcome import Outcome, State
+from harness.outcome import Outcome, State, recorded_state
 
 LOCAL = "local"  # the launcher of this machine
 
@@ -88,8 +88,7 @@ def read_outcome(run: Path) -> Outcome | None:
 
 def is_finished(run: Path) -> bool:
     """Return True if the run in a folder has finished."""
-    outcome = read_outcome(run)
-    return outcome is not None and outcome.state is State.FINISHED
+    return recorded_state(read_status(run)) is State.FINISHED
 
 
 def read_status(run: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from harness.execution.preprocess import Preprocess
 from harness.execution.trained_model import TrainedModel, load_trained
 from harness.models.registry import build_model
 from harness.models.weights import load_weights
+from harness.outcome import State, recorded_state
 from harness.runs.checkpoint import checkpoint_key
 from harness.runs.run_folder import RunFolder
 
@@ -140,8 +141,8 @@ def _load(config: Config, distill: DistillConfig) -> TrainedModel:
 
 def _load_run(folder: Path, named: Path) -> TrainedModel:
     status = RunFolder(folder).read_status()
-    if status.get("state") != "finished":
-        how = status.get("state", "not there")
+    if (state := recorded_state(status)) is not State.FINISHED:
+        how = "not there" if state is None else state.value
         raise UserError(
             f"distill.teacher: {named}: its run {folder} is {how}, not finished; a student needs "
             "a finished teacher: train it first"

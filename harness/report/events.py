@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from harness.config.reference import names_with
 from harness.config.section import Effect
+from harness.outcome import State
 from harness.recipe.schedule import lr_at
 from harness.report.runs import JsonObject, RecordedRun
 from harness.runs.environment import recorded_code_changes
@@ -45,17 +46,22 @@ def duration(seconds: float) -> str:
 
 
 def _state(run: RecordedRun) -> Iterator[Event]:
-    if run.state == "finished":
+    if run.state is State.FINISHED:
         return
-    text = run.state
+    text = state_name(run.state)
     if "step" in run.status:
         text += f" at step {run.status['step']:,} of {run.status['total_steps']:,}"
-    if run.state == "running":
+    if run.state is State.RUNNING:
         ago = max(time.time() - run.status["heartbeat"], 0)
         text += f", last heartbeat {duration(ago)} before this report"
-    elif reason := run.status.get("reason"):
-        text += f": {reason}"
-    yield Event("divergence" if run.state == "failed" else "state", text)
+    elif run.outcome is not None and run.outcome.reason:
+        text += f": {run.outcome.reason}"
+    yield Event("divergence" if run.state is State.FAILED else "state", text)
+
+
+def state_name(state: State | None) -> str:
+    """Return a run's state for people."""
+    return "not started" if state is None else state.value
 
 
 def _divergence(run: RecordedRun) -> Iterator[Event]:

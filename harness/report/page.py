@@ -13,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness import __version__
-from harness.report.events import Event, duration, run_events
+from harness.outcome import State
+from harness.report.events import Event, duration, run_events, state_name
 from harness.report.figures import Section, measured, run_name
 from harness.report.groups import Group, flat_config
 from harness.report.runs import RecordedRun
@@ -120,7 +121,7 @@ def _as_json(value: object) -> Markup:
 
 
 def _states(runs: Sequence[RecordedRun]) -> str:
-    states = [run.state for run in runs]
+    states = [state_name(run.state) for run in runs]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
@@ -128,7 +129,7 @@ def answer(group: Group, verdict: Verdict, groups: Sequence[Group]) -> dict[str,
     """Return a row of the table at the top, as text."""
     recipe, runs = group.config.recipe, group.runs
     speeds = [run.images_per_s for run in runs if run.images_per_s]
-    walls = [run.wall_s for run in runs if run.state == "finished"]
+    walls = [run.wall_s for run in runs if run.state is State.FINISHED]
     difference = group.difference
     return {
         "group": group,
@@ -208,7 +209,7 @@ def run_row(number: int, group: Group, run: RecordedRun) -> dict[str, object]:
         "number": number,
         "name": run_name(group, run),
         "folder": run.folder,
-        "state": run.state,
+        "state": state_name(run.state),
         "epochs": f"{last.epoch if last else 0} of {run.config.recipe.epochs}",
         "error": "–" if run.error is None else f"{run.error:.2f} %",
         "rule": "" if run.error is None else group.rule,

@@ -13,6 +13,7 @@ from typing import Any
 from harness.config.loading import load_config
 from harness.config.schema import Config
 from harness.errors import UserError
+from harness.outcome import Outcome, State, recorded_state
 from harness.recipe.schedule import final_epochs
 from harness.runs.headline import Headline, recorded_headline
 from harness.runs.logging.jsonl import read_lines, standing_lines
@@ -73,9 +74,14 @@ class RecordedRun:
     overflows: int
 
     @property
-    def state(self) -> str:
-        """running, finished, stopped or failed; "not started" without a status."""
-        return self.status.get("state", "not started")
+    def state(self) -> State | None:
+        """The state in its status.json; None before it was started."""
+        return recorded_state(self.status)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended; None where it has not."""
+        return Outcome.from_status(self.status)
 
     @property
     def error(self) -> float | None:
@@ -90,7 +96,7 @@ class RecordedRun:
     @property
     def headline(self) -> Headline | None:
         """A finished run's headline: the recorded one or, for older versions, one from the log."""
-        if self.state != "finished":
+        if self.state is not State.FINISHED:
             return None
         errors = {one.epoch: one.error for one in self.evaluations}
         return recorded_headline(self.config, self.status, errors)

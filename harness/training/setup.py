@@ -23,6 +23,7 @@ from harness.distributed import (
 from harness.errors import UserError
 from harness.execution.precision import master_dtype, precision_within
 from harness.models.registry import load_start_weights
+from harness.outcome import State, recorded_state
 from harness.plug_ins import modules_behind_results
 from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Watchdog
@@ -154,7 +155,7 @@ def cache_soft_targets(
 def finished_result(folder: RunFolder, config: Config) -> Result | None:
     """Return the result of a run that finished earlier under the same config, else None."""
     status = folder.read_status()
-    if status.get("state") != "finished":
+    if recorded_state(status) is not State.FINISHED:
         return None
     if curve_differences(load_config(folder.path / "config.yaml"), config):
         return None  # refused, with the keys, when the folder is checked

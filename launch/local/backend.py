@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.outcome import State
+from harness.outcome import State, recorded_state
 from launch.backend import RunState, Stage, Submission
 from launch.cluster_file import Cluster
 from launch.local.study import LocalStudy, devices_here
@@ -55,7 +55,7 @@ class LocalBackend:
         if not _lives(record):
             return None
         status = read_status(Path(record.run))
-        running = status.get("state") == State.RUNNING.value
+        running = recorded_state(status) is State.RUNNING
         began = running and status.get("pid") == int(record.job_id)
         return RunState(Stage.RUNNING if began else Stage.STARTING, f"on {record.host}")
 

@@ -17,7 +17,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from harness.errors import FINISHED, STOPPED, UserError
-from harness.outcome import State
+from harness.outcome import State, recorded_state
 from harness.plug_ins import all_modules
 from launch.backend import RunState, Stage, Submission
 from launch.cluster_file import Cluster
@@ -132,7 +132,7 @@ def _active_state(record: Record, job: Job) -> RunState:
     if job.state in WAITING:
         return RunState(Stage.QUEUED, job.reason if job.reason != "None" else "", job.restarts)
     status = read_status(Path(record.run))
-    if status.get("state") == State.RUNNING.value and status["heartbeat"] > job.started_s:
+    if recorded_state(status) is State.RUNNING and status["heartbeat"] > job.started_s:
         return RunState(Stage.RUNNING, f"on {job.nodes}", job.restarts)
     stage = Stage.ENDING if job.state == "COMPLETING" else Stage.STARTING
     return RunState(stage, f"on {job.nodes}", job.restarts)

@@ -90,3 +90,11 @@ def test_what_jobs_would_inherit_must_not_fight_the_file(write):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         with pytest.raises(UserError, match=rf"{name} is set here.*unset {name}"):
             check_environment(cluster, path, {name: "8"})
+
+
+@pytest.mark.parametrize(("file", "shell"), [("soon", {}), ("20", {"HARNESS_GRACE_S": "0"})])
+def test_a_grace_time_that_is_none_is_refused_before_anything_is_submitted(write, file, shell):
+    changed = "NCCL_DEBUG_LEVEL: 2", f"HARNESS_GRACE_S: {file}"
+    cluster = load_cluster(write(GOOD, changed))
+    with pytest.raises(UserError, match="HARNESS_GRACE_S=(soon|0): give seconds, such as 20"):
+        check_environment(cluster, "c.yaml", shell)

@@ -110,6 +110,8 @@ def test_an_unknown_logger_and_one_that_cannot_be_imported_end_the_launch(small,
     install("broken", "import no_such_module", "broken = broken:Logger")
     with pytest.raises(UserError, match=r"run\.loggers: wandb is not installed \(found: broken\)"):
         train(load_config(small(), ["run.loggers=[wandb]"]), tmp_path / "run")
-    with pytest.raises(UserError, match=r"broken:Logger cannot be imported: No module named 'no_such"):
+    with pytest.raises(
+        UserError, match=r"broken:Logger cannot be imported: No module named 'no_such"
+    ):
         train(load_config(small(), ["run.loggers=[broken]"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
