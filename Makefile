@@ -21,7 +21,8 @@ test: $(VENV)/.test  ## the whole test suite
 
 coverage: $(VENV)/.test  ## the suite, and which lines it ran in its own and in all other processes
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage run -m pytest -m 'not soak and not cluster and not counts_files' \
+		-n 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage html --quiet -d build/coverage/html
 	$(BIN)/coverage report | tail -n 40
 

@@ -152,6 +152,7 @@ def test_a_disk_full_for_a_while_costs_checkpoints_only(small, tmp_path):
     assert 11 in steps and 20 not in steps and 60 in steps  # torn lines harm no others
 
 
+@pytest.mark.counts_files
 def test_a_disk_full_to_the_end_fails_and_says_so_and_resumes(small, tmp_path):
     config = small(recipe__epochs=4)
     plant = SLOW_STEP.format(step=11, rank=0, seconds=3)

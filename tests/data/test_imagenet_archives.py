@@ -122,6 +122,7 @@ def test_imagenet_continues_after_sigkill(tmp_path: Path, archives: Path, n: int
     assert tree(folder) == images_in_archives()
 
 
+@pytest.mark.counts_files
 def test_imagenet_takes_25_renames(tmp_path: Path, archives: Path) -> None:
     result = child(CALL, tmp_path / "i", archives, before=KILL_AT_RENAME.format(n=26))
     assert "12 training and 6 validation" in result.stdout and result.returncode == 0
@@ -150,6 +151,7 @@ def test_imagenet_file_cut_by_a_power_loss_is_made_again(tmp_path: Path, archive
     assert tree(tmp_path / "i") == images_in_archives()
 
 
+@pytest.mark.counts_files
 def test_imagenet_failed_write_is_one_line(tmp_path: Path, archives: Path) -> None:
     failed = child(CALL, tmp_path / "i", archives, before=LIMIT)
     assert failed.stdout.startswith("UserError ") and "File too large" in failed.stdout
