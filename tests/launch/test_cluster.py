@@ -96,5 +96,5 @@ def test_what_jobs_would_inherit_must_not_fight_the_file(write):
 def test_a_grace_time_that_is_none_is_refused_before_anything_is_submitted(write, file, shell):
     changed = "NCCL_DEBUG_LEVEL: 2", f"HARNESS_GRACE_S: {file}"
     cluster = load_cluster(write(GOOD, changed))
-    with pytest.raises(UserError, match="HARNESS_GRACE_S=(soon|0): give seconds, such as 20"):
+    with pytest.raises(UserError, match=r"HARNESS_GRACE_S=(soon|0): give seconds, such as 20"):
         check_environment(cluster, "c.yaml", shell)
