@@ -21,6 +21,7 @@ from harness.planning.runtime import Hardware, Prediction, predict
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
 from harness.recipe.schedule import final_epochs, lr_at, peak_lr
+from harness.runs.logging.installed import load_loggers
 
 CURVE_POINTS = 120  # steps of the plan's learning rate curve
 
@@ -112,7 +113,9 @@ def make_plan(
     """
     for stage_config in (*(stage.config for stage in teachers), config):
         check_model(stage_config)
-        data_format(stage_config.run.data_format)  # refuses an unknown one
+        # refuse unknown names, as the run would
+        data_format(stage_config.run.data_format)
+        load_loggers(stage_config.run.loggers)
     for step in lr_at_steps:
         if not 0 <= step < config.total_steps:
             last = config.total_steps - 1

@@ -335,3 +335,13 @@ def test_a_students_plan_tells_of_its_teacher_and_its_loss(capsys, monkeypatch) 
     plan = json.loads(capsys.readouterr().out)
     assert plan["stages"][0]["total_steps"] == 150
     assert (plan["distill"]["hard_weight"], plan["distill"]["soft_weight"]) == (0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("run.loggers=[wandb]", "wandb is not installed"), ("run.data_format=zip", "no format 'zip'")],
+)
+def test_a_plan_refuses_what_the_run_would(override, named):
+    config = load_config(CONFIGS / "quickstart.yaml", [override])
+    with pytest.raises(UserError, match=named):
+        make_plan(config, ranks=1)
