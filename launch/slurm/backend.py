@@ -114,7 +114,7 @@ class SlurmBackend:
             return _active_state(record, job)
         if job.state == "CANCELLED":
             return RunState(Stage.CANCELLED, _why_cancelled(record, job), job.restarts)
-        if job.exit_code in (FINISHED, STOPPED):
+        if job.exit_signal == 0 and job.exit_code in (FINISHED, STOPPED):
             return None
         reason = f"{job.state}, and it wrote no log"
         if job.exit_signal == CANNOT_WRITE:
