@@ -22,7 +22,7 @@ from harness.models.torchvision_networks import OTHERS, RESNET
 from harness.models.training_pass import try_training_pass
 from harness.models.weights import load_weights
 from harness.recipe.initialization import initialize_last_norms, seed_for
-from harness.recipe.optimizer import build_optimizer
+from harness.recipe.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from harness.config.schema import Config
@@ -146,7 +146,7 @@ def check_model(config: Config) -> None:
         raise ConfigError(
             f"model.last_gamma: {model.name} names no residual blocks that have it; remove it"
         )
-    build_optimizer(network, config.recipe, family.undecayed(network))
+    check_optimizer(network, config.recipe, family.undecayed)
     # whether a batch norm has several values depends on whether n is 1, not on how large it is
     images = (min(n, 2), 3, pixels, pixels)
     try:
@@ -154,14 +154,14 @@ def check_model(config: Config) -> None:
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"data.crop: {model.name} cannot be trained on {pixels} × {pixels} pixels with "
-            f"recipe.worker_batch {n} ({_line(error)}); raise one of them"
+            f"recipe.worker_batch {n} ({_line(error)}); raise one of them, or repair the network"
         ) from None
     logits = tried.output
     if not isinstance(logits, Tensor) or logits.shape != (images[0], config.data.classes):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
             f"model.name: {model.name} returns {found} in training instead of logits (B, "
-            f"{config.data.classes}); turn other outputs off in model.options"
+            f"{config.data.classes}); give it so many outputs, or turn others off in model.options"
         )
     for module, fault in tried.faults.items():
         raise ConfigError(

@@ -18,11 +18,12 @@ over micro-batches and ranks, so they are Σ∇l/(kn) however the ranks share th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.compat import BatchNorm
 from harness.config.errors import ConfigError
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from harness.config.schema import RecipeConfig
 
 GROUP = "harness.optimizers"  # where packages register a build function by the optimizer's name
-
+CHECKED_STEPS = 2  # the second one starts from state
 
 ParameterGroup = dict[str, Any]  # as in torch.optim: "params" and their "weight_decay"
 # Called with the parameter groups and, as keywords, the options of the config.
@@ -98,6 +99,42 @@ def build_optimizer(
             "torch.optim.Optimizer; repair its package"
         )
     return optimizer
+
+
+def check_optimizer(
+    network: nn.Module,
+    recipe: RecipeConfig,
+    undecayed: Callable[[nn.Module], Collection[nn.Parameter]],
+) -> None:
+    """Raise ConfigError where the optimizer cannot be built, or makes updates of its own each time.
+
+    All ranks must make the same update, so an optimizer of a package repeats its first steps on a
+    copy of `network` and must arrive at the same bits.
+    """
+    if recipe.optimizer == "sgd":
+        build_optimizer(network, recipe, undecayed(network))
+        return
+    ends = [_first_steps(copy.deepcopy(network), recipe, undecayed) for _ in range(2)]
+    if not all(map(torch.equal, *ends)):
+        raise ConfigError(
+            f"recipe.optimizer: {recipe.optimizer} makes other updates when its steps are "
+            "repeated, so the ranks' weights would differ; remove what it draws at random"
+        )
+
+
+def _first_steps(
+    network: nn.Module,
+    recipe: RecipeConfig,
+    undecayed: Callable[[nn.Module], Collection[nn.Parameter]],
+) -> list[Tensor]:
+    """Return the weights after a few steps with equal gradients; what is not finite counts as 0."""
+    optimizer = build_optimizer(network, recipe, undecayed(network))
+    set_lr(optimizer, recipe.reference_lr)
+    for _ in range(CHECKED_STEPS):
+        optimizer.zero_grad()
+        torch.stack([parameter.sum() for parameter in network.parameters()]).sum().backward()
+        optimizer.step()
+    return [parameter.detach().nan_to_num(0, 0, 0) for parameter in network.parameters()]
 
 
 def build_sgd(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,34 +45,36 @@ class RunLogger:
             try:
                 self._installed[name] = open_sink(folder, config, first_step)
             except Exception as error:  # another's code may raise anything
-                self._leave_out(name, error)
+                self._leave_out(name, error, first_step)
 
     def event(self, name: str, step: int, **values: object) -> None:
         """Log one event. `step` is the number of steps done."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         event = {"event": name, "step": step, "time": now, **values}
-        self._send(lambda sink: sink.event(event))
+        self._send(lambda sink: sink.event(event), step)
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._send(lambda sink: sink.scalars(values, step))
+        self._send(lambda sink: sink.scalars(values, step), step)
 
-    def _send(self, call: Callable[[Sink], object]) -> None:
+    def _send(self, call: Callable[[Sink], object], step: int) -> None:
         for sink in self._sinks:  # log.jsonl comes first
             call(sink)
-        self._send_installed(call)
+        self._send_installed(call, step)
 
-    def _send_installed(self, call: Callable[[Sink], object]) -> None:
+    def _send_installed(self, call: Callable[[Sink], object], step: int) -> None:
         for name, sink in list(self._installed.items()):
             try:
                 call(sink)
             except Exception as error:  # another's code may raise anything
-                self._leave_out(name, error)
+                self._leave_out(name, error, step)
 
-    def _leave_out(self, name: str, error: Exception) -> None:
+    def _leave_out(self, name: str, error: Exception, step: int) -> None:
         self._installed.pop(name, None)
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        why = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+        why += f" ({Path(place.filename).name}:{place.lineno})"
         self.say(f"warning: logger {name} failed and is left out: {why}; the run continues")
-        self.event("logger_failed", self._logged_step, logger=name, why=why)
+        self.event("logger_failed", step, logger=name, why=why)
 
     def say(self, text: str) -> None:
         """Print a plain line on standard output, above the bar where there is one."""
@@ -121,11 +124,12 @@ class RunLogger:
 
     def flush(self) -> None:
         """Flush to disk. Called before each checkpoint, so the log never lags behind it."""
-        self._send(lambda sink: sink.flush())
+        self._send(lambda sink: sink.flush(), self._logged_step)
 
     def close(self) -> None:
         """Close all loggers."""
-        self._send_installed(lambda sink: sink.close())  # log.jsonl is open for their failures
+        # log.jsonl is still open for their failures
+        self._send_installed(lambda sink: sink.close(), self._logged_step)
         for sink in self._sinks:
             sink.close()
         self._sinks, self._installed, self._console = [], {}, None

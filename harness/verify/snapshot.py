@@ -39,20 +39,23 @@ def record_gradients(step: Step, parameters: list[nn.Parameter]) -> list[Tensor]
 
 
 def global_state(step: Step, share: float) -> State:
-    """Copy weights, running statistics (means over all workers) and momentum to the CPU."""
-    weights = dict(step.network.named_parameters())
+    """Copy weights, running statistics (means over all workers) and optimizer state to the CPU."""
+    weights: dict[str, Tensor] = dict(step.network.named_parameters())
     with global_running_statistics(step.network, share):
         buffers = {
             name: buffer.detach().to("cpu", copy=True)
             for name, buffer in step.network.named_buffers()
             if name.endswith(("running_mean", "running_var"))
         }
-    momentum = {
-        name: step.optimizer.state[weight]["momentum_buffer"]
-        for name, weight in weights.items()
-        if "momentum_buffer" in step.optimizer.state[weight]
-    }
-    kinds = {"weights": weights, "momentum": momentum}
+    momentum: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}  # the state of optimizers of packages
+    for name, weight in weights.items():
+        for key, value in step.optimizer.state[weight].items():
+            if key == "momentum_buffer":
+                momentum[name] = value
+            elif isinstance(value, Tensor) and value.is_floating_point():
+                others[f"{key} of {name}"] = value
+    kinds: State = {"weights": weights, "momentum": momentum, "optimizer state": others}
     copies = {
         kind: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         for kind, tensors in kinds.items()

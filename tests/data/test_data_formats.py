@@ -206,14 +206,14 @@ def test_plan_knows_the_formats(
 ) -> None:
     assert main(["plan", str(small()), "run.data_format=tar"]) == 0
     assert main(["plan", str(small()), "run.data_format=tra"]) == 2
-    assert "no format 'tra'; did you mean 'tar'?" in capsys.readouterr().err
+    assert "no format 'tra'; take one of folder, tar, or install" in capsys.readouterr().err
 
 
 def test_mistakes_in_the_format_are_one_line(
     root: Path, make_config: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tar_config(make_config(), packed(root)).run
-    with pytest.raises(UserError, match=r"run.data_format: no format 'tra'; .* mean 'tar'\?"):
+    with pytest.raises(UserError, match="no format 'tra'; take one of folder, tar"):
         data_format("tra")
     images = open_source(run, "val")
     for changes, problem in (

@@ -102,6 +102,29 @@ def test_what_is_wrong_is_found_before_a_run(lars, tmp_path, monkeypatch):
         check_model(with_recipe(optimizer="ill"))
 
 
+@pytest.mark.parametrize("draw", ["torch.randn_like(weight)", "numpy.random.rand()"])
+def test_an_optimizer_that_draws_random_numbers_is_refused(tmp_path, monkeypatch, draw):
+    """The ranks' weights would differ, and each trajectory from any other."""
+    code = f"""
+import numpy, torch
+
+class Noisy(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight += 1e-6 * {draw}
+
+def build(groups):
+    return Noisy(groups, lr=0.0)
+"""
+    point = "harness.optimizers", "noisy = noisy_sgd:build"
+    install(tmp_path / "site", monkeypatch, "noisy_sgd", code, *point)
+    with pytest.raises(ConfigError, match=r"recipe\.optimizer: noisy makes other updates when its"):
+        check_model(with_recipe(optimizer="noisy"))
+
+
 def test_the_keys_of_one_optimizer_are_refused_with_another():
     for key in ({"momentum": 0.5}, {"nesterov": False}):
         with pytest.raises(ConfigError, match="has no meaning with optimizer: lars; remove it"):

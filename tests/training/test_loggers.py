@@ -79,21 +79,26 @@ FAILING = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("fails_in", ["open", "event", "scalars", "flush", "close"])
-def test_a_logger_that_fails_is_reported_and_left_out(small, tmp_path, install, capsys, fails_in):
+@pytest.mark.parametrize(
+    ("fails_in", "step"), [("open", 0), ("event", 0), ("scalars", 2), ("flush", 2), ("close", 4)]
+)
+def test_a_logger_that_fails_is_reported_and_left_out(
+    small, tmp_path, install, capsys, fails_in, step
+):
     install("failing", FAILING.format(fails_in=fails_in), "failing = failing:Failing")
     loggers = load_loggers(["failing"])
     logger = RunLogger(tmp_path, load_config(small()), 0, loggers)
     logger.event("start", 0)
-    for step in (2, 4):
-        logger.train_line(step, READING, lr=0.1, data_wait_s=0.0)
+    for done in (2, 4):
+        logger.train_line(done, READING, lr=0.1, data_wait_s=0.0)
         logger.flush()
     logger.close()
     lines = read_log(tmp_path / "log.jsonl")
     (failed,) = [line for line in lines if line["event"] == "logger_failed"]
-    assert (failed["logger"], failed["why"]) == ("failing", "the server is away")
+    assert (failed["logger"], failed["step"]) == ("failing", step)
+    assert re.fullmatch(r"OSError: the server is away \(failing\.py:\d+\)", failed["why"])
     assert [line["step"] for line in lines if line["event"] in ("start", "train")] == [0, 2, 4]
-    warning = "warning: logger failing failed and is left out: the server is away"
+    warning = "warning: logger failing failed and is left out: OSError: the server is away"
     assert capsys.readouterr().out.count(warning) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -47,8 +46,10 @@ def data_format(name: str) -> OpenSplit:
         return open_folder
     points = installed(GROUP)
     if name not in points:
-        nearest = difflib.get_close_matches(name, ["folder", *points], n=1, cutoff=0.0)[0]
-        raise ConfigError(f"run.data_format: no format {name!r}; did you mean {nearest!r}?")
+        raise ConfigError(
+            f"run.data_format: no format {name!r}; take one of "
+            f"{', '.join(['folder', *sorted(points)])}, or install its package"
+        )
     return cast(OpenSplit, load(points[name], "run.data_format"))
 
 
