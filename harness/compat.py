@@ -32,7 +32,7 @@ def draws_random(operation: Any) -> bool:
 
 
 def written_arguments(operation: Any, arguments: Sequence[object]) -> list[object]:
-    """Return those of an operation's arguments that it writes to; only its schema tells them."""
+    """Return those of an operation's arguments that it writes to; only its schema shows them."""
     declared = (argument.alias_info for argument in operation._schema.arguments)
     pairs = zip(declared, arguments, strict=False)
     return [value for alias, value in pairs if alias is not None and alias.is_write]
@@ -80,7 +80,7 @@ def buffer_sync_off() -> dict[str, bool]:
 
 
 def zero_all(tensors: Sequence[Tensor]) -> None:
-    """Set each tensor to 0, with one kernel a device instead of one a tensor."""
+    """Set each tensor to 0, with one kernel per device instead of one per tensor."""
     torch._foreach_zero_(list(tensors))
 
 

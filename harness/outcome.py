@@ -1,4 +1,4 @@
-"""How a run, or one start of it, ended."""
+"""The outcome of a run, or of one start of it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.outcome import RunFailed
 from harness.slurm_step import step_id, use_slurm_rendezvous
 
-PAUSE_S = 0.02  # between two looks at the store
+PAUSE_S = 0.02  # between two reads of the store
 OPENING = "harness/opening"  # its key
 PROCESS = uuid.uuid4().hex  # distinguishes this process from any other
 

@@ -36,7 +36,9 @@ LAST_WORDS_S = 8.0  # an error waits this long for the other ranks to hear of it
 LONGEST_ANSWER = 4_000_000  # bytes; the store takes twice as many
 VERDICT = "verdict"  # its key: [kind of end, reason]; the first one of any rank is that of all
 KINDS = {"mistake": UserError, "failure": RunFailed, "stop": Stopped}
-LookUp = Callable[[str, str], Mapping[str, Any]]  # (topic, class) -> what a digest stands for
+LookUp = Callable[
+    [str, str], Mapping[str, Any]
+]  # (topic, class) -> what a digest was computed from
 
 
 class RollCall:

@@ -87,7 +87,7 @@ class Backend(Protocol):
     def state(self, record: Record) -> RunState | None:
         """Return the state of a run that has not finished; None where it has simply ended.
 
-        Then its run folder tells whether it stopped or failed. Raises UserError where the launcher
+        Then its run folder shows whether it stopped or failed. Raises UserError where the launcher
         cannot be asked.
         """
         ...

@@ -70,7 +70,7 @@ class Cluster(Whole):
     backend: Text = "slurm"  # or a launcher that an installed package adds (docs/launchers.md)
     folder: Text  # writable from every node
     nodes: Words
-    gpus_per_node: Count  # one rank a GPU
+    gpus_per_node: Count  # one rank per GPU
     cpus_per_gpu: Count
     mem_gb: Positive | None = None  # a node; None: the cluster's default
     timeout_min: Count

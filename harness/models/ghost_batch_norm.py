@@ -175,7 +175,7 @@ def _converted(norm: nn.BatchNorm2d, worker_batch: int, channels_last: bool) -> 
 
 
 class RunningStatistics:
-    """The running statistics of all ghost batch norms of a model, updated once a step.
+    """The running statistics of all ghost batch norms of a model, updated once per step.
 
     They become views of one tensor, so an update takes a few operations for any number of layers
     (53 in ResNet-50). Construct it once the model is on its device. `sums` holds, for each layer,

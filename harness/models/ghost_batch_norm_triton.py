@@ -1,7 +1,7 @@
 """Ghost batch norm, residual addition and ReLU as one operation, in channels_last, by Triton.
 
 y = relu(γ (x - mean) / sqrt(variance + eps) + β + residual), statistics over each worker's n
-images (section 2.3). An activation is read and written as seldom as the arithmetic allows:
+images (section 2.3). An activation is read and written as rarely as the arithmetic allows:
 forward reads x twice and the residual once, and writes y; backward reads dy, x and y twice and
 writes dx, or with a residual writes its gradient on the way and then reads that in place of dy, y.
 
@@ -19,8 +19,8 @@ DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 # not chosen by measurement: no GPU was at hand
 BLOCK_CHANNELS = 64  # 128 bytes of bfloat16, a full line of the cache
 TILE = 2048  # elements of a tile: rows x channels
-FINISHED_CHANNELS = 16  # whose chunks are added up at once
-CHUNKS = 256  # that a worker's sums are made in, over rows and channel blocks, where there are rows
+FINISHED_CHANNELS = 16  # channels whose chunks one program adds up
+CHUNKS = 256  # of a worker's sums, over rows and channel blocks, if it has that many rows
 
 
 @triton.jit

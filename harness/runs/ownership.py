@@ -74,7 +74,7 @@ class RunOwnership:
 
     Incarnation N begins by creating the file .incarnation-N, which only one process can do. The
     file names the process until its first status.json, which then serves as its heartbeat. `token`
-    is a random number that tells this incarnation from any other of the same number.
+    is a random number that distinguishes this incarnation from any other of the same number.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -59,7 +59,7 @@ class ProcessIdentity:
         A process of another pid namespace is invisible here, so its absence proves nothing: two
         containers of one host have the same boot id, and in each of them the run is process 1. A
         container that was restarted has a new namespace, so its former process is not provably
-        gone either. Only the heartbeat tells these cases apart: `RunOwnership.wait_until_free`.
+        gone either. Only the heartbeat distinguishes these cases: `RunOwnership.wait_until_free`.
         The kernel reuses a namespace's number only after all of its processes have ended.
         """
         here = ProcessIdentity.of(os.getpid())

@@ -15,7 +15,7 @@ USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, s
 
 
 class Decision(Enum):
-    """The last act of a task."""
+    """The possible decisions."""
 
     FINISH = "the run is finished"
     LEAVE_TO_LEADER = "another task of the job decides"
@@ -28,7 +28,7 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class TaskEnd:
-    """How a task's rank, or torchrun's agent, ended.
+    """The end of a task's rank, or of torchrun's agent.
 
     `exit_code` is negative for the signal that killed it. `signal` is the first one that the task
     received. `outcome` is that of this start of the run, None where it recorded none.

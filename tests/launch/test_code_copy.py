@@ -14,13 +14,18 @@ import yaml
 
 import harness
 import launch
+from harness.config.loading import load_config
 from harness.errors import UserError
 from harness.runs.environment import code_commit, code_digest
 from launch.__main__ import main
+from launch.cluster_file import load_cluster
 from launch.records import read_records
+from launch.run_spec import RunSpec
+from launch.slurm.backend import make_executor
 from launch.slurm.code_copy import CodeCopy
 from launch.slurm.job_step import Task
 from tests.conftest import free_port
+from tests.packages import install_page
 
 TASK = Task((), "run", "run.log", "srun", 1, 1, 0, {})
 
@@ -155,3 +160,21 @@ def test_freeze_false_starts_the_code_that_is_there_by_then(submitted, tmp_path)
     assert f"{sys.executable} -u -m submitit.core._submit" in script
     assert read_records(tmp_path / "runs" / "small")["small"].code is None
     assert not list((tmp_path / "runs" / "small.slurm").glob("code-*"))
+
+
+def test_a_jobs_copy_contains_the_plug_ins_of_its_runs(small, tmp_path, monkeypatch):
+    install_page("networks.md", tmp_path / "site", monkeypatch)
+    install_page("loggers.md", tmp_path / "site", monkeypatch)
+    (tmp_path / "cluster.yaml").write_text(
+        f"folder: {tmp_path}\nnodes: 1\ngpus_per_node: 1\ncpus_per_gpu: 1\ntimeout_min: 9\n"
+    )
+    cluster = load_cluster(tmp_path / "cluster.yaml")
+
+    def files_for(*overrides):
+        run = RunSpec("run", tmp_path / "run", load_config(small(), overrides))
+        executor = make_executor(cluster, tmp_path / "run", [run], (), None)
+        return set(executor.code.files)
+
+    own = {"small_convnets.py", "csv_logger.py"}
+    assert not files_for() & own
+    assert files_for("model.name=convnet2", "model.width=null", "run.loggers=[csv]") >= own

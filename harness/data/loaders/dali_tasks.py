@@ -22,7 +22,10 @@ from harness.errors import UserError
 # The share of the images that a GPU's JPEG engine, where there is one, decodes if it can: all. With
 # less, an image's decoder, and so its pixels, would depend on the batch that contains it.
 HARDWARE_LOAD = 1.0
-DEVICE_PADDING, HOST_PADDING = 16 * 2**20, 8 * 2**20  # bytes a thread; more where an image needs it
+DEVICE_PADDING, HOST_PADDING = (
+    16 * 2**20,
+    8 * 2**20,
+)  # bytes per thread; more where an image needs it
 
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 PNG_START, PNG_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24

@@ -20,7 +20,7 @@ from harness.data.sources.source import ImageSource
 
 
 class MemoryLoader:
-    """Decodes all images first, then renders the reference loader's batches, bit by bit.
+    """Decodes all images first, then renders the reference loader's batches, bit for bit.
 
     A thread keeps a few batches ready. Raises BadImageError at construction: for training images
     with data.on_bad_image: fail, for validation images always.

@@ -1,4 +1,4 @@
-"""Digests that identify a data set, one a class, and the first difference of two data sets."""
+"""Digests that identify a data set, one per class, and the first difference of two data sets."""
 
 from __future__ import annotations
 
