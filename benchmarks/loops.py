@@ -105,17 +105,19 @@ def harness_loop(
     names, labels, sizes = (np.zeros(images, dtype) for dtype in ("S1", np.int64, np.int32))
     index = FolderSource(Path("none"), ("none",), names, labels, sizes, sizes)
     cuda = device.type == "cuda"
-    feed = BatchPlan(config, index, index, 0, 1, int(config.run.micro_batch), channels_last=cuda)
+    batch_plan = BatchPlan(
+        config, index, index, 0, 1, int(config.run.micro_batch), channels_last=cuda
+    )
     with tempfile.TemporaryDirectory() as name, Watchdog(world, 300.0, stop) as watchdog:
         folder = RunFolder(Path(name) / "run")
         folder.open(config, {})
         profile = Profile(0, world, None, folder.path)
         replica = Replica(config, model, world, (watchdog, profile))
-        graphs = tune_cuda_graphs(replica, feed.sizes, None, watchdog)
-        step = Step(config, replica, feed.micro_batches)
+        graphs = tune_cuda_graphs(replica, batch_plan.sizes, None, watchdog)
+        step = Step(config, replica, batch_plan.micro_batches)
         folder.write_status(State.RUNNING)
         ways = Given(batches), None, stop, watchdog, profile
-        run = Run(config, world, folder, step, feed, *ways, graphs=graphs)
+        run = Run(config, world, folder, step, batch_plan, *ways, graphs=graphs)
         with closing(run), folder.heartbeat(print), suppress(StopIteration):
             run_steps(run)  # until the batches end
 

@@ -85,9 +85,9 @@ def job_config(images: int, batch: int) -> Config:
 def ours(job: Job, name: str, cuda: bool = False) -> Iterator[Iterator[Tensor]]:
     """Yield batches through the batch plan, as in training."""
     config, index = job_config(len(job.paths), job.batch), job_index(job.paths)
-    feed = BatchPlan(config, index, index, 0, 1, job.batch, channels_last=True)
+    batch_plan = BatchPlan(config, index, index, 0, 1, job.batch, channels_last=True)
     try:
-        loader = open_loader(config, feed, name, job.cores, device_is_cuda=cuda)
+        loader = open_loader(config, batch_plan, name, job.cores, device_is_cuda=cuda)
     except ImportError as error:
         raise Unavailable(f"DALI is not installed ({error}): {DALI}") from None
     try:

@@ -73,8 +73,8 @@ def rank_memory(root: Path) -> dict[str, float]:
     train, val = open_folder(root, "train"), open_folder(root, "val")
     load_s = time.perf_counter() - start_s
     index_mb = resident_mb("VmRSS") - before_mb
-    feed = BatchPlan(config, train, val, 0, *CASES[0], channels_last=True)
-    for _ in feed.training(config.steps_per_epoch - 2):
+    batch_plan = BatchPlan(config, train, val, 0, *CASES[0], channels_last=True)
+    for _ in batch_plan.training(config.steps_per_epoch - 2):
         pass
     return {
         "load_s": load_s,
@@ -115,9 +115,9 @@ def longest_stall_ms(beside: Callable[[], object]) -> float:
 def waits_ms(train: FolderSource, val: FolderSource, ranks: int, micro_batch: int) -> list[float]:
     """Return the milliseconds that requests around an epoch's end wait, made at a rank's pace."""
     config = paper_config()
-    feed = BatchPlan(config, train, val, 0, ranks, micro_batch, channels_last=True)
-    before = REQUESTS // 2 // len(feed.micro_batches)  # steps
-    requests, waits = feed.training(config.steps_per_epoch - before), []
+    batch_plan = BatchPlan(config, train, val, 0, ranks, micro_batch, channels_last=True)
+    before = REQUESTS // 2 // len(batch_plan.micro_batches)  # steps
+    requests, waits = batch_plan.training(config.steps_per_epoch - before), []
     next(requests)  # a run waits for its first permutation
     for _ in range(REQUESTS):
         start_s = time.perf_counter()

@@ -77,7 +77,7 @@ def all_shards(epochs: int, images: int) -> list[Shard]:
 
 
 def identify(
-    config: Config, feed: BatchPlan, teacher: Teacher, top: int | None
+    config: Config, batch_plan: BatchPlan, teacher: Teacher, top: int | None
 ) -> dict[str, object]:
     """Return everything that the rows of a cache depend on; a cache is valid if all of it is equal.
 
@@ -88,8 +88,8 @@ def identify(
     return {
         "format": FORMAT_VERSION,
         "seed": config.seed,
-        "images": len(feed.train),
-        "index": feed.train.checksum(),
+        "images": len(batch_plan.train),
+        "index": batch_plan.train.checksum(),
         "crop": data.crop,
         "crop_area": list(data.crop_area),
         "crop_ratio": list(data.crop_ratio),
@@ -105,11 +105,11 @@ class _Sweep(BatchPlan):
     """A plan with every image of `shards`, by id, on this rank."""
 
     def __init__(
-        self, shards: Sequence[Shard], feed: BatchPlan, world: World, channels_last: bool
+        self, shards: Sequence[Shard], batch_plan: BatchPlan, world: World, channels_last: bool
     ) -> None:
         ranks = world.rank, world.world_size
-        images = feed.config, feed.train, feed.val
-        super().__init__(*images, *ranks, feed.micro_batch, channels_last)
+        images = batch_plan.config, batch_plan.train, batch_plan.val
+        super().__init__(*images, *ranks, batch_plan.micro_batch, channels_last)
         self.shards = shards
 
     def training(self, first_step: int) -> Iterator[TrainBatchSpec]:
@@ -122,7 +122,7 @@ class _Sweep(BatchPlan):
 
 
 def write_cache(
-    config: Config, feed: BatchPlan, world: World, epochs: int, dtype: str, top: int | None
+    config: Config, batch_plan: BatchPlan, world: World, epochs: int, dtype: str, top: int | None
 ) -> Path:
     """Compute the logits of E = `epochs` crop epochs on all ranks; return the cache's folder.
 
@@ -131,25 +131,26 @@ def write_cache(
     """
     assert config.distill is not None and config.distill.cache is not None
     folder, rows = Path(config.distill.cache), Rows(config.data.classes, dtype, top)
-    shards = all_shards(epochs, len(feed.train))
-    size_mb = epochs * len(feed.train) * rows.type.itemsize / 1e6
+    shards = all_shards(epochs, len(batch_plan.train))
+    size_mb = epochs * len(batch_plan.train) * rows.type.itemsize / 1e6
     cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
     timeout_s = config.run.hang_timeout_s
     with ExitStack() as opened:
         with roll_call(timeout_s, StopRequest()) as call:
-            teacher = load_teacher(config, feed.train.classes)
-            plan = identify(config, feed, teacher, top) | asdict(rows) | {"epochs": epochs}
+            teacher = load_teacher(config, batch_plan.train.classes)
+            plan = identify(config, batch_plan, teacher, top) | asdict(rows) | {"epochs": epochs}
             plan["loader"] = config.run.loader
-            plan["class_digests"] = feed.train.class_digests()
+            plan["class_digests"] = batch_plan.train.class_digests()
             if world.rank == 0:
-                print(f"{folder}: {epochs} epochs of {len(feed.train):,} images, {size_mb:,.1f} MB")
-                _begin(folder, plan, size_mb, feed.train)
+                images = len(batch_plan.train)
+                print(f"{folder}: {epochs} epochs of {images:,} images, {size_mb:,.1f} MB")
+                _begin(folder, plan, size_mb, batch_plan.train)
             missing = [shard for shard in shards if not _sum_file(folder, shard).exists()]
             own = missing[world.rank :: world.world_size]
-            sweep = _Sweep(own, feed, world, cuda)
+            sweep = _Sweep(own, batch_plan, world, cuda)
             loader = open_loader(config, sweep, config.run.loader, threads, cuda)
             opened.enter_context(closing(loader))
-            call.present(config, world, feed, folder, teacher.identity)
+            call.present(config, world, batch_plan, folder, teacher.identity)
         control = opened.enter_context(process_group(world, call.store, timeout_s))
         teacher.to(world.device)
         evaluation = teacher.evaluate(loader.evaluate)
@@ -269,7 +270,7 @@ class CachedTeacher:
         return self._evaluation
 
 
-def open_teacher(config: Config, feed: BatchPlan, world: World) -> AnyTeacher | None:
+def open_teacher(config: Config, batch_plan: BatchPlan, world: World) -> AnyTeacher | None:
     """Return the teacher of `config`: None, live, or cached where distill.cache is set.
 
     Raises UserError for an unusable teacher, and for a cache that is damaged or was made with
@@ -277,14 +278,14 @@ def open_teacher(config: Config, feed: BatchPlan, world: World) -> AnyTeacher | 
     """
     if config.distill is None:
         return None
-    teacher = load_teacher(config, feed.train.classes)
+    teacher = load_teacher(config, batch_plan.train.classes)
     if config.distill.cache is None:
         return teacher
     folder = Path(config.distill.cache)
     manifest = read_manifest(folder)
-    _check_data(f"distill.cache: {folder}", manifest, feed.train)
+    _check_data(f"distill.cache: {folder}", manifest, batch_plan.train)
     recorded: Mapping[str, object] = manifest
-    for key, here in identify(config, feed, teacher, manifest["top"]).items():
+    for key, here in identify(config, batch_plan, teacher, manifest["top"]).items():
         if (there := recorded.get(key, "not recorded")) != here:
             raise UserError(
                 f"distill.cache: {folder}: is of another {key} ({there}, here {here}); {MAKE_AGAIN}"

@@ -134,10 +134,12 @@ def evaluate_trained(trained: TrainedModel, predictions: Path | None = None) -> 
     set_precision(config.run.precision)
     val = load_validation(trained)
     channels_last = world.device.type == "cuda"
-    feed = BatchPlan(config, val.first(0), val, 0, 1, config.recipe.worker_batch, channels_last)
+    batch_plan = BatchPlan(
+        config, val.first(0), val, 0, 1, config.recipe.worker_batch, channels_last
+    )
     threads = resolve_threads(config.run.loader_threads, local_ranks=1)
     name = resolve_loader(config.run.loader, world.rank)
-    loader = open_loader(config, feed, name, threads, channels_last)
+    loader = open_loader(config, batch_plan, name, threads, channels_last)
     dtype = master_dtype(config.run.precision)
     rows: list[tuple[str, str, str]] = []
 

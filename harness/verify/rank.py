@@ -70,7 +70,7 @@ class Rank:
     request: Request
     config: Config
     world: World
-    feed: BatchPlan
+    batch_plan: BatchPlan
     loader: Loader
     control: dist.ProcessGroup | None
     stopping: StopRequest
@@ -89,7 +89,7 @@ class Rank:
         step = self._step("float64")
         self.results["recipes"] = self._gather(recipe_digests(self.config))
         channels_last = self.world.device.type == "cuda"
-        fed = FedImages(self.feed, self.config, self.request.steps, channels_last)
+        fed = FedImages(self.batch_plan, self.config, self.request.steps, channels_last)
         self._run(step, 0, fed.watch(self.loader.train(0)), "float64")
         self.results["fed"] = fed.over_ranks(self.control)
         self._evaluate(step)
@@ -98,7 +98,7 @@ class Rank:
         """Record the counts, and how often each validation image (V,) was evaluated."""
         self._show_progress("evaluation")
         counted = np.zeros(self.config.data.val_images, dtype=np.int64)
-        with global_running_statistics(step.network, self.feed.share):
+        with global_running_statistics(step.network, self.batch_plan.share):
             batches = self.watchdog.watch(self.loader.evaluate(), lambda: 0, Phase.EVALUATING)
             config = in_precision(self.config, "float64")
             count = lambda batch, _: np.add.at(counted, batch.ids.cpu().numpy(), 1)  # noqa: E731
@@ -161,8 +161,8 @@ class Rank:
         checkpoint = broadcast_from_rank0(checkpoint, self.control)
         start = START
         if checkpoint is not None:
-            start = restore(checkpoint, step, self.feed, None, self.control)
-        ways = self.feed, loader, self.control, self.stopping, self.watchdog
+            start = restore(checkpoint, step, self.batch_plan, None, self.control)
+        ways = self.batch_plan, loader, self.control, self.stopping, self.watchdog
         profile = Profile(0, self.world, self.control, folder.path)
         # ranks agree after every step, so the stop falls in mid-epoch
         return Run(config, self.world, folder, step, *ways, profile, start, ask_every_s=0.0)
@@ -171,7 +171,7 @@ class Rank:
         """Return the micro-batch at which this rank receives the signal; None but on the last."""
         if self.world.rank < self.world.world_size - 1:
             return None
-        return self.request.stop_at * len(self.feed.micro_batches)
+        return self.request.stop_at * len(self.batch_plan.micro_batches)
 
     def _step(self, precision: str, known_logits: bool = False) -> Step:
         """Build the config's model and optimizer as before step 0."""
@@ -182,7 +182,7 @@ class Rank:
             model = KnownLogits(model, config.data.classes)
         model = on_device(model, config, self.world.device)
         replica = Replica(config, model, self.world, [self.watchdog])
-        return Step(config, replica, self.feed.micro_batches)
+        return Step(config, replica, self.batch_plan.micro_batches)
 
     def _one_step(self, step: Step, number: int, batches: Iterator[Batch]) -> float:
         """Make step `number`; return its loss over all ranks."""
@@ -197,7 +197,7 @@ class Rank:
             self._show_progress(f"{what} step {number + 1} of {self.request.steps}")
             losses.append(self._one_step(step, number, batches))
         self.results["losses"] = losses
-        self.results["state"] = global_state(step, self.feed.share)
+        self.results["state"] = global_state(step, self.batch_plan.share)
 
     def _single_steps(self, precision: str) -> list[StepResult]:
         """Make each of the steps from equal weights."""
@@ -207,7 +207,7 @@ class Rank:
             self._show_progress(f"{precision} step {number} from equal weights")
             step.load_state_dict(torch.load(self._state_file(number), map_location="cpu"))
             loss = self._one_step(step, number, self.loader.train(number))
-            statistics = global_state(step, self.feed.share)["running statistics"].values()
+            statistics = global_state(step, self.batch_plan.share)["running statistics"].values()
             found.append(
                 {
                     "gradient": gradients.pop().cpu(),
@@ -272,16 +272,16 @@ def carry_out(folder: Path, request: Request, config: Config) -> None:
             world = world_from_environment(config.run.device)
             # an error on one rank ends all. No card is presented: verify itself compares the
             # ranks' configs and shows the result in its own lines
-            feed, config = prepare(config, world)
-            feed = feed.with_val_images(request.val_images)
-            config = feed.config
+            batch_plan, config = prepare(config, world)
+            batch_plan = batch_plan.with_val_images(request.val_images)
+            config = batch_plan.config
             cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
-            loader = open_loader(config, feed, config.run.loader, threads, cuda)
+            loader = open_loader(config, batch_plan, config.run.loader, threads, cuda)
             opened.enter_context(closing(loader))
         watchdog = opened.enter_context(Watchdog(world, timeout_s, stopping))
         control = opened.enter_context(join(world, call.store, timeout_s))
         watchdog.join_ranks()
-        rank = Rank(folder, request, config, world, feed, loader, control, stopping, watchdog)
+        rank = Rank(folder, request, config, world, batch_plan, loader, control, stopping, watchdog)
         for task in request.tasks:
             getattr(rank, task)()
         if world.rank == 0:

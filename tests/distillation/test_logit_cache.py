@@ -112,10 +112,10 @@ def test_a_student_of_the_cache_is_that_of_the_live_teacher(student, cache, tmp_
 
 def test_the_crops_of_a_cache_come_again_in_another_order(student, cache):
     path = student(precision="float64", cache=str(cache), changes=FLOAT64)
-    feed, config = prepare(load_config(path), world_from_environment("cpu"))
-    windows = next(feed.training(10))  # the first step of epoch 2, the third, of 5 steps each
+    batch_plan, config = prepare(load_config(path), world_from_environment("cpu"))
+    windows = next(batch_plan.training(10))  # the first step of epoch 2, the third, of 5 steps each
     assert sorted(windows.ids) == sorted(permutation(1, 2, 1437)[:256])
-    sizes = feed.train.heights[windows.ids], feed.train.widths[windows.ids]
+    sizes = batch_plan.train.heights[windows.ids], batch_plan.train.widths[windows.ids]
     expected = crops(1, 0, windows.ids, *sizes, config.data)
     for side in ("top", "left", "height", "width"):
         assert getattr(windows, side).tolist() == getattr(expected, side).tolist()
@@ -131,9 +131,9 @@ def test_float16_and_the_largest_lose_so_much(student, cache, tmp_path, options,
     for folder in (cache, small):
         config = load_config(path, [f"distill.cache={folder}"])
         world = world_from_environment("cpu")
-        feed, config = prepare(config, world)
-        loader = open_loader(config, feed, "memory", 0, False)
-        logits.append(open_teacher(config, feed, world)(0, next(loader.train(0))))
+        batch_plan, config = prepare(config, world)
+        loader = open_loader(config, batch_plan, "memory", 0, False)
+        logits.append(open_teacher(config, batch_plan, world)(0, next(loader.train(0))))
         loader.close()
     full, less = (x.topk(kept).values for x in logits)
     # 11 bits of logits below 32: half of 2^-6
@@ -201,9 +201,9 @@ def test_the_largest_serve_their_own_temperature_and_all_logits_any(
     top = tmp_path / "top"
     path = student(precision="float64", cache=str(top), temperature=2.0, changes=FLOAT64)
     assert main(["cache", str(path), "--epochs", "1", "--top", "3"]) == 0
-    feed, config = prepare(load_config(path), world_from_environment("cpu"))
+    batch_plan, config = prepare(load_config(path), world_from_environment("cpu"))
     world = world_from_environment("cpu")
-    assert open_teacher(config, feed, world) is not None
+    assert open_teacher(config, batch_plan, world) is not None
     line = one_line(capsys, "train", path, "distill.temperature=4.0")
     assert "is of another temperature (2.0, here 4.0); make it again with `harness cache`" in line
     manifest = json.loads((top / "manifest.json").read_text())
@@ -213,7 +213,7 @@ def test_the_largest_serve_their_own_temperature_and_all_logits_any(
     assert "of another temperature (not recorded, here 2.0); make it again with `harness" in line
     for temperature in (1.0, 20.0):
         overrides = [f"distill.cache={cache}", f"distill.temperature={temperature}"]
-        assert open_teacher(load_config(path, overrides), feed, world) is not None
+        assert open_teacher(load_config(path, overrides), batch_plan, world) is not None
 
 
 def test_a_cache_of_another_teacher_is_refused(student, own_cache, capsys):

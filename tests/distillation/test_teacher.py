@@ -60,11 +60,11 @@ def test_the_teachers_own_error_is_logged_first(teacher, student, tmp_path, caps
 def first_logits(config, path):
     """What the teacher makes of the first micro-batch of a run, and that batch."""
     world = world_from_environment("cpu")
-    feed, config = prepare(config, world)
-    loader = open_loader(config, feed, "memory", 0, False)
+    batch_plan, config = prepare(config, world)
+    loader = open_loader(config, batch_plan, "memory", 0, False)
     batch = next(loader.train(0))
     loader.close()
-    network = load_teacher(config, feed.train.classes)
+    network = load_teacher(config, batch_plan.train.classes)
     return network, batch, network(0, batch)
 
 
@@ -106,11 +106,11 @@ def test_it_sees_the_students_crop_in_evaluation_mode_normalised_as_it_was_train
     # and it is still so, and none of its statistics moved, after steps and an evaluation
     before = copy.deepcopy(network.network.state_dict())
     world = world_from_environment("cpu")
-    feed, config = prepare(config, world)
-    loader = open_loader(config, feed, "memory", 0, False)
+    batch_plan, config = prepare(config, world)
+    loader = open_loader(config, batch_plan, "memory", 0, False)
     student_model = load_trained(teacher).model
     replica = Replica(config, student_model, world)
-    step = Step(config, replica, feed.micro_batches, build_objective(config, network))
+    step = Step(config, replica, batch_plan.micro_batches, build_objective(config, network))
     batches = loader.train(0)
     for number in range(2):
         step(number, batches)

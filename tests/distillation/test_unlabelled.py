@@ -50,24 +50,24 @@ def test_their_ids_follow_the_labelled_ones(config, tenth):
 
 
 def test_the_sampling_runs_over_all_of_them(config):
-    feed, config = prepare(config(), world_from_environment("cpu"))
+    batch_plan, config = prepare(config(), world_from_environment("cpu"))
     assert config.steps_per_epoch == 1437 // 256  # N / kn, not labelled / kn
-    assert feed.step_ids(0).tolist() == permutation(1, 0, 1437)[:256].tolist()
+    assert batch_plan.step_ids(0).tolist() == permutation(1, 0, 1437)[:256].tolist()
 
 
 @pytest.mark.parametrize("name", ["memory", "reference", "dali"])
 def test_every_loader_brings_them(config, tenth, name):
     if name == "dali":
         pytest.importorskip("nvidia.dali")
-    feed, config = prepare(config("run.loader_threads=0"), world_from_environment("cpu"))
-    loader = open_loader(config, feed, name, 0, False)
+    batch_plan, config = prepare(config("run.loader_threads=0"), world_from_environment("cpu"))
+    loader = open_loader(config, batch_plan, name, 0, False)
     batch = next(loader.train(0))
     loader.close()
     ids = batch.ids.numpy()
     assert sorted(ids) == sorted(permutation(1, 0, 1437)[:256])
-    assert batch.labels.tolist() == feed.train.labels[ids].tolist()
+    assert batch.labels.tolist() == batch_plan.train.labels[ids].tolist()
     assert ((batch.labels == -1).numpy() == (ids >= 143)).all()
-    loader = open_loader(config, feed, "memory", 0, False)
+    loader = open_loader(config, batch_plan, "memory", 0, False)
     difference = next(loader.train(0)).images.int() - batch.images.int()
     loader.close()
     assert difference.abs().float().mean() <= (1.0 if name == "dali" else 0.0)
