@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -76,7 +76,7 @@ def _add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
 def _submit(options: argparse.Namespace) -> int:
     from launch.cluster_file import check_environment, load_cluster, with_cluster
     from launch.run_spec import teachers_of, with_teachers
-    from launch.status import follow
+    from launch.status import active_record, follow
 
     cluster = load_cluster(options.cluster, options.nodes)
     check_environment(cluster, options.cluster)
@@ -87,42 +87,41 @@ def _submit(options: argparse.Namespace) -> int:
         run = replace(run, name=options.out.name, run=options.out)
     chain = [*teachers_of([run]), run]
     _show_whole_plans(chain, cluster, to=_beside(options))
-    submitted = _submit_each(cluster, chain, options.dry_run)
-    if run.run in submitted.active:
-        job = submitted.active[run.run].job_id
-        raise UserError(f"{run.run}: job {job} has it already: {_status_of(run.run)}")
-    return follow(submitted.new) if options.wait and submitted.new else FINISHED
+    if not run.is_finished() and (has := active_record(run.run, run.name, cluster.backend)):
+        raise UserError(f"{run.run}: job {has.job_id} has it already: {_status_of(run.run)}")
+    records, _ = _submit_each(cluster, chain, options.dry_run)
+    return follow(records) if options.wait and records else FINISHED
 
 
-@dataclass
-class _Submitted:
-    """The records of runs that were submitted now, and of those that had a job before."""
+def _submit_each(
+    cluster: Cluster, runs: Sequence[RunSpec], dry_run: bool
+) -> tuple[list[Record], dict[Path, Record]]:
+    """Submit a job for each run, after its teacher's, unless it is finished or has a job.
 
-    new: list[Record] = field(default_factory=list)
-    active: dict[Path, Record] = field(default_factory=dict)
-
-
-def _submit_each(cluster: Cluster, runs: Sequence[RunSpec], dry_run: bool) -> _Submitted:
-    """Submit a job for each run, after its teacher's, unless it is finished or has a job."""
+    Return the records of the new jobs, and those of all runs that have not finished.
+    """
+    from launch.backend import Request
     from launch.registry import find_backend
     from launch.status import active_record
 
-    backend, found = find_backend(cluster.backend), _Submitted()
-    jobs: dict[Path, Record] = {}  # of the runs that have not finished
+    backend = find_backend(cluster.backend)
+    records: list[Record] = []
+    jobs: dict[Path, Record] = {}
     for run in runs:
         after = [jobs[run.teacher.run]] if run.teacher and run.teacher.run in jobs else []
+        request = Request(cluster, run.run, [run], after)
         if run.is_finished():
             print(f"finished already: {run.run}")
         elif record := active_record(run.run, run.name, cluster.backend):
-            found.active[run.run] = jobs[run.run] = record
+            jobs[run.run] = record
         elif dry_run:
-            print(backend.preview(cluster, run.run, [run], after))
+            print(backend.preview(request))
             jobs[run.run] = Record(run.name, str(run.run), "", "", f"JOB_OF_{run.name}", 0)
         else:
-            (jobs[run.run],) = backend.submit(cluster, run.run, [run], after).records
-            found.new.append(jobs[run.run])
-            print(_describe(jobs[run.run]), flush=True)
-    return found
+            records += backend.submit(request).records
+            jobs[run.run] = records[-1]
+            print(_describe(records[-1]), flush=True)
+    return records, jobs
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -132,6 +131,7 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _study_here(options: argparse.Namespace) -> int:
+    from launch.backend import Request
     from launch.records import LOCAL
     from launch.registry import find_backend
     from launch.run_spec import teachers_of
@@ -151,11 +151,13 @@ def _study_here(options: argparse.Namespace) -> int:
     if options.dry_run or not waiting:
         return FINISHED
     print(f"states: {_status_of(folder)}", flush=True)
-    submission = find_backend(LOCAL).submit(None, folder, runs, at_once=options.at_once)
+    request = Request(None, folder, runs, at_once=options.at_once)
+    submission = find_backend(LOCAL).submit(request)
     return FINISHED if submission.exit_code is None else submission.exit_code
 
 
 def _study_on_cluster(options: argparse.Namespace) -> int:
+    from launch.backend import Request
     from launch.cluster_file import check_environment, load_cluster
     from launch.registry import find_backend
     from launch.run_spec import teachers_of
@@ -178,12 +180,12 @@ def _study_on_cluster(options: argparse.Namespace) -> int:
     if not runs:
         print(f"nothing to submit: every run is finished or has a job; {_status_of(folder)}")
         return FINISHED
-    submitted = _submit_each(cluster, teachers_of(runs), options.dry_run)
-    after = [*submitted.active.values(), *submitted.new]
+    _, jobs = _submit_each(cluster, teachers_of(runs), options.dry_run)
+    request = Request(cluster, folder, runs, [*jobs.values()], options.at_once)
     if options.dry_run:
-        print(backend.preview(cluster, folder, runs, after, options.at_once))
+        print(backend.preview(request))
         return FINISHED
-    records = backend.submit(cluster, folder, runs, after, options.at_once).records
+    records = backend.submit(request).records
     job = records[0].job_id.split("_")[0]
     print(f"job {job}: {len(records)} runs, in {folder}\nlogs in {Path(records[0].log).parent}")
     print(f"states: {_status_of(folder)}", flush=True)

@@ -44,6 +44,22 @@ class RunState:
 
 
 @dataclass(frozen=True)
+class Request:
+    """Runs to be started.
+
+    `cluster` is the cluster file; only runs on this machine have none. `target` is a run folder or
+    a study's folder, which `runs` belong to. `after` are the runs that must have finished first.
+    `at_once` is how many may run together, None leaving it to the launcher.
+    """
+
+    cluster: Cluster | None
+    target: Path
+    runs: Sequence[RunSpec]
+    after: Sequence[Record] = ()
+    at_once: int | None = None
+
+
+@dataclass(frozen=True)
 class Submission:
     """The records of the runs that were started.
 
@@ -57,30 +73,11 @@ class Submission:
 class Backend(Protocol):
     """A launcher; docs/launchers.md has a complete example. It is constructed without arguments."""
 
-    def submit(
-        self,
-        cluster: Cluster | None,
-        target: Path,
-        runs: Sequence[RunSpec],
-        after: Sequence[Record] = (),
-        at_once: int | None = None,
-    ) -> Submission:
-        """Start the runs of `target`, a run folder or a study's folder, and write their records.
-
-        `cluster` is the cluster file; only runs on this machine have none. `after`: the runs that
-        must have finished first. `at_once`: how many may run together. Raises UserError where the
-        runs cannot be started.
-        """
+    def submit(self, request: Request) -> Submission:
+        """Start the runs and write their records. Raises UserError where that is impossible."""
         ...
 
-    def preview(
-        self,
-        cluster: Cluster | None,
-        target: Path,
-        runs: Sequence[RunSpec],
-        after: Sequence[Record] = (),
-        at_once: int | None = None,
-    ) -> str:
+    def preview(self, request: Request) -> str:
         """Return what `submit` would start, for --dry-run, without writing anything."""
         ...
 

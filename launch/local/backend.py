@@ -5,48 +5,31 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.outcome import State, recorded_state
-from launch.backend import RunState, Stage, Submission
-from launch.cluster_file import Cluster
+from launch.backend import Request, RunState, Stage, Submission
 from launch.local.study import LocalStudy, devices_here
 from launch.records import LOCAL, Record, read_records, read_status
-from launch.run_spec import RunSpec
 
 
 class LocalBackend:
     """Runs on this machine, under the command that starts them."""
 
-    def submit(
-        self,
-        cluster: Cluster | None,
-        target: Path,
-        runs: Sequence[RunSpec],
-        after: Sequence[Record] = (),
-        at_once: int | None = None,
-    ) -> Submission:
+    def submit(self, request: Request) -> Submission:
         """Run everything to its end, or until a signal; runs wait for their teachers by themselves.
 
         There is no cluster file.
         """
-        study = LocalStudy(target, runs, devices_here(runs, at_once))
-        code = study.run()
-        return Submission([*read_records(target, LOCAL).values()], code)
+        devices = devices_here(request.runs, request.at_once)
+        code = LocalStudy(request.target, request.runs, devices).run()
+        return Submission([*read_records(request.target, LOCAL).values()], code)
 
-    def preview(
-        self,
-        cluster: Cluster | None,
-        target: Path,
-        runs: Sequence[RunSpec],
-        after: Sequence[Record] = (),
-        at_once: int | None = None,
-    ) -> str:
+    def preview(self, request: Request) -> str:
         """Return the names of the runs that have not finished."""
-        return "\n".join(run.name for run in runs if not run.is_finished())
+        return "\n".join(run.name for run in request.runs if not run.is_finished())
 
     def state(self, record: Record) -> RunState | None:
         """Return whether the run is yet to start, or its process lives."""

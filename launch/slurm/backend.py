@@ -1,109 +1,30 @@
-"""SLURM as a launcher, through submitit."""
+"""SLURM as a launcher."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
-import shlex
-import shutil
-import signal
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-
-import submitit
-from submitit.core.utils import FailedJobError
 
 from harness.errors import FINISHED, STOPPED, UserError
 from harness.outcome import State, recorded_state
-from harness.plug_ins import all_modules
-from launch.backend import RunState, Stage, Submission
-from launch.cluster_file import Cluster
-from launch.records import Record, read_status, records_folder, write_records
-from launch.run_spec import FrozenRun, RunSpec
-from launch.slurm.code_copy import CodeCopy
-from launch.slurm.job_step import Task
+from launch.backend import Request, RunState, Stage, Submission
+from launch.records import Record, read_status
 from launch.slurm.scontrol import CANNOT_WRITE, WAITING, Job, cancel, find_job
-
-SIGNAL_DELAY_S = 60  # from USR2 to the time limit; SLURM may be some seconds late
-SAID = re.compile(r"^sbatch: (error: )?(Batch job submission failed: )?")
-SBATCH_PATIENCE_S = 30  # sbatch itself tries for two minutes where the queue is full
-
-
-class Executor(submitit.SlurmExecutor):
-    """submitit's executor, which can write its script without SLURM, too (--dry-run).
-
-    `code` is the copy of the code that the jobs start from.
-    """
-
-    def __init__(self, folder: Path, max_num_timeout: int, code: CodeCopy | None) -> None:
-        super().__init__(folder, max_num_timeout=max_num_timeout)
-        self.code = code
-
-    @property
-    def _submitit_command_str(self) -> str:
-        if self.code is None:
-            return super()._submitit_command_str
-        words = [sys.executable, "-u", self.code.folder, "submitit.core._submit", self.folder]
-        return shlex.join(map(str, words))
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-    def script(self, runs: int = 1) -> str:
-        """Return the script for sbatch; an array where the runs are several."""
-        if runs > 1:
-            self.parameters["map_count"] = runs
-        return self._make_submission_file_text(self._submitit_command_str, "")
 
 
 class SlurmBackend:
-    """Submits runs through submitit; a study is an array."""
+    """Submits runs as jobs; a study is an array."""
 
-    def submit(
-        self,
-        cluster: Cluster | None,
-        target: Path,
-        runs: Sequence[RunSpec],
-        after: Sequence[Record] = (),
-        at_once: int | None = None,
-    ) -> Submission:
+    def submit(self, request: Request) -> Submission:
         """Submit the runs as one job, or as one array where they are several."""
-        assert cluster is not None
-        if shutil.which("sbatch") is None:
-            raise UserError("sbatch is not on PATH; submit from a login node (docs/cluster.md)")
-        executor = make_executor(cluster, target, runs, after, at_once)
-        if executor.code is not None:
-            executor.code.write()
-        code = str(executor.code.folder) if executor.code else None
-        frozen = [run.freeze(target, "slurm") for run in runs]
-        tasks = [_task(cluster, *pair, code) for pair in zip(runs, frozen, strict=True)]
-        with _whole(), _one_line_errors(), _patience():
-            jobs = executor.submit_array(tasks)
-            records = [
-                Record(
-                    *(run.name, str(run.run), str(files.config), str(files.log), job.job_id),
-                    *(cluster.requeues, _job_ids(after) or None, None, code),
-                )
-                for run, files, job in zip(runs, frozen, jobs, strict=True)
-            ]
-            write_records(target, records)
-        return Submission(records)
+        from launch.slurm.submission import submit  # imports PyTorch, which `status` does not need
 
-    def preview(
-        self,
-        cluster: Cluster | None,
-        target: Path,
-        runs: Sequence[RunSpec],
-        after: Sequence[Record] = (),
-        at_once: int | None = None,
-    ) -> str:
+        return submit(request)
+
+    def preview(self, request: Request) -> str:
         """Return the script for sbatch."""
-        assert cluster is not None
-        return make_executor(cluster, target, runs, after, at_once).script(len(runs))
+        from launch.slurm.submission import make_executor
+
+        return make_executor(request).script(len(request.runs))
 
     def state(self, record: Record) -> RunState | None:
         """Return what SLURM says of the run's job."""
@@ -142,115 +63,3 @@ def _why_cancelled(record: Record, job: Job) -> str:
     if record.after is not None and job.nodes in ("", "(null)"):
         return f"job {record.after}, which it waited for, did not succeed"
     return "by scancel; submit it again to resume"
-
-
-def make_executor(
-    cluster: Cluster,
-    target: Path,
-    runs: Sequence[RunSpec],
-    after: Sequence[Record],
-    at_once: int | None,
-) -> Executor:
-    """Return submitit's executor with everything set that the script for sbatch is made of."""
-    # Each job starts from a copy of the code, that of the packages that its runs use included.
-    plug_ins = {module for run in runs for module in all_modules(run.config)}
-    records = records_folder(target)
-    code = CodeCopy.of_this_code(records, tuple(sorted(plug_ins))) if cluster.freeze else None
-    # submitit's own limit never decides: the task counts the requeues
-    executor = Executor(records, max_num_timeout=max(cluster.requeues, 1), code=code)
-    executor.update_parameters(**_parameters(cluster, target, _job_ids(after), at_once))
-    return executor
-
-
-def _job_ids(after: Sequence[Record]) -> str:
-    return ":".join(record.job_id for record in after)
-
-
-def _parameters(
-    cluster: Cluster, target: Path, after: str, at_once: int | None
-) -> dict[str, object]:
-    # sbatch takes whole nodes as tasks, as a number of tasks would cap a range of nodes at its
-    # lower end; srun then starts a task per GPU, or an agent per node, which starts the ranks
-    tasks = 1 if cluster.launcher == "torchrun" else cluster.gpus_per_node
-    node_cpus = cluster.cpus_per_gpu * cluster.gpus_per_node
-    extra: dict[str, object] = {"nodes": cluster.nodes}
-    extra["requeue" if cluster.requeues else "no-requeue"] = True
-    if cluster.min_nodes < cluster.max_nodes:
-        extra["spread-job"] = True  # as many of them as are free
-    for option, value in (("partition", cluster.partition), ("account", cluster.account)):
-        if value is not None:
-            extra[option] = value
-    if after:
-        extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
-    options = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
-    parameters: dict[str, object] = {
-        "job_name": target.name,
-        "nodes": cluster.max_nodes,
-        "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": node_cpus,
-        "time": cluster.timeout_min,
-        "setup": list(cluster.setup),
-        "signal_delay_s": SIGNAL_DELAY_S,
-        "additional_parameters": extra | options,
-        "srun_args": [
-            *("--kill-on-bad-exit=1", f"--ntasks-per-node={tasks}"),
-            *(f"--cpus-per-task={node_cpus // tasks}", "--cpu-bind=cores"),
-        ],
-    }
-    if cluster.mem_gb is not None:
-        parameters["mem"] = f"{round(cluster.mem_gb * 1024)}M"
-    if at_once is not None:
-        parameters["array_parallelism"] = at_once
-    return parameters
-
-
-def _task(cluster: Cluster, run: RunSpec, frozen: FrozenRun, code: str | None) -> Task:
-    return Task(
-        arguments=frozen.arguments,
-        run=str(run.run.absolute()),
-        log=str(frozen.log),
-        launcher=cluster.launcher,
-        min_nodes=cluster.min_nodes,
-        gpus_per_node=cluster.gpus_per_node,
-        requeues=cluster.requeues,
-        environment={"OMP_NUM_THREADS": str(cluster.cpus_per_gpu)} | cluster.environment,
-        code=code,
-    )
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Raise sbatch's complaint as a UserError."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints it too
-            yield
-    except (FailedJobError, TimeoutError) as error:
-        if isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError):
-            silent = f"no answer in {SBATCH_PATIENCE_S} s: the queue is full, or slurmctld is away"
-            raise UserError(f"sbatch: {silent} (see squeue, scontrol ping)") from None
-        lines = [SAID.sub("", line) for line in str(error).splitlines()]
-        raise UserError(f"sbatch: {'; '.join(lines)}; nothing was submitted") from None
-
-
-@contextlib.contextmanager
-def _whole() -> Iterator[None]:
-    """Have Ctrl-C wait until accepted jobs are recorded, so that no job is without a record."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextlib.contextmanager
-def _patience() -> Iterator[None]:
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    previous = signal.signal(signal.SIGALRM, give_up)
-    timer = signal.setitimer(signal.ITIMER_REAL, SBATCH_PATIENCE_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)  # restore an outer one
-        signal.signal(signal.SIGALRM, previous)

@@ -18,12 +18,13 @@ from harness.config.loading import load_config
 from harness.errors import UserError
 from harness.runs.environment import code_commit, code_digest
 from launch.__main__ import main
+from launch.backend import Request
 from launch.cluster_file import load_cluster
 from launch.records import read_records
 from launch.run_spec import RunSpec
-from launch.slurm.backend import make_executor
 from launch.slurm.code_copy import CodeCopy
 from launch.slurm.job_step import Task
+from launch.slurm.submission import make_executor
 from tests.conftest import free_port
 from tests.packages import install_page
 
@@ -172,8 +173,7 @@ def test_a_jobs_copy_contains_the_plug_ins_of_its_runs(small, tmp_path, monkeypa
 
     def files_for(*overrides):
         run = RunSpec("run", tmp_path / "run", load_config(small(), overrides))
-        executor = make_executor(cluster, tmp_path / "run", [run], (), None)
-        return set(executor.code.files)
+        return set(make_executor(Request(cluster, tmp_path / "run", [run])).code.files)
 
     own = {"small_convnets.py", "csv_logger.py"}
     assert not files_for() & own

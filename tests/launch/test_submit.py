@@ -1,10 +1,14 @@
 """What is decided before the queue, without a SLURM; tests/cluster/ has the rest."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
 from launch.__main__ import main
 from launch.cluster_file import load_cluster, with_cluster
+from launch.records import Record
 
 CLUSTER = {
     "nodes": 2,
@@ -119,3 +123,33 @@ def test_a_begun_run_is_submitted_without_the_weights_that_it_started_from(
     checkpoints.mkdir(parents=True)
     (checkpoints / "checkpoint-001-00000005.pt").touch()
     assert "#SBATCH" in script(capsys, *words)
+
+
+def test_a_study_of_students_waits_for_their_teachers_in_a_dry_run_too(
+    small, student, cluster, tmp_path, capsys
+):
+    base = student(teacher=str(small("teacher.yaml", model__width=8)))
+    study = tmp_path / "study.yaml"
+    study.write_text(f"base: {base}\nseeds: [1, 2]\nvariants: {{base: {{set: {{}}}}}}\n")
+    assert main(["study", str(study), "--cluster", str(cluster()), "--dry-run"]) == 0
+    scripts = capsys.readouterr().out
+    assert scripts.count("#SBATCH --dependency=afterok:JOB_OF_teacher\n") == 1
+
+
+def test_a_run_that_has_a_job_is_refused_before_its_teacher_is_submitted(
+    student, cluster, capsys, monkeypatch
+):
+    def has_job(target, name, backend):
+        if name == "student":
+            return Record(name, str(target), "c.yaml", "run.log", "7", 3)
+        raise AssertionError(f"{name} was looked at")
+
+    monkeypatch.setattr("launch.status.active_record", has_job)
+    assert main(["submit", str(student()), "--cluster", str(cluster())]) == 2
+    assert "job 7 has it already" in capsys.readouterr().err
+
+
+def test_the_state_of_runs_is_told_without_importing_pytorch():
+    code = "import sys, launch.status, launch.slurm.backend, launch.local.backend\n"
+    code += "sys.exit('torch' in sys.modules or 'submitit' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
