@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
+from harness.config.errors import ConfigError
 from harness.errors import UserError
 
 
@@ -21,3 +22,15 @@ def load(point: EntryPoint, key: str) -> object:
         raise UserError(
             f"{key}: {point.value} cannot be imported: {why}; repair or uninstall its package"
         ) from error
+
+
+def find(group: str, name: str, key: str, kind: str, built_in: str) -> object:
+    """Import the object that a package registers in `group` under `name`.
+
+    Raises ConfigError, which lists the known names, where no package does, and UserError as `load`.
+    """
+    points = installed(group)
+    if name not in points:
+        known = ", ".join([built_in, *sorted(points)])
+        raise ConfigError(f"{key}: no {kind} {name!r}; take one of {known}, or install its package")
+    return load(points[name], key)

@@ -11,8 +11,17 @@ LAYERS = {
     "harness": [
         *("__main__", "commands", "verify", "report", "training", "distillation", "execution"),
         *("planning", "roll_call", "rank_card", "plug_ins", "runs", "resilience", "data"),
-        *("models", "recipe", "config", "rendezvous", "distributed", "slurm_step", "startup"),
-        *("compat", "installed", "output_file", "atomic_file", "outcome", "errors"),
+        *(
+            "models",
+            "recipe",
+            "installed",
+            "config",
+            "rendezvous",
+            "distributed",
+            "slurm_step",
+            "startup",
+        ),
+        *("compat", "output_file", "atomic_file", "outcome", "errors"),
     ],
     "launch": [
         *("__main__", "study", "task", "status", "registry", "local", "slurm", "backend"),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from harness.compat import BatchNorm
 from harness.config.errors import ConfigError
-from harness.installed import installed, load
+from harness.installed import find
 
 if TYPE_CHECKING:
     from harness.config.schema import RecipeConfig
@@ -67,13 +67,8 @@ def find_optimizer(name: str) -> BuildOptimizer:
     """Return the build function of the optimizer `name`. Raises as `build_optimizer`."""
     if name == "sgd":
         return build_sgd
-    points = installed(GROUP)
-    if name not in points:
-        raise ConfigError(
-            f"recipe.optimizer: no optimizer {name!r}; take one of "
-            f"{', '.join(['sgd', *sorted(points)])}, or install its package"
-        )
-    return cast(BuildOptimizer, load(points[name], "recipe.optimizer"))
+    found = find(GROUP, name, "recipe.optimizer", "optimizer", built_in="sgd")
+    return cast(BuildOptimizer, found)
 
 
 def build_optimizer(

@@ -8,12 +8,11 @@ from typing import cast
 
 import numpy as np
 
-from harness.config.errors import ConfigError
 from harness.config.schema import RunConfig
 from harness.data.sources.folder import open_folder
 from harness.data.sources.source import ImageSource
 from harness.errors import UserError
-from harness.installed import installed, load
+from harness.installed import find
 
 # A package adds a format by an entry point of this group. Its name is that of the format, and its
 # object is called with data_root and "train", "val" or "unlabelled".
@@ -44,13 +43,7 @@ def data_format(name: str) -> OpenSplit:
     """Return the function that opens a split of the format `name`. Raises as `open_source`."""
     if name == "folder":
         return open_folder
-    points = installed(GROUP)
-    if name not in points:
-        raise ConfigError(
-            f"run.data_format: no format {name!r}; take one of "
-            f"{', '.join(['folder', *sorted(points)])}, or install its package"
-        )
-    return cast(OpenSplit, load(points[name], "run.data_format"))
+    return cast(OpenSplit, find(GROUP, name, "run.data_format", "format", built_in="folder"))
 
 
 def _problem(images: ImageSource) -> str:
