@@ -117,7 +117,7 @@ class Loop:
     def __init__(self, case: Case, world: World, group: Any, folder: Path) -> None:
         self.config, self.world, self.group = case_config(*case), world, group
         self.meter = Meter(group)
-        minibatch = Minibatch(self.config.workers, self.config.recipe.worker_batch)
+        minibatch = Minibatch.of(self.config)
         ranks = world.rank, world.world_size
         micro_batches = minibatch.micro_batches(*ranks, int(self.config.run.micro_batch))
         model = build_model(self.config).to(world.device)

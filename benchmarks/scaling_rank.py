@@ -119,7 +119,7 @@ def step_blocks(config: Config, world: World) -> dict[str, Block]:
     set_precision(config.run.precision)
     if not cuda:
         keep_freed_memory()
-    minibatch = Minibatch(config.workers, recipe.worker_batch)
+    minibatch = Minibatch.of(config)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
     size = minibatch.micro_batch_images(local_workers, config.run.micro_batch)
     micro_batches = minibatch.micro_batches(world.rank, world.world_size, size)
@@ -198,9 +198,7 @@ def measure(
 def points_of_network(options: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
     """Measure weak and strong scaling of the config on the ranks of the process group."""
     given = load_config(options.config, options.overrides)
-    local_images = Minibatch(given.workers, given.recipe.worker_batch).micro_batch_images(
-        given.workers, given.run.micro_batch
-    )
+    local_images = Minibatch.of(given).micro_batch_images(given.workers, given.run.micro_batch)
     others = [typed for typed in options.overrides if not typed.startswith("recipe.minibatch=")]
     weak = [*others, f"recipe.minibatch={local_images * world.world_size}"]
     for scaling, overrides in (("weak", weak), ("strong", options.overrides)):

@@ -84,6 +84,16 @@ def zero_all(tensors: Sequence[Tensor]) -> None:
     torch._foreach_zero_(list(tensors))
 
 
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, with one kernel per device instead of one per tensor."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def greatest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the greatest magnitude (len(tensors),) of each tensor; NaN where it has one."""
+    return torch.stack(torch._foreach_norm(list(tensors), float("inf")))
+
+
 def main_thread_stack(frames: int = 8) -> str:
     """Return the innermost frames of the main thread's stack, from any thread.
 
@@ -124,6 +134,15 @@ def kill_workers(loader: DataLoader) -> None:
         iterator._shutdown_workers()
         for process in iterator._workers:
             process.kill()
+
+
+def undetermined_operation(error: Exception) -> str:
+    """Return the operation that has no deterministic implementation, if that is the error, or "".
+
+    torch raises a plain RuntimeError for it.
+    """
+    found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+    return found[1] if isinstance(error, RuntimeError) and found else ""
 
 
 def is_cuda_error(error: RuntimeError) -> bool:

@@ -36,6 +36,7 @@ class Card:
     versions: dict[str, str | None] = field(default_factory=dict)
     out: tuple[str, str, str] | None = None
     data: dict[str, str] = field(default_factory=dict)
+    exact: dict[str, Any] = field(default_factory=dict)  # the conditions of exact sums
 
     @property
     def name(self) -> str:
@@ -56,6 +57,12 @@ def difference(ours: Card, theirs: Card, ask: Ask) -> str:
             return (
                 f"{name} is {theirs.versions.get(name)}, {here} has {version}; install the same "
                 "versions for all ranks"
+            )
+    for name, value in ours.exact.items():
+        if theirs.exact.get(name, value) != value:
+            return (
+                f"{name}: {theirs.exact[name]}, {here} has {value}; exact sums need the same on "
+                "all ranks: make them equal, or set run.sums=fast"
             )
     for key in dict.fromkeys([*ours.settings, *theirs.settings]):
         a, b = ours.settings.get(key), theirs.settings.get(key)

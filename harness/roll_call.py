@@ -30,6 +30,7 @@ from harness.rank_card import Card, difference, read_card, shared_settings
 from harness.rendezvous import patience, rendezvous
 from harness.resilience.stopping import StopRequest
 from harness.runs.environment import code_digest, package_files, versions
+from harness.runs.exact_conditions import exact_conditions
 from harness.runs.process_identity import ProcessIdentity
 
 LAST_WORDS_S = 8.0  # an error waits this long for the other ranks to hear of it
@@ -85,6 +86,7 @@ class RollCall:
             versions={name: versions()[name] for name in used},
             out=None if out is None else (str(out), boot_id, str(out.absolute())),
             data={split: index.digest for split, index in self._sources.items()},
+            exact=exact_conditions(config.run, world.device),
         )
 
     def hold(self) -> None:

@@ -17,6 +17,7 @@ LAYERS = {
             "installed",
             "config",
             "rendezvous",
+            "exact_sum",
             "distributed",
             "slurm_step",
             "startup",

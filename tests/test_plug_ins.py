@@ -52,7 +52,7 @@ class Plain(torch.optim.SGD):
     (site / "plain_sgd.py").write_text(code + "# edited\n")
     code_digest.cache_clear()
     train(config, tmp_path / "run", resume=True)
-    assert "under other code: code " in capsys.readouterr().out
+    assert "under other conditions: code " in capsys.readouterr().out
 
 
 @pytest.fixture(autouse=True)

@@ -177,7 +177,8 @@ def test_finished_shows_its_result_and_an_existing_folder_is_refused(straight):
     error, expected, folder = again.stdout.splitlines()[-3:]
     assert re.fullmatch(r"error (\S+) % \(epoch 3; last \1 %, best \S+ %\)", error)
     assert expected == "expected 50.00 % (a test)"
-    assert folder == f"run folder {straight}"
+    digest = json.loads((straight / "status.json").read_text())["weights_sha256"]
+    assert folder == f"run folder {straight}, weights {digest[:12]}"
     with pytest.raises(UserError, match="--resume"):
         train(load_config(config), straight)
     with pytest.raises(UserError, match=r"recipe\.weight_decay"):

@@ -66,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"error {result.headline}")
         expect = result.config.expect
         print(f"expected {expect}" if expect else NO_EXPECTATION)
-        print(f"run folder {result.folder}", flush=True)
+        weights = f", weights {result.weights_sha256[:12]}" if result.weights_sha256 else ""
+        print(f"run folder {result.folder}{weights}", flush=True)
     return FINISHED
 
 

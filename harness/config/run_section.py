@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -41,6 +42,25 @@ class RunConfig(Section):
         "recipe.worker_batch; auto measures the fastest.",
         "auto",
         unit="images",
+        effect=Effect.HARDWARE,
+    )
+    sums: Literal["exact", "fast", "auto"] = key(
+        "How gradients and statistics are summed: exact gives the same bits on any number of "
+        "ranks, fast sums floats as DDP does, auto is exact where that costs at most 3 % "
+        "(docs/one-curve.md).",
+        "auto",
+        effect=Effect.ROUNDING,
+    )
+    unit_workers: Count = key(
+        "Workers of one pass where sums are exact; it must divide the number of workers.",
+        1,
+        unit="workers",
+        effect=Effect.ROUNDING,
+    )
+    intra_op_threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = key(
+        "Threads of an operation on a CPU; auto is PyTorch's choice, and 1 where sums are exact, "
+        "as it changes rounding.",
+        "auto",
         effect=Effect.HARDWARE,
     )
     compile: bool | Literal["auto"] = key(
@@ -98,3 +118,14 @@ class RunConfig(Section):
         (),
         effect=Effect.NONE,
     )
+
+    def meaningless(self) -> dict[str, str]:
+        return {"unit_workers": "sums: fast"} if self.sums == "fast" else {}
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.sums == "exact" and self.gradient_precision == "bfloat16":
+            yield (
+                "gradient_precision: bfloat16 rounds each rank's sum, which sums: exact rules "
+                "out; remove it, or set sums: fast"
+            )

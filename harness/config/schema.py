@@ -289,6 +289,7 @@ class Config(Section):
             if isinstance(section := getattr(self, name), Section):
                 yield from (f"{name}.{problem}" for problem in section.problems())
         kn, n, micro_batch = self.recipe.minibatch, self.recipe.worker_batch, self.run.micro_batch
+        unit = self.run.unit_workers
         if self.steps_per_epoch == 0:
             yield (
                 f"recipe.minibatch: {kn} is more than the {self.images} training images, an epoch "
@@ -308,6 +309,13 @@ class Config(Section):
                 )
         if micro_batch != "auto" and micro_batch % n:
             yield f"run.micro_batch: {micro_batch} is not a multiple of recipe.worker_batch {n}"
+        if self.workers % unit:
+            yield f"run.unit_workers: {unit} does not divide the {self.workers} workers; lower it"
+        if self.run.sums == "exact" and micro_batch not in ("auto", unit * n):
+            yield (
+                f"run.micro_batch: {micro_batch}, but a pass of exact sums is a unit of {unit * n} "
+                "images; remove it, or set run.sums=fast"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -14,13 +14,15 @@ from harness.data.sources.source import ImageSource
 from harness.recipe.minibatch import Minibatch
 
 EVALUATION_BATCH = 256  # images
+EXACT_EVALUATION_BATCH = 64  # images; smaller, as ranks share whole batches
 DRAWN_AT_ONCE = 8192  # images whose windows are drawn together: 0.17 µs an image, 17 µs for 32 each
 
 
 class BatchPlan:
     """The images, windows and flips of a rank, in order: a pure function of the arguments.
 
-    `share` is (workers of this rank) / k; `micro_batches` holds the workers of each micro-batch.
+    `local_workers` is the number of this rank's workers; `micro_batches` holds those of each
+    micro-batch.
     After `crop_epochs` the crops of the first epoch are repeated; the order of the images is not.
 
     Place w*n + i of a step is worker w's image i, and the image at place p of step s is at s*kn + p
@@ -42,9 +44,9 @@ class BatchPlan:
         self._crop_epochs = crop_epochs or config.recipe.epochs
         self._rank, self._world_size = rank, world_size
         self._channels_last = channels_last
-        self.minibatch = Minibatch(config.workers, config.recipe.worker_batch)
-        self.share = len(self.minibatch.workers_of(rank, world_size)) / config.workers
-        self.use_micro_batch(micro_batch)
+        self.minibatch = Minibatch.of(config)
+        self.local_workers = len(self.minibatch.workers_of(rank, world_size))
+        self._use_micro_batch(micro_batch)
         self._executor = ThreadPoolExecutor(1, "permutation")
 
     def with_val_images(self, images: int) -> BatchPlan:
@@ -54,14 +56,34 @@ class BatchPlan:
         layout = self._rank, self._world_size, self.micro_batch, self._channels_last
         return BatchPlan(config, self.train, val, *layout, self._crop_epochs)
 
-    def use_micro_batch(self, images: int) -> None:
+    def settle(self, config: Config) -> Config:
+        """Take over what was measured for `run`: the micro-batch, and how sums are made.
+
+        Returns the config with the micro-batch of this rank, which has no more than its workers.
+        """
+        self._use_micro_batch(int(config.run.micro_batch))
+        run = config.run.model_copy(update={"micro_batch": self.micro_batch})
+        self.config = config.model_copy(update={"run": run})
+        return self.config
+
+    def _use_micro_batch(self, images: int) -> None:
         """Set the images of a micro-batch, at most all of the rank's, for training from here on."""
-        minibatch, local_workers = self.minibatch, round(self.share * self.config.workers)
-        self.micro_batch = minibatch.micro_batch_images(local_workers, images)
+        minibatch = self.minibatch
+        self.micro_batch = minibatch.micro_batch_images(self.local_workers, images)
         ranks = self._rank, self._world_size
         self.micro_batches = minibatch.micro_batches(*ranks, self.micro_batch)
         self._places = [minibatch.places(w, self._channels_last) for w in self.micro_batches]
         self.sizes = [len(places) for places in self._places]  # images of each micro-batch
+
+    @property
+    def statistics_share(self) -> float | None:
+        """The weight of this rank's running statistics among those of all ranks.
+
+        It is (workers of this rank) / k; None where sums are exact, as all ranks then have the same
+        running statistics, of all workers.
+        """
+        exact = self.config.run.sums == "exact"
+        return None if exact else self.local_workers / self.config.workers
 
     def training(self, first_step: int) -> Iterator[TrainBatchSpec]:
         """Yield the micro-batches from the global step `first_step` to the run's last."""
@@ -86,12 +108,18 @@ class BatchPlan:
     def evaluation(self) -> Iterator[EvalBatchSpec]:
         """Yield this rank's contiguous share of the validation images; the ranks share all of them.
 
-        Shares differ by at most one image, so a rank may have none.
+        Shares differ by at most one image, so a rank may have none. Where sums are exact, they
+        differ by one batch: an image's logits depend, by rounding, on the size of its batch.
         """
         images, val = len(self.val), self.val
-        end = images * (self._rank + 1) // self._world_size
-        for start in range(images * self._rank // self._world_size, end, EVALUATION_BATCH):
-            ids = np.arange(start, min(start + EVALUATION_BATCH, end))
+        batch, indivisible = EVALUATION_BATCH, 1
+        if self.config.run.sums == "exact":
+            batch = indivisible = EXACT_EVALUATION_BATCH
+        parts = -(-images // indivisible)
+        first, end = (parts * r // self._world_size for r in (self._rank, self._rank + 1))
+        last = min(end * indivisible, images)
+        for start in range(first * indivisible, last, batch):
+            ids = np.arange(start, min(start + batch, last))
             yield resizes(ids, val.heights[ids], val.widths[ids], self.config.data)
 
     def step_ids(self, step: int) -> NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +18,7 @@ from harness.execution.precision import autocast, master_dtype, precision_within
 from harness.execution.preprocess import Preprocess
 from harness.execution.trained_model import TrainedModel, load_trained
 from harness.models.registry import build_model
-from harness.models.weights import load_weights
+from harness.models.weights import load_weights, weights_digest
 from harness.outcome import State, recorded_state
 from harness.runs.checkpoint import checkpoint_key
 from harness.runs.run_folder import RunFolder
@@ -57,7 +56,7 @@ class Teacher:
         """`config` is the student's with the teacher's normalization and precision."""
         self._config = config
         dtype = master_dtype(config.run.precision)
-        self.identity = weights_checksum(model)
+        self.identity = weights_digest(model.state_dict())
         self.settings: dict[str, object] = {
             "precision": config.run.precision,
             "mean": list(config.data.mean),
@@ -89,15 +88,6 @@ class Teacher:
         """Return its result on the validation set, summed over the ranks."""
         with precision_within(self._config.run.precision):
             return evaluate(self._config, self._model, batches(), self._preprocess)
-
-
-def weights_checksum(model: nn.Module) -> str:
-    """Return the SHA-256 of names, types, shapes and bytes of the state dict on the CPU."""
-    total = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 def load_teacher(config: Config, class_names: Sequence[str]) -> Teacher:

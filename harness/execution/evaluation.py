@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.distributed import sum_over_ranks
+from harness.exact_sum import exact_sum
 from harness.execution.compilation import uncompiled
 from harness.execution.precision import autocast, master_dtype
 from harness.execution.preprocess import Preprocess
@@ -63,7 +64,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     local_counts = torch.zeros(3, dtype=torch.int64, device=preprocess.device)
-    local_loss = torch.zeros((), dtype=torch.float64, device=preprocess.device)
+    local_losses = [torch.zeros((), dtype=torch.float64, device=preprocess.device)]
     for batch in batches:
         labels = batch.labels.to(preprocess.device, non_blocking=True)
         with uncompiled(config), autocast(config, preprocess.device):
@@ -73,12 +74,12 @@ def evaluate(
         hits = top == labels[:, None]
         local_counts[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])
         local_counts[2] += len(labels)
-        local_loss += F.cross_entropy(logits, labels, reduction="sum")
+        local_losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
         if watch is not None:
             watch(batch, logits)
     model.train(was_training)
     correct, top5_correct, total = sum_over_ranks(local_counts).tolist()
-    loss = float(sum_over_ranks(local_loss))
+    loss = float(exact_sum(torch.stack(local_losses)))
     if total != config.data.val_images:
         raise RuntimeError(f"evaluation counted {total} images of {config.data.val_images}")
     return Evaluation(correct, top5_correct, total, loss / total)

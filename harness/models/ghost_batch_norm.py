@@ -179,7 +179,7 @@ class RunningStatistics:
 
     They become views of one tensor, so an update takes a few operations for any number of layers
     (53 in ResNet-50). Construct it once the model is on its device. `sums` holds, for each layer,
-    the sums of its statistics since the last update.
+    the sums of its statistics since they were last forgotten.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -187,6 +187,7 @@ class RunningStatistics:
         self._scratch = [norm.one_worker for norm in norms] + [norm.sums for norm in norms]
         self.sums = [norm.sums.view(-1) for norm in norms]
         if not norms:
+            self._running = next(model.parameters()).new_zeros(0)
             return
         self._running = torch.cat([r for n in norms for r in (n.running_mean, n.running_var)])
         self._updates = torch.stack([norm.num_batches_tracked for norm in norms])
@@ -202,17 +203,22 @@ class RunningStatistics:
             each = [m for m, size in zip(momenta, sizes, strict=True) for _ in range(size)]
             self._momentum = self._running.new_tensor(each)
 
+    def step_sums(self) -> Tensor:
+        """Return the sums (S,) of all layers' statistics, one after the other."""
+        return torch.cat(self.sums) if self.sums else self._running
+
     @torch.no_grad()
-    def update(self, workers: int) -> None:
+    def update(self, workers: int, sums: Tensor | None = None) -> None:
         """Set r = 0.9 r + 0.1 (mean over `workers`), after the step's last backward pass.
 
         Section 5.1: "BN's running averages with momentum 0.9"; PyTorch calls it momentum 0.1.
-        Each layer must have normalized each worker once since the last call. Does not wait for the
-        device.
+        `sums` (S,) are those of so many workers, each normalized once; None takes the sums since
+        the last update. Does not wait for the device.
         """
         if not self.sums:
             return
-        seen, momentum = torch.cat(self.sums), self._momentum
+        seen = (self.step_sums() if sums is None else sums).to(self._running.dtype)
+        momentum = self._momentum
         if isinstance(momentum, Tensor):
             self._running.mul_(1 - momentum).addcmul_(seen, momentum / workers)
         else:
@@ -221,7 +227,7 @@ class RunningStatistics:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the sums since the last update."""
+        """Drop the sums."""
         if self._scratch:
             # one_worker too: after an overflow, 0 * inf in _normalize would be NaN
             zero_all(self._scratch)

@@ -14,15 +14,15 @@ from harness.models.ghost_batch_norm import ghost_batch_norms
 
 
 @contextmanager
-def global_running_statistics(model: nn.Module, share: float) -> Iterator[None]:
+def global_running_statistics(model: nn.Module, share: float | None) -> Iterator[None]:
     """Within: running statistics are the means over all k workers. After: the rank's own again.
 
-    `share` is (workers of this rank) / k. The moving average is linear, so the weighted sum of the
-    ranks' averages is the average of the workers' statistics. The rank's own are restored, so
-    evaluating or saving never changes the run.
+    `share` is (workers of this rank) / k; None: the rank's own are already those of all workers.
+    The moving average is linear, so the weighted sum of the ranks' averages is the average of the
+    workers' statistics. The rank's own are restored, so evaluating or saving never changes the run.
     """
     layers = ghost_batch_norms(model)
-    if not dist.is_initialized() or not layers:
+    if share is None or not dist.is_initialized() or not layers:
         yield
         return
     buffers = [

@@ -1,7 +1,8 @@
-"""Load a state dict strictly, without running its code."""
+"""State dicts: loaded strictly, without running their code, and their digest."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -58,3 +59,12 @@ def _read_state_dict(path: Path, key: str) -> Mapping[str, Tensor]:
     ):
         raise UserError(f"{key}: {path}: not a plain state dict of names and tensors")
     return weights
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and bytes of a state dict, 64 hex digits."""
+    total = hashlib.sha256()
+    for name, value in state.items():
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()

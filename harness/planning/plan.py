@@ -17,7 +17,7 @@ from harness.models.registry import (
     find_family,
 )
 from harness.planning.model_facts import Check, ModelFacts, check_facts, inspect_model
-from harness.planning.runtime import Hardware, Prediction, predict
+from harness.planning.runtime import Hardware, Prediction, pass_images, predict, sent_bytes
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
 from harness.recipe.schedule import final_epochs, lr_at, peak_lr
@@ -61,6 +61,9 @@ class _Ranks(TypedDict):
     micro_batch: int  # images, of the largest share
     micro_batch_measured: bool  # by the run, when it starts
     micro_batches: int  # in one step of the largest share
+    sums: str
+    unit_images: int  # of a pass where sums are exact
+    sent_bytes: int  # in which the ranks send each number of a gradient
 
 
 class Corner(NamedTuple):
@@ -180,16 +183,19 @@ def _plan_distillation(config: Config, teachers: Sequence[Stage]) -> _Distillati
 def _plan_ranks(config: Config, ranks: int) -> _Ranks:
     if ranks < 1:
         raise UserError(f"--ranks {ranks}: at least 1 rank is needed")
-    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    minibatch = Minibatch.of(config)
     shares = [len(minibatch.workers_of(rank, ranks)) for rank in range(ranks)]
-    size = minibatch.micro_batch_images(max(shares), config.run.micro_batch)
+    size = minibatch.micro_batch_images(max(shares), pass_images(config))
     largest = shares.index(max(shares))
     return {
         "ranks": ranks,
         "shares": [[count, workers] for workers, count in sorted(Counter(shares).items())][::-1],
         "micro_batch": size,
-        "micro_batch_measured": config.run.micro_batch == "auto",
+        "micro_batch_measured": pass_images(config) == "auto",
         "micro_batches": len(minibatch.micro_batches(largest, ranks, size)),
+        "sums": config.run.sums,
+        "unit_images": minibatch.unit_images,
+        "sent_bytes": sent_bytes(config.run),
     }
 
 

@@ -28,6 +28,7 @@ def _summary(plan: Plan) -> list[str]:
         f"ranks        {_ranks_line(plan)}",
         *["             unless the run measures another size as faster, which rounds differently"]
         * plan["micro_batch_measured"],
+        *_sums_lines(plan),
         f"steps        {plan['steps_per_epoch']:,} per epoch, {plan['total_steps']:,} in total",
         f"images       {plan['images_used_per_epoch']:,} used per epoch, "
         f"{plan['images_unused_per_epoch']:,} left over (different ones each time)",
@@ -61,6 +62,23 @@ def _ranks_line(plan: Plan) -> str:
     passes = _count(plan["micro_batches"], "micro-batch", "es")
     images = _count(plan["micro_batch"], "image")
     return f"{plan['ranks']} ({shares}), a step in at most {passes} of at most {images}"
+
+
+def _sums_lines(plan: Plan) -> list[str]:
+    unit, count = _count(plan["unit_images"], "image"), plan["sent_bytes"]
+    megabytes = plan["parameters"] * count / 1e6
+    sent = f"ranks send {count} bytes a number, {megabytes:,.3g} MB a step"
+    return {
+        "exact": [
+            f"sums         exact, in passes of {unit}: the same bits on any number of ranks",
+            f"             {sent}",
+        ],
+        "fast": [f"sums         fast, in floats; {sent}"],
+        "auto": [
+            f"sums         exact, in passes of {unit}, if the run measures at most 3 % more time",
+            f"             else fast, in floats; {sent}; exact ones 8 bytes",
+        ],
+    }[plan["sums"]]
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from harness.config.run_section import RunConfig
 from harness.config.schema import Config
 from harness.errors import UserError
 from harness.planning.step_time_model import (
@@ -110,6 +111,19 @@ def predict(config: Config, model: nn.Module, ranks: int, hardware: Hardware) ->
     }
 
 
+def sent_bytes(run: RunConfig) -> int:
+    """Return the bytes in which ranks send a number of a float32 gradient: exact sums are int64."""
+    if run.sums == "exact":
+        return 8
+    return 2 if run.gradient_precision == "bfloat16" else 4
+
+
+def pass_images(config: Config) -> int | Literal["auto"]:
+    """Return the images of a pass, as far as the config says: a unit where sums are exact."""
+    exact = config.run.sums == "exact"
+    return Minibatch.of(config).unit_images if exact else config.run.micro_batch
+
+
 @dataclass(frozen=True)
 class _PredictedRun:
     config: Config
@@ -123,13 +137,12 @@ class _PredictedRun:
         `ranks=1` gives that of the same work without the other ranks.
         """
         recipe = self.config.recipe
-        minibatch = Minibatch(self.config.workers, recipe.worker_batch)
+        minibatch = Minibatch.of(self.config)
         workers = max(len(minibatch.workers_of(rank, self.ranks)) for rank in range(self.ranks))
-        size = minibatch.micro_batch_images(workers, self.config.run.micro_batch)
+        size = minibatch.micro_batch_images(workers, pass_images(self.config))
         images = workers * recipe.worker_batch
         last = images - (images - 1) // size * size  # images of the last micro-batch
-        # DDP fills buckets in float32; its communication hook may send half of the bytes.
-        sent = 0.5 if self.config.run.gradient_precision == "bfloat16" else 1.0
+        sent = sent_bytes(self.config.run) / 4  # buckets are filled by their bytes in float32
         work = Workload(
             compute_s=images / images_per_s,
             backward_s=BACKWARD_SHARE * last / images_per_s,

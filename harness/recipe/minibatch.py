@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.config.schema import Config
 
 AUTO_MICRO_BATCH = 256  # images, if a rank has that many
 
@@ -16,32 +19,52 @@ AUTO_MICRO_BATCH = 256  # images, if a rank has that many
 class Minibatch:
     """The kn images of a step. Workers are logical: k and n do not depend on the hardware.
 
-    Worker w's image i has place w*n + i within the minibatch, from 0 to kn - 1.
+    Worker w's image i has place w*n + i within the minibatch, from 0 to kn - 1. Ranks host whole
+    units of `unit_workers` workers, whose passes have the same shape wherever they run.
     """
 
     workers: int  # k
     worker_batch: int  # n, "a hyper-parameter of BN, not of distributed training" (section 2.3)
+    unit_workers: int = 1
+
+    @classmethod
+    def of(cls, config: Config) -> Minibatch:
+        """Return the minibatch of a config."""
+        return cls(config.workers, config.recipe.worker_batch, config.run.unit_workers)
 
     @property
     def size(self) -> int:
         """kn, in images (section 2.1)."""
         return self.workers * self.worker_batch
 
-    def workers_of(self, rank: int, world_size: int) -> range:
-        """Return the workers of a rank: contiguous, with shares that differ by at most one.
+    @property
+    def units(self) -> int:
+        """The number of units of a step."""
+        return self.workers // self.unit_workers
 
-        Raises UserError for more ranks than workers.
+    @property
+    def unit_images(self) -> int:
+        """The images of a unit."""
+        return self.unit_workers * self.worker_batch
+
+    def workers_of(self, rank: int, world_size: int) -> range:
+        """Return the workers of a rank: contiguous, with shares that differ by at most one unit.
+
+        Raises UserError for more ranks than units.
         """
-        if world_size > self.workers:
+        if world_size > self.units:
+            units = f", {self.units} units of {self.unit_workers}" * (self.unit_workers > 1)
             raise UserError(
                 f"{world_size} ranks, but recipe.minibatch / recipe.worker_batch = {self.size} / "
-                f"{self.worker_batch} is only {self.workers} workers: start at most {self.workers}"
+                f"{self.worker_batch} is only {self.workers} workers{units}: start at most "
+                f"{self.units}"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
-        share, surplus = divmod(self.workers, world_size)
+        share, surplus = divmod(self.units, world_size)
         first = rank * share + min(rank, surplus)
-        return range(first, first + share + (rank < surplus))
+        end = first + share + (rank < surplus)
+        return range(first * self.unit_workers, end * self.unit_workers)
 
     def micro_batches(self, rank: int, world_size: int, micro_batch: int) -> list[range]:
         """Return the workers of each of a rank's micro-batches of `micro_batch` images, in order.

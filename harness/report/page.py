@@ -231,6 +231,8 @@ def flat_environment(run: RecordedRun) -> dict[str, object]:
             flat |= {f"{name}.{key}": value for key, value in found.items()}
         else:
             flat[name] = shlex.join(map(str, found)) if isinstance(found, list) else found
+    if digest := run.status.get("weights_sha256"):
+        flat["weights"] = f"SHA-256 {str(digest)[:12]}…"
     return flat
 
 

@@ -126,11 +126,12 @@ def _dali_version() -> str | None:
 
 
 def describe_environment(
-    device: torch.device, ranks: int, plug_ins: tuple[str, ...] = ()
+    device: torch.device, ranks: int, plug_ins: tuple[str, ...] = (), exact: Record | None = None
 ) -> Record:
     """Describe versions, hardware, code, commit and command of this process, one of `ranks`.
 
-    `plug_ins` are the modules of installed packages that count as code of the run.
+    `plug_ins` are the modules of installed packages that count as code of the run, `exact` the
+    conditions of exact sums.
     """
     import torch
 
@@ -148,16 +149,18 @@ def describe_environment(
         "git_commit": code_commit(),
         "code_digest": code_digest(("harness", *plug_ins)),
         "command": sys.argv,
+        "exact": exact or {},
     }
 
 
 def code_record(environment: Record) -> Record:
     """Return the part of a described environment that each start and resume logs."""
-    return {key: environment.get(key) for key in ("code_digest", "git_commit", "versions")}
+    keys = ("code_digest", "git_commit", "versions", "exact")
+    return {key: environment.get(key) for key in keys}
 
 
 def code_changes(before: Record, after: Record) -> str:
-    """Describe how code and versions differ between two records: "torch 2.14.1 → 2.15.0".
+    """Describe how code, versions and exact sums' conditions differ: "torch 2.14.1 → 2.15.0".
 
     "" where they are equal. What one of the records lacks, as older ones lack the digest, is not
     compared.
@@ -169,14 +172,15 @@ def code_changes(before: Record, after: Record) -> str:
     if _differ(*digests) if all(digests) else _differ(*commits):
         name, names = ("commit", commits) if _differ(*commits) else ("code", digests)
         changes.append(f"{name} {' → '.join(_short(str(digits)) for digits in names)}")
-    old, new = (record.get("versions") or {} for record in (before, after))
-    for library, version_before in old.items():
-        if _differ(version_before, new.get(library)):
-            changes.append(f"{library} {version_before} → {new[library]}")
+    for key in ("versions", "exact"):
+        old, new = (record.get(key) or {} for record in (before, after))
+        for name, value_before in old.items():
+            if _differ(value_before, new.get(name)):
+                changes.append(f"{name} {value_before} → {new[name]}")
     return ", ".join(changes)
 
 
-def _differ(before: str | None, after: str | None) -> bool:
+def _differ(before: object, after: object) -> bool:
     return before is not None and after is not None and before != after
 
 

@@ -100,6 +100,10 @@ class RunFolder:
         micro_batch = load_config(self.path / "config.yaml").run.micro_batch
         return micro_batch if here == there and micro_batch != "auto" else None
 
+    def recorded_sums(self) -> str:
+        """Return how the run in this folder makes its sums: "exact" or "fast"."""
+        return recorded_sums(load_config(self.path / "config.yaml"))
+
     def _recorded_environment(self) -> dict[str, Any]:
         """Return environment.json, or {} where there is none or it is damaged."""
         try:
@@ -110,6 +114,9 @@ class RunFolder:
     def _check_rounding(self, stored: Config, config: Config, cli_overrides: set[str]) -> None:
         for name in names_with(Effect.ROUNDING):
             old, new = value_of(stored, name), value_of(config, name)
+            if name == "run.sums":
+                old = recorded_sums(stored)
+                new = old if new == "auto" else new  # a resume keeps what was measured
             if old != new and name not in cli_overrides:
                 raise UserError(
                     f"{self.path}: ran with {name} {old}, this resume has {new}, which changes "
@@ -203,3 +210,8 @@ class RunFolder:
         finally:
             ended.set()
             thread.join(HEARTBEAT_S)  # do not wait for a disk that hangs
+
+
+def recorded_sums(stored: Config) -> str:
+    """Return `run.sums` as the stored config's run made them; older runs knew fast ones only."""
+    return "fast" if stored.run.sums == "auto" else stored.run.sums

@@ -29,6 +29,7 @@ class Result:
     headline: Headline
     folder: Path
     config: Config
+    weights_sha256: str  # of the final weights; "" where an older version trained them
 
     @property
     def error(self) -> float:
@@ -57,12 +58,14 @@ def run_to_the_end(
                 why = f"error {result.error:.2f} %, but {error}; make room and resume"
                 raise RunFailed(why, step=total_steps)
             run.remove_surplus_checkpoints()
-            run.logger.event("finish", total_steps, **result.as_mapping())
+            digest = run.weights_digest()
+            found = result.as_mapping() | {"weights_sha256": digest}
+            run.logger.event("finish", total_steps, **found)
         expect = run.config.expect
         expected = None if expect is None else expect.error
         finished = Outcome(State.FINISHED, "", total_steps, True, True)
-        record(State.FINISHED, **finished.as_status(), **result.as_mapping(), expected=expected)
-        return Result(result, folder.path, run.config)
+        record(State.FINISHED, **finished.as_status(), **found, expected=expected)
+        return Result(result, folder.path, run.config, digest)
 
 
 @contextmanager

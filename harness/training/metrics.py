@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from harness.distributed import min_over_ranks, sum_over_ranks
+from harness.exact_sum import exact_sum
 from harness.recipe.losses import UNLABELLED
-
-NEVER = 2**62
 
 
 @dataclass(frozen=True)
@@ -64,21 +62,24 @@ class Metrics:
     def read(self, local_replaced: int = 0) -> TrainMetrics:
         """Return the means over all ranks since the last call. Synchronises device and ranks."""
         overflowed = self._overflowed()
-        local = self._local_by_step().masked_fill_(overflowed.to(self.device), 0.0)
-        replaced, kl = local.new_tensor([local_replaced]), local[3:].sum().view(1)
-        sums = sum_over_ranks(torch.cat([local[:2].sum(1), replaced, kl, local[2]]))
-        loss, correct, images_replaced, divergence, *labelled = sums.tolist()
+        local = self._local_by_step().masked_fill_(overflowed.to(self.device)[:, None], 0.0)
+        replaced = torch.zeros_like(local[:1])
+        replaced[0, 0, 0] = local_replaced
+        # the same bits on any number of ranks, and a value that is not finite is seen by all
+        losses, correct, labelled, *kl, replaced = exact_sum(torch.cat([local, replaced])).tolist()
         counted = max(len(self._steps) - int(overflowed.sum()), 1)
+        bad = [
+            step for step, loss in zip(self._steps, losses, strict=True) if not math.isfinite(loss)
+        ]
         metrics = TrainMetrics(
-            loss=loss / counted,
-            error=100.0 * (1.0 - correct / sum(labelled)) if any(labelled) else math.nan,
+            loss=sum(losses) / counted,
+            error=100.0 * (1.0 - sum(correct) / sum(labelled)) if any(labelled) else math.nan,
             labelled_shares=[images / self.minibatch for images in labelled],
-            kl=divergence / counted if len(local) > 3 else None,
-            replaced=int(images_replaced),
+            kl=sum(kl[0]) / counted if kl else None,
+            replaced=int(sum(replaced)),
             overflows=int(overflowed.sum()),
             overflows_in_row=self._overflows_in_row,
-            # a sum that is not finite is seen by all ranks
-            first_bad_step=None if math.isfinite(loss) else self._first_bad_step(local[0]),
+            first_bad_step=bad[0] if bad else None,
         )
         self._steps.clear()
         self._overflows.clear()
@@ -86,12 +87,12 @@ class Metrics:
         return metrics
 
     def _local_by_step(self) -> Tensor:
-        """Return (3 or 4, steps) float64: this rank's loss, correct and labelled images, and KL.
+        """Return this rank's loss, correct and labelled images, and KL, (3 or 4, steps, passes).
 
-        A rank has the same number of micro-batches in each step.
+        They are float64. A rank has the same number of micro-batches in each step.
         """
         columns = [torch.stack(column).double() for column in zip(*self._local, strict=True)]
-        return torch.stack(columns).view(len(columns), len(self._steps), -1).sum(2)
+        return torch.stack(columns).view(len(columns), len(self._steps), -1)
 
     def _overflowed(self) -> Tensor:
         """Return which steps overflowed, (steps,) bool on the host; count those in a row."""
@@ -101,10 +102,3 @@ class Metrics:
         for yes in overflowed.tolist():
             self._overflows_in_row = self._overflows_in_row + 1 if yes else 0
         return overflowed
-
-    def _first_bad_step(self, local_losses: Tensor) -> int:
-        """Return the first step at which the loss of any rank is not finite."""
-        finite = local_losses.isfinite().tolist()
-        bad = [step for step, fine in zip(self._steps, finite, strict=True) if not fine]
-        first = torch.tensor(bad[0] if bad else NEVER, device=self.device)
-        return int(min_over_ranks(first))

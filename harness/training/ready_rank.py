@@ -32,7 +32,7 @@ from harness.training.resume import choose_checkpoint
 class ReadyRank:
     """A rank that has passed the roll call. `config`: with "auto" resolved where it decides itself.
 
-    `model` is on the CPU, without weights. `checkpoint`, `loggers` and `keeps_micro_batch` are
+    `model` is on the CPU, without weights. `checkpoint`, `loggers` and what a resume takes over are
     rank 0's; `store` is where the ranks met (None: a single rank).
     """
 
@@ -46,6 +46,7 @@ class ReadyRank:
     checkpoint: Path | None
     tunes_micro_batch: bool  # run.micro_batch: auto
     keeps_micro_batch: bool  # a resume takes the size that the run has recorded
+    recorded_sums: str | None  # a resume takes those of the run
     store: dist.Store | None
 
 
@@ -61,7 +62,7 @@ def ready_rank(
 
     Within, the loader is open. Raises UserError, RunFailed and Stopped; writes nothing.
     """
-    tunes = config.run.micro_batch == "auto"
+    tunes = config.run.micro_batch == "auto" and config.run.sums != "exact"
     with ExitStack() as opened:
         with roll_call(config.run.hang_timeout_s, stop) as call:
             world = world_from_environment(config.run.device)
@@ -81,8 +82,9 @@ def ready_rank(
         if world.rank == 0 and (idle := idle_gpus(world)):
             print(idle, flush=True)
         keeps = resuming and "run.micro_batch" not in cli_overrides
+        sums = folder.recorded_sums() if resuming and "run.sums" not in cli_overrides else None
         parts = config, world, batch_plan, model, loader, teacher, loggers, checkpoint
-        yield ReadyRank(*parts, tunes, keeps, call.store)
+        yield ReadyRank(*parts, tunes, keeps, sums, call.store)
 
 
 def find_start(
@@ -108,10 +110,12 @@ def prepare(config: Config, world: World) -> tuple[BatchPlan, Config]:
     Raises UserError.
     """
     check_model(config)
-    run, minibatch = config.run, Minibatch(config.workers, config.recipe.worker_batch)
+    run, minibatch = config.run, Minibatch.of(config)
     local_workers = len(minibatch.workers_of(world.rank, world.world_size))
     train_index, val_index = open_dataset(config)
     micro_batch = minibatch.micro_batch_images(local_workers, run.micro_batch)
+    if run.sums == "exact":
+        micro_batch = minibatch.unit_images
     cuda = world.device.type == "cuda"
     resolved = {
         "loader": resolve_loader(run.loader, world.rank),

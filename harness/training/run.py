@@ -19,6 +19,7 @@ from harness.distillation.teacher import AnyTeacher
 from harness.distributed import World, broadcast_from_rank0
 from harness.execution.evaluation import evaluate
 from harness.models.running_statistics import global_running_statistics
+from harness.models.weights import weights_digest
 from harness.outcome import RunFailed, Stopped
 from harness.recipe.schedule import final_epochs, lr_at
 from harness.resilience.agreement import ASK_EVERY_S
@@ -99,7 +100,7 @@ class Run:
         if changes:
             self.logger.event("code_changed", self.first_step, changes=changes)
             self.logger.say(
-                f"warning: resumed at step {self.first_step} under other code: {changes}"
+                f"warning: resumed at step {self.first_step} under other conditions: {changes}"
             )
 
     def _code_changes(self) -> str:
@@ -152,6 +153,9 @@ class Run:
         self.logger.train_line(done, metrics, lr, self.step.take_data_wait_s())
         if metrics.overflows_in_row >= OVERFLOWS_IN_ROW:
             raise self._diverged(done - 1, f"float16 overflowed {OVERFLOWS_IN_ROW} times in a row")
+        if beyond := self.step.replica.sums.take_beyond_range():
+            step, name = beyond
+            raise self._diverged(step, f"the gradient of {name} is beyond the range of exact sums")
         if metrics.first_bad_step is not None:
             raise self._diverged(metrics.first_bad_step, "the loss is not finite")
         if self.world.rank == 0:
@@ -186,7 +190,7 @@ class Run:
         """Evaluate with the running statistics of all workers. Synchronises."""
         network = self.step.network
         batches = self.watchdog.watch(self.loader.evaluate(), lambda: done, Phase.EVALUATING)
-        with global_running_statistics(network, self.batch_plan.share):
+        with global_running_statistics(network, self.batch_plan.statistics_share):
             evaluation = evaluate(self.config, network, batches, self.step.replica.preprocess)
         self.errors[done // self.config.steps_per_epoch] = evaluation.error
         self.logger.evaluation_line(done, evaluation)
@@ -221,7 +225,7 @@ class Run:
         if not bool(torch.stack([torch.isfinite(p).all() for p in network.parameters()]).all()):
             raise self._diverged(done - 1, "the weights are not finite")
         self._saved_at_s = time.monotonic()
-        with global_running_statistics(network, self.batch_plan.share):
+        with global_running_statistics(network, self.batch_plan.statistics_share):
             if self.world.rank == 0:
                 path = checkpoint_path(self.folder.checkpoints, self.folder.incarnation, done)
                 self._writer.submit(path, self._payload(done), self._best_step())
@@ -237,6 +241,11 @@ class Run:
             checkpoint_written=error is None,
             agreed_by_all_ranks=True,
         )
+
+    def weights_digest(self) -> str:
+        """Return the SHA-256 of the weights and of all workers' statistics. Synchronises."""
+        with global_running_statistics(self.step.network, self.batch_plan.statistics_share):
+            return weights_digest(self.step.network.state_dict())
 
     def wait_for_checkpoint(self, done: int) -> str | None:
         """Wait until rank 0's disk has the checkpoint of step `done`, or has refused it.

@@ -21,6 +21,7 @@ from harness.distributed import (
     world_from_environment,
 )
 from harness.errors import UserError
+from harness.execution.determinism import threads_and_determinism
 from harness.execution.precision import master_dtype, precision_within
 from harness.models.registry import load_start_weights
 from harness.outcome import State, recorded_state
@@ -29,6 +30,7 @@ from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Watchdog
 from harness.roll_call import roll_call
 from harness.runs.environment import describe_environment
+from harness.runs.exact_conditions import exact_conditions
 from harness.runs.headline import read_headline
 from harness.runs.run_folder import RunFolder
 from harness.training.ending import Result, run_to_the_end
@@ -40,7 +42,7 @@ from harness.training.resume import START, restore
 from harness.training.run import Run
 from harness.training.step import Step
 from harness.training.tuning.cuda_graphs import tune_cuda_graphs
-from harness.training.tuning.micro_batch import tune_micro_batch
+from harness.training.tuning.sums import check_deterministic, settle_sums
 
 
 def train(
@@ -75,11 +77,14 @@ def train(
         network = place_network(rank, from_start=checkpoint is None)
         profile = Profile(config.run.profile_steps, world, control, folder.path)
         replica = Replica(config, network, world, (watchdog, profile))
+        opened.enter_context(threads_and_determinism(config.run, world.device))
+        config = settle_sums(rank, replica, folder, control, watchdog)
+        opened.enter_context(threads_and_determinism(config.run, world.device))  # now settled
+        if config.run.sums == "exact":
+            check_deterministic(replica)
+        exact = exact_conditions(config.run, world.device)
         plug_ins = modules_behind_results(config)
-        environment = describe_environment(world.device, world.world_size, plug_ins)
-        if rank.tunes_micro_batch:
-            recorded = folder.recorded_micro_batch(environment) if rank.keeps_micro_batch else None
-            config = tune_micro_batch(replica, batch_plan, recorded, world, control, watchdog)
+        environment = describe_environment(world.device, world.world_size, plug_ins, exact)
         graphs = tune_cuda_graphs(replica, batch_plan.sizes, control, watchdog)
         step = Step(config, replica, batch_plan.micro_batches, build_objective(config, teacher))
         start = restore(checkpoint, step, batch_plan, teacher, control) if checkpoint else START
@@ -149,7 +154,8 @@ def cache_soft_targets(
                     )
             call.present(config, world, batch_plan)
         config = config.model_copy(update={"run": prepared.run})
-        return write_cache(config, batch_plan, world, epochs, dtype, top)
+        with threads_and_determinism(config.run, world.device):
+            return write_cache(config, batch_plan, world, epochs, dtype, top)
 
 
 def finished_result(folder: RunFolder, config: Config) -> Result | None:
@@ -159,7 +165,8 @@ def finished_result(folder: RunFolder, config: Config) -> Result | None:
         return None
     if curve_differences(load_config(folder.path / "config.yaml"), config):
         return None  # refused, with the keys, when the folder is checked
-    return Result(read_headline(folder.path, status), folder.path, config)
+    digest = status.get("weights_sha256", "")
+    return Result(read_headline(folder.path, status), folder.path, config, digest)
 
 
 def on_device(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

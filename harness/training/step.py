@@ -55,14 +55,15 @@ class Step:
             batch = next(batches)
             self._data_wait_s += time.perf_counter() - waited_from_s
             self._replaced += [(step, bad, other) for bad, other in batch.replaced]
-            with replica.gradients_stay_local(number < self.micro_batches - 1):
+            with replica.sums.of_pass(is_last=number == self.micro_batches - 1):
                 self._forward_backward(step, batch)
         self._enter("optimizer")
+        replica.sums.finish(step)
         replica.scaler.step(self.optimizer)
         self.metrics.end_step(step, self._overflow())
         replica.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        replica.running_statistics.update(self.local_workers)
+        replica.sums.update_running_statistics(self.local_workers)
         for observer in replica.observers:
             observer.on_step_end()
 

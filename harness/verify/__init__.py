@@ -17,8 +17,8 @@ from pathlib import Path
 
 from harness.config.schema import Config
 from harness.verify.compare import Line, compare, compare_alone, compare_curves, run_ended
+from harness.verify.compare_bits import compare_bits, compare_exactly
 from harness.verify.launch import RANK_PROGRAM, Crashed, launch_ranks
-from harness.verify.results import Results
 from harness.verify.setting import Setting, check_setting, plural
 
 
@@ -39,6 +39,27 @@ def verify(
 
 
 def _lines(setting: Setting) -> Iterator[Line]:
+    yield from _exact_lines(setting) if setting.exact else _float_lines(setting)
+
+
+def _exact_lines(setting: Setting) -> Iterator[Line]:
+    """Compare trajectories in the run's own precision, whose bits must be equal."""
+    tasks = ["known_sum", "curve"]
+    one = launch_ranks(setting, "1 rank", 1, tasks)
+    yield from compare_alone(setting, "1 rank", one)
+    for world_size in setting.ranks[1:]:
+        where = plural(world_size) + setting.sharing(world_size)
+        try:
+            found = launch_ranks(setting, where, world_size, tasks)
+        except Crashed as crash:
+            yield run_ended(where, crash)
+        else:
+            yield from compare_exactly(setting, where, one, found)
+    if setting.stop_at is not None:
+        yield from _interrupted(setting, partial(compare_bits, setting, one=one))
+
+
+def _float_lines(setting: Setting) -> Iterator[Line]:
     own = ["own_steps"] if setting.own_precision else []
     tasks = ["known_sum", "curve", *own, "float64_steps"]
     one = launch_ranks(setting, "1 rank", 1, ["states", *tasks])
@@ -59,10 +80,10 @@ def _lines(setting: Setting) -> Iterator[Line]:
         else:
             yield from compare(setting, where, one, found, twin)
     if setting.stop_at is not None:
-        yield from _interrupted(setting, one, twin)
+        yield from _interrupted(setting, partial(compare_curves, setting, one=one, twin=twin))
 
 
-def _interrupted(setting: Setting, one: Results, twin: Callable[[], Results]) -> Iterator[Line]:
+def _interrupted(setting: Setting, compare: Callable[..., Iterator[Line]]) -> Iterator[Line]:
     """Compare a run stopped on most ranks and resumed on fewer with an uninterrupted one."""
     before, after = setting.ranks[-1], setting.ranks[-2]
     where = f"stopped in mid-epoch on {plural(before)}, resumed on {after}"
@@ -72,4 +93,4 @@ def _interrupted(setting: Setting, one: Results, twin: Callable[[], Results]) ->
     except Crashed as crash:
         yield run_ended(where, crash)
     else:
-        yield from compare_curves(setting, where, one, found, twin)
+        yield from compare(where=where, found=found)

@@ -65,7 +65,8 @@ def run_ended(where: str, crash: Exception) -> Line:
     return Line(where, "ran to completion", "", None, None, False, str(crash))
 
 
-def _equality(where: str, what: str, over: str, differ: int, detail: str) -> Line:
+def equality(where: str, what: str, over: str, differ: int, detail: str) -> Line:
+    """Return the line of a comparison in which `differ` items are unequal."""
     return Line(where, what, over, differ, 0, differ == 0, detail if differ else "")
 
 
@@ -93,17 +94,29 @@ def compare(
 
     `twin` returns the trajectory of one rank from initial weights changed by one rounding.
     """
-    yield _recipes(where, one, found)
-    yield from _fed(setting.config, where, one["fed"], found["fed"])
-    yield _known_sum(setting, where, found)
+    yield from compare_causes(setting, where, one, found)
     yield _float64_steps(setting, where, one, found)
     if setting.own_precision:
         yield from own_steps(setting, where, one, found)
     yield from compare_curves(setting, where, one, found, twin)
+    yield from compare_evaluations(setting, where, one, found)
+
+
+def compare_causes(setting: Setting, where: str, one: Results, found: Results) -> Iterator[Line]:
+    """Compare what a step is made of: recipe, images, pixels, and a sum with a known result."""
+    yield _recipes(where, one, found)
+    yield from _fed(setting.config, where, one["fed"], found["fed"])
+    yield _known_sum(setting, where, found)
+
+
+def compare_evaluations(
+    setting: Setting, where: str, one: Results, found: Results
+) -> Iterator[Line]:
+    """Compare which images were evaluated, and their counts."""
     yield _counted(where, found)
     differ = sum(a != b for a, b in zip(one["evaluation"], found["evaluation"], strict=True))
     detail = f"correct, top-5 correct, total: {found['evaluation']} instead of {one['evaluation']}"
-    yield _equality(where, "evaluation counts", f"{setting.val_images} images", differ, detail)
+    yield equality(where, "evaluation counts", f"{setting.val_images} images", differ, detail)
 
 
 def _recipes(where: str, one: Results, found: Results) -> Line:
@@ -115,7 +128,7 @@ def _recipes(where: str, one: Results, found: Results) -> Line:
         if held[key] != expected[key]
     ]
     over = plural(len(found["recipes"]))
-    return _equality(where, "seed, recipe, first weights", over, len(unequal), "; ".join(unequal))
+    return equality(where, "seed, recipe, first weights", over, len(unequal), "; ".join(unequal))
 
 
 def _fed(
@@ -128,7 +141,7 @@ def _fed(
         ids = (int(fed["ids"].view(-1)[moved[0]]) for fed in (found, one))
         detail = "first at {}: image {} instead of {}".format(_place(config, moved[0]), *ids)
     steps, minibatch = one["ids"].shape
-    yield _equality(where, "images of each step", f"{steps} × {minibatch}", len(moved), detail)
+    yield equality(where, "images of each step", f"{steps} × {minibatch}", len(moved), detail)
 
     places, twins = _same_images(config, one["ids"].numpy(), found["ids"].numpy())
     windows, expected = (
@@ -141,13 +154,13 @@ def _fed(
         detail = f"first at {_place(config, places[first])}: top, left, height, width, flip "
         detail += f"{windows[first].tolist()} instead of {expected[first].tolist()}"
     over = f"{len(places)} images"
-    yield _equality(where, "windows and flips", over, int(other.sum()), detail)
+    yield equality(where, "windows and flips", over, int(other.sum()), detail)
 
     changed = found["pixels"].view(-1).numpy()[places] != one["pixels"].view(-1).numpy()[twins]
     changed &= ~other
     detail = f"first at {_place(config, places[changed.argmax()])}" if changed.any() else ""
     over = f"{int((~other).sum())} images"
-    yield _equality(where, "pixels that the loader gave", over, int(changed.sum()), detail)
+    yield equality(where, "pixels that the loader gave", over, int(changed.sum()), detail)
 
 
 def _place(config: Config, flat: int) -> str:
@@ -208,7 +221,7 @@ def own_steps(setting: Setting, where: str, one: Results, found: Results) -> Ite
     if precision == "float16":
         differ = sum(a != b for a, b in zip(finite, also, strict=True))
         over = f"{len(setting.starts)} steps"
-        yield _equality(where, "float16: steps that overflow", over, differ, "")
+        yield equality(where, "float16: steps that overflow", over, differ, "")
     if not starts:
         return
     reference, own, others = (
@@ -307,4 +320,4 @@ def _counted(where: str, found: Results) -> Line:
     wrong = torch.nonzero(counted != 1).flatten().tolist()
     detail = f"image {wrong[0]}: {int(counted[wrong[0]])} times" if wrong else ""
     over = f"{len(counted)} images"
-    return _equality(where, "validation images, each once", over, len(wrong), detail)
+    return equality(where, "validation images, each once", over, len(wrong), detail)

@@ -50,7 +50,7 @@ def launch_ranks(
     """
     folder = Path(tempfile.mkdtemp(dir=setting.folder))
     config = setting.config
-    if micro_batch is None and setting.shares_gpus(world_size):
+    if micro_batch is None and setting.shares_gpus(world_size) and not setting.exact:
         micro_batch = config.recipe.worker_batch  # the ranks also share a GPU's memory
     if micro_batch is not None:
         run = config.run.model_copy(update={"micro_batch": micro_batch})
@@ -62,6 +62,7 @@ def launch_ranks(
         setting.stop_at or 0,
         setting.val_images,
         str(setting.folder),
+        setting.curve_precision,
     )
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "request.json").write_text(json.dumps(asdict(request)))

@@ -41,7 +41,7 @@ class FedImages:
     """The images from the loaders, each at its place: (steps, kn) over all ranks."""
 
     def __init__(self, plan: BatchPlan, config: Config, steps: int, channels_last: bool) -> None:
-        minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+        minibatch = Minibatch.of(config)
         self._planned = plan.training(0)
         self._places = [minibatch.places(w, channels_last) for w in plan.micro_batches]
         shape = steps, minibatch.size

@@ -36,6 +36,7 @@ from harness.distributed import (
     world_from_environment,
 )
 from harness.errors import FINISHED, USER_ERROR, UserError
+from harness.execution.determinism import threads_and_determinism
 from harness.execution.evaluation import evaluate
 from harness.execution.precision import set_precision
 from harness.models.registry import build_model
@@ -85,12 +86,13 @@ class Rank:
         self.results["known_sum"] = gradients[-1].cpu()
 
     def curve(self) -> None:
-        """Record a float64 trajectory from step 0, its images, and an evaluation at its end."""
-        step = self._step("float64")
+        """Record a trajectory from step 0, its images, and an evaluation at its end."""
+        precision = self.request.curve_precision
+        step = self._step(precision)
         self.results["recipes"] = self._gather(recipe_digests(self.config))
         channels_last = self.world.device.type == "cuda"
         fed = FedImages(self.batch_plan, self.config, self.request.steps, channels_last)
-        self._run(step, 0, fed.watch(self.loader.train(0)), "float64")
+        self._run(step, 0, fed.watch(self.loader.train(0)), precision)
         self.results["fed"] = fed.over_ranks(self.control)
         self._evaluate(step)
 
@@ -98,12 +100,13 @@ class Rank:
         """Record the counts, and how often each validation image (V,) was evaluated."""
         self._show_progress("evaluation")
         counted = np.zeros(self.config.data.val_images, dtype=np.int64)
-        with global_running_statistics(step.network, self.batch_plan.share):
+        with global_running_statistics(step.network, self.batch_plan.statistics_share):
             batches = self.watchdog.watch(self.loader.evaluate(), lambda: 0, Phase.EVALUATING)
-            config = in_precision(self.config, "float64")
+            config = in_precision(self.config, self.request.curve_precision)
             count = lambda batch, _: np.add.at(counted, batch.ids.cpu().numpy(), 1)  # noqa: E731
             found = evaluate(config, step.network, batches, step.replica.preprocess, count)
         self.results["evaluation"] = [found.correct, found.top5_correct, found.total]
+        self.results["evaluation_loss"] = found.loss
         self.results["counted"] = summed(counted, self.control)
 
     def twin(self) -> None:
@@ -151,7 +154,8 @@ class Rank:
     def _open_run(self, loader: Loader) -> Run:
         """Open a run as `train` does: new, or from the newest checkpoint of the run folder."""
         folder = RunFolder(Path(self.request.shared) / "run")
-        config, step = in_precision(self.config, "float64"), self._step("float64")
+        precision = self.request.curve_precision
+        config, step = in_precision(self.config, precision), self._step(precision)
         checkpoint = None
         if self.world.rank == 0:
             if folder.path.exists():
@@ -197,7 +201,7 @@ class Rank:
             self._show_progress(f"{what} step {number + 1} of {self.request.steps}")
             losses.append(self._one_step(step, number, batches))
         self.results["losses"] = losses
-        self.results["state"] = global_state(step, self.batch_plan.share)
+        self.results["state"] = global_state(step, self.batch_plan.statistics_share)
 
     def _single_steps(self, precision: str) -> list[StepResult]:
         """Make each of the steps from equal weights."""
@@ -207,7 +211,9 @@ class Rank:
             self._show_progress(f"{precision} step {number} from equal weights")
             step.load_state_dict(torch.load(self._state_file(number), map_location="cpu"))
             loss = self._one_step(step, number, self.loader.train(number))
-            statistics = global_state(step, self.batch_plan.share)["running statistics"].values()
+            statistics = global_state(step, self.batch_plan.statistics_share)[
+                "running statistics"
+            ].values()
             found.append(
                 {
                     "gradient": gradients.pop().cpu(),
@@ -278,6 +284,7 @@ def carry_out(folder: Path, request: Request, config: Config) -> None:
             cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
             loader = open_loader(config, batch_plan, config.run.loader, threads, cuda)
             opened.enter_context(closing(loader))
+        opened.enter_context(threads_and_determinism(config.run, world.device))
         watchdog = opened.enter_context(Watchdog(world, timeout_s, stopping))
         control = opened.enter_context(join(world, call.store, timeout_s))
         watchdog.join_ranks()

@@ -26,6 +26,7 @@ class Results(TypedDict, total=False):
     losses: list[float]  # of the trajectory's steps
     state: State  # after the last step
     evaluation: list[int]  # correct, top-5 correct, total
+    evaluation_loss: float
     counted: Tensor  # (V,): how often each validation image was evaluated
     float64_steps: list[StepResult]
     own_steps: list[StepResult]

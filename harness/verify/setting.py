@@ -52,9 +52,19 @@ class Setting:
     @property
     def other_micro_batch(self) -> int:
         """Images of one worker, or of two if the run itself uses one worker's."""
-        minibatch = Minibatch(self.config.workers, self.config.recipe.worker_batch)
+        minibatch = Minibatch.of(self.config)
         usual = minibatch.micro_batch_images(self.config.workers, self.config.run.micro_batch)
         return minibatch.worker_batch * (2 if usual == minibatch.worker_batch else 1)
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums are exact: every launch must then have the same bits."""
+        return self.config.run.sums == "exact"
+
+    @property
+    def curve_precision(self) -> str:
+        """The precision of trajectories: the run's own where sums are exact, else float64."""
+        return self.config.run.precision if self.exact else "float64"
 
     @property
     def own_precision(self) -> str | None:
@@ -77,6 +87,13 @@ class Setting:
     def work(self) -> str:
         """Describe in one line how much will be computed."""
         minibatch, starts = self.config.recipe.minibatch, self.starts
+        if self.exact:
+            trajectories = len(self.ranks) + (self.stop_at is not None)
+            return (
+                f"work: {trajectories * self.steps + len(self.ranks)} steps of {minibatch} images "
+                f"forward and backward, most in {self.curve_precision}, and "
+                f"{len(self.ranks) * self.val_images:,} images evaluated"
+            )
         trajectories = len(self.ranks) + 1 + (self.stop_at is not None)
         single_steps = (len(self.ranks) + 1) * (1 + len(starts) * (2 if self.own_precision else 1))
         steps = trajectories * self.steps + single_steps + starts[-1]
@@ -90,9 +107,10 @@ class Setting:
 class Request:
     """A request to the ranks of one launch: `tasks` are methods of `Rank`, in order.
 
-    `steps` is the length of a trajectory, `starts` are the steps made from equal weights,
-    `val_images` is the number evaluated. `shared` is the folder for what a launch leaves to others:
-    the states before the `starts`, and the run that is interrupted at the step `stop_at`.
+    `steps` is the length of a trajectory in `curve_precision`, `starts` are the steps made from
+    equal weights, `val_images` is the number evaluated. `shared` is the folder for what a launch
+    leaves to others: the states before the `starts`, and the run that is interrupted at the step
+    `stop_at`.
     """
 
     tasks: list[str]
@@ -101,6 +119,7 @@ class Request:
     stop_at: int
     val_images: int
     shared: str
+    curve_precision: str
 
 
 def check_setting(
@@ -118,7 +137,7 @@ def check_setting(
     world_sizes = sorted({1, *ranks})
     if world_sizes[0] < 1:
         raise UserError(f"--ranks {world_sizes[0]}: give positive numbers, such as 1,2,4")
-    Minibatch(config.workers, config.recipe.worker_batch).workers_of(0, world_sizes[-1])
+    Minibatch.of(config).workers_of(0, world_sizes[-1])
     if world_sizes == [1]:
         raise UserError("--ranks 1: nothing to compare one rank with; add another number: 1,2")
     if not 1 <= steps <= config.total_steps:

@@ -38,7 +38,7 @@ def record_gradients(step: Step, parameters: list[nn.Parameter]) -> list[Tensor]
     return recorded
 
 
-def global_state(step: Step, share: float) -> State:
+def global_state(step: Step, share: float | None) -> State:
     """Copy weights, running statistics (means over all workers) and optimizer state to the CPU."""
     weights: dict[str, Tensor] = dict(step.network.named_parameters())
     with global_running_statistics(step.network, share):

@@ -41,9 +41,11 @@ def test_every_key_is_described(key):
 
 def test_the_effects_are_those_that_the_contract_of_resuming_names():
     assert set(names_with(Effect.ROUNDING)) == {
-        *("run.precision", "run.compile", "run.gradient_precision", "run.loader")
+        *("run.precision", "run.compile", "run.gradient_precision", "run.loader"),
+        *("run.sums", "run.unit_workers"),
     }
-    assert set(names_with(Effect.HARDWARE)) == {"run.device", "run.micro_batch"}
+    hardware = {"run.device", "run.micro_batch", "run.intra_op_threads"}
+    assert set(names_with(Effect.HARDWARE)) == hardware
     outside_run = {key.name for key in keys() if not key.name.startswith(("run.", "expect."))}
     assert set(names_with(Effect.CURVE)) == outside_run
 

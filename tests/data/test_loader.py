@@ -40,7 +40,7 @@ def steps_by_place(
     root: Path, config: Config, world_size: int, micro_batch: int, channels_last: bool
 ) -> list[dict[str, np.ndarray]]:
     """What all ranks are fed over the whole run, each step put together by place."""
-    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    minibatch = Minibatch.of(config)
     steps = [
         {name: np.full(minibatch.size, -1) for name in FIELDS} for _ in range(config.total_steps)
     ]

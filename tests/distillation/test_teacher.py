@@ -148,7 +148,7 @@ def test_resumed_it_is_the_straight_run_and_another_teacher_is_refused(
     events = [line["event"] for line in read_log(tmp_path / "run" / "log.jsonl")]
     assert events.count("teacher") == 1
     # the folder that the config names now holds other weights
-    monkeypatch.setattr("harness.distillation.teacher.weights_checksum", lambda model: "another")
+    monkeypatch.setattr("harness.distillation.teacher.weights_digest", lambda state: "another")
     list_checkpoints(tmp_path / "run" / "checkpoints")[0].unlink()
     status.write_text(status.read_text().replace("finished", "stopped"))
     with pytest.raises(UserError, match=r"distill\.teacher or its cache differs"):

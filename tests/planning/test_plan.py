@@ -294,7 +294,7 @@ def test_peak_between_two_dots_is_labelled() -> None:
 
 
 def test_largest_micro_batch_is_the_share() -> None:
-    config = load_config(CONFIGS / "quickstart.yaml", ["run.micro_batch=128"])
+    config = load_config(CONFIGS / "quickstart.yaml", ["run.sums=fast", "run.micro_batch=128"])
     plan = make_plan(config, 8)  # a rank has 1 worker of 32 images, fewer than 128
     assert (plan["micro_batch"], plan["micro_batches"]) == (32, 1)
 

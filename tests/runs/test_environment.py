@@ -269,7 +269,7 @@ def test_a_run_resumed_under_other_code_says_so_everywhere(small, tmp_path, monk
 
     described.update(code_digest=A, git_commit=A)
     train(config, run)
-    warning = "warning: resumed at step 5 under other code: commit aaaaaaaaa → bbbbbbbbb"
+    warning = "warning: resumed at step 5 under other conditions: commit aaaaaaaaa → bbbbbbbbb"
     assert resume_at(5, code_digest=B, git_commit=B) == [warning]
     assert resume_at(10) == []  # by the code that wrote this checkpoint
     lines = read_lines(run / "log.jsonl")

@@ -77,8 +77,8 @@ def timed(monkeypatch, plain_s, replayed_s):
     monkeypatch.setattr("harness.training.tuning.cuda_graphs.time.perf_counter", lambda: clock["s"])
     dry_pass = Replica.dry_pass
 
-    def slowly(replica, pixels, local=True):
-        dry_pass(replica, pixels, local)
+    def slowly(replica, pixels, is_last=False):
+        dry_pass(replica, pixels, is_last)
         clock["s"] += (replayed_s if replica.graphed._replays else plain_s) / len(SIZES)
 
     monkeypatch.setattr(Replica, "dry_pass", slowly)

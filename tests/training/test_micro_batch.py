@@ -117,7 +117,7 @@ def test_a_dry_pass_leaves_no_trace(small):
 def test_the_quickstart_rounds_alike_on_any_number_of_ranks(name):
     """Each pass is one worker's 32 images, from 1 rank with 8 of them to 8 ranks with one each."""
     config = load_config(f"configs/{name}.yaml")
-    minibatch = Minibatch(config.workers, config.recipe.worker_batch)
+    minibatch = Minibatch.of(config)
     for ranks in range(1, 9):
         for rank in range(ranks):
             share = len(minibatch.workers_of(rank, ranks))

@@ -89,7 +89,7 @@ def test_ddp_does_not_cut_blocks(small, monkeypatch, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         step = make_step(small, torch.device("cpu"), ranks=2, compile=True)
-        step.replica.model.bucket_bytes_cap = (
+        step.replica.sums.model.bucket_bytes_cap = (
             1  # a small network's gradients fill many buckets, too
         )
         run_steps(step)

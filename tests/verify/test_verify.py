@@ -54,7 +54,7 @@ import os, sys
 from harness.startup import import_quickly
 import_quickly("harness.verify.rank")
 import harness.data.batch_plan as plan, harness.training.objective as objective
-import harness.training.replica as replica
+import harness.training.gradients as gradients
 import harness.verify.rank as rank
 import harness.models.ghost_batch_norm as ghost
 me, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -98,11 +98,11 @@ objective.training_loss = lambda logits, labels, global_batch, label_smoothing: 
 )
 """
 BUFFERS_SENT_BY_RANK_0 = """
-ddp = replica.DistributedDataParallel
+ddp = gradients.DistributedDataParallel
 class Sending(ddp):
     def __init__(self, model, **keys):
-        super().__init__(model, **keys | dict.fromkeys(replica.buffer_sync_off(), True))
-replica.DistributedDataParallel = Sending
+        super().__init__(model, **keys | dict.fromkeys(gradients.buffer_sync_off(), True))
+gradients.DistributedDataParallel = Sending
 """
 LOST_VALIDATION_IMAGE = """
 evaluation = plan.BatchPlan.evaluation

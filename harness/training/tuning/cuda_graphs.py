@@ -120,8 +120,7 @@ def _difference(replica: Replica, images: int) -> float:
             with replica.graphed.replaying(replays):
                 for seed in (1, 2):
                     replica.dry_pass(_pixels(replica, images, seed))
-            gradients = [p.grad for p in replica.network.parameters() if p.grad is not None]
-            left = gradients, replica.running_statistics.sums
+            left = replica.sums.local_sums()
             found.append([[tensor.double() for tensor in tensors] for tensors in left])
     return max(_apart(*pair) for pair in zip(*found, strict=True))
 
@@ -167,7 +166,7 @@ def _step_ms(replica: Replica, sizes: Sequence[int]) -> tuple[float, float]:
         start_s = time.perf_counter()
         with replica.graphed.replaying(replays):
             for number, images in enumerate(sizes, 1):
-                replica.dry_pass(pixels[images], local=number < len(sizes))
+                replica.dry_pass(pixels[images], is_last=number == len(sizes))
         if replica.device.type == "cuda":
             torch.cuda.synchronize(replica.device)
         seconds = time.perf_counter() - start_s

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
-from harness.distributed import World, broadcast_from_rank0, max_over_ranks
+from harness.distributed import broadcast_from_rank0, max_over_ranks
 from harness.execution.compilation import uncompiled
 from harness.outcome import RunFailed
 from harness.recipe.minibatch import Minibatch
@@ -34,7 +34,6 @@ def tune_micro_batch(
     replica: Replica,
     batch_plan: BatchPlan,
     recorded: int | None,
-    world: World,
     control: dist.ProcessGroup | None,
     watchdog: Watchdog,
 ) -> Config:
@@ -48,20 +47,20 @@ def tune_micro_batch(
         images = fastest_micro_batch(
             replica,
             batch_plan.minibatch,
-            world.world_size,
+            replica.world.world_size,
             control,
             lambda tried: watchdog.enter_phase(0, Phase.STARTING, tried),
         )
-    batch_plan.use_micro_batch(images)
+    run = replica.config.run.model_copy(update={"micro_batch": images})
+    config = batch_plan.settle(replica.config.model_copy(update={"run": run}))
     images = batch_plan.micro_batch
-    if world.rank == 0:
+    if replica.world.rank == 0:
         print(
             f"micro-batch  {images} images a rank, {origin}; rounding, and with it the error, "
             f"depends on it: repeat with run.micro_batch={images}",
             flush=True,
         )
-    run = replica.config.run.model_copy(update={"micro_batch": images})
-    return replica.config.model_copy(update={"run": run})
+    return config
 
 
 def fastest_micro_batch(
