@@ -59,6 +59,20 @@ def found_overflow(
     return torch.stack([value.to(device) for value in found.values()]).amax()
 
 
+class SelfUnscaling(torch.optim.Optimizer):
+    """Base of optimizers that undo the scale of float16 and skip overflows themselves.
+
+    GradScaler leaves it to optimizers with this private attribute, as to fused SGD, so that no step
+    waits for the device.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def scale_and_overflow(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients' scale, and 1.0 where they overflowed, else 0.0; None without."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+
 def compiler_patch(recompile_limit: int) -> AbstractContextManager[object]:
     """Return a context of the compiler's settings; see `compilation.compiler_settings`.
 

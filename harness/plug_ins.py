@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint
 
-from harness.config.schema import Config
+from harness.config.schema import OPTIMIZER_KEYS, Config
 from harness.data.sources.registry import GROUP as DATA_FORMATS
 from harness.installed import installed
 from harness.models.registry import entry_point as network_entry_point
@@ -22,7 +22,7 @@ def modules_behind_results(config: Config) -> tuple[str, ...]:
     if config.distill is not None and config.distill.teacher_model is not None:
         names.append(config.distill.teacher_model)
     points = [*map(network_entry_point, names)]
-    if config.recipe.optimizer != "sgd":
+    if config.recipe.optimizer not in OPTIMIZER_KEYS:
         points.append(installed(OPTIMIZERS).get(config.recipe.optimizer))
     if config.run.data_format != "folder":
         points.append(installed(DATA_FORMATS).get(config.run.data_format))

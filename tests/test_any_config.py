@@ -103,7 +103,9 @@ def recipes(draw: st.DrawFn, largest_minibatch: int, largest_epochs: int) -> dic
     n = draw(counts(min(largest_minibatch, 4)))
     recipe = {"worker_batch": n, "minibatch": n * draw(counts(largest_minibatch // n))}
     epochs = recipe["epochs"] = draw(counts(largest_epochs))
-    recipe["decay"] = draw(st.sampled_from(["steps", "cosine"]))
+    recipe["decay"] = draw(st.sampled_from(["steps", "cosine", "polynomial"]))
+    if recipe["decay"] == "polynomial":
+        recipe["decay_power"] = draw(st.sampled_from([1e-9, 1.0, 2.0, 1e9]))
     if recipe["decay"] == "steps":
         later = st.integers(1, max(epochs - 1, 1))
         recipe["milestones"] = sorted(draw(st.sets(later, max_size=3))) if epochs > 1 else []
@@ -114,7 +116,11 @@ def recipes(draw: st.DrawFn, largest_minibatch: int, largest_epochs: int) -> dic
     recipe["scaling"] = draw(st.sampled_from(["linear", "sqrt", "none"]))
     recipe["reference_minibatch"] = draw(counts(2 * largest_minibatch))
     recipe["momentum"] = draw(st.sampled_from([0.5, 0.9]))
-    recipe["nesterov"] = draw(st.booleans())
+    recipe["optimizer"] = draw(st.sampled_from(["sgd", "lars"]))
+    if recipe["optimizer"] == "sgd":
+        recipe["nesterov"] = draw(st.booleans())
+    else:
+        recipe["trust_coefficient"] = draw(st.sampled_from([1e-9, 0.001, 1.0]))
     recipe["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 1.0]))
     return recipe
 

@@ -30,6 +30,23 @@ def test_an_overflow_is_found_without_the_scale(largest, overflow):
     assert (weight[0].item() == 1.0) == bool(overflow)  # the update was skipped
 
 
+@pytest.mark.parametrize(("largest", "overflow"), [(1.0, 0.0), (float("inf"), 1.0)])
+def test_the_scaler_leaves_unscaling_and_overflows_to_the_optimizer(largest, overflow):
+    seen = []
+
+    class Watching(compat.SelfUnscaling):
+        def step(self, closure=None):
+            seen.append([*self.scale_and_overflow(), weight.grad[0].item()])
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Watching([weight], {})
+    assert optimizer.scale_and_overflow() == (None, None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((weight * torch.tensor([1.0, 2.0, largest])).sum()).backward()
+    scaler.step(optimizer)
+    assert seen == [[4.0, overflow, 4.0]]  # called even after an overflow
+
+
 def test_each_batch_norm_has_the_base_class():
     for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         assert issubclass(norm, compat.BatchNorm)

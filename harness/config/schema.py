@@ -40,6 +40,9 @@ Options = dict[Text, bool | int | float | str]
 
 NO_EXPECTATION = "no expectation for this recipe"
 SMALL_RESNETS = ("resnet8", "resnet20", "resnet32", "resnet56")
+# the keys of the recipe that each built-in optimizer has; others have optimizer_options
+OPTIMIZER_KEYS = {"sgd": ("momentum", "nesterov"), "lars": ("momentum", "trust_coefficient")}
+OTHER_OPTIMIZERS_KEYS = ("optimizer_options",)
 
 
 class ExpectConfig(Section):
@@ -171,8 +174,9 @@ class RecipeConfig(Section):
     warmup_epochs: Count = key(
         "Length of the warm-up; there is none where nothing is scaled up.", 5, unit="epochs"
     )
-    decay: Literal["steps", "cosine"] = key(
-        "How the learning rate falls: by `decay_factor` at each milestone, or along a cosine.",
+    decay: Literal["steps", "cosine", "polynomial"] = key(
+        "How the learning rate falls after the warm-up: by `decay_factor` at each milestone, along "
+        "a cosine, or as the remaining share of the steps to the power `decay_power`.",
         "steps",
     )
     milestones: Epochs = key(
@@ -183,32 +187,48 @@ class RecipeConfig(Section):
     decay_factor: Annotated[float, Field(gt=0, le=1)] = key(
         "Factor of the learning rate at each milestone.", 0.1
     )
-    optimizer: Text = key("Name of the optimizer; docs/optimizers.md shows how to add one.", "sgd")
-    optimizer_options: Options = key(
-        "Arguments of an optimizer other than SGD, such as beta: 0.9.", {}
+    decay_power: Positive = key("Power of the polynomial decay.", 2.0)
+    optimizer: Text = key(
+        "Name of the optimizer: sgd, lars, or one that an installed package adds "
+        "(docs/optimizers.md).",
+        "sgd",
     )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = key("Momentum m of SGD.", 0.9)
+    optimizer_options: Options = key(
+        "Arguments of an optimizer of an installed package, such as beta: 0.9.", {}
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = key("Momentum m of SGD and LARS.", 0.9)
     nesterov: bool = key("Use Nesterov's momentum of SGD; needs a momentum above 0.", True)
+    trust_coefficient: Annotated[float, Field(gt=0, le=LARGEST_FLOAT32)] = key(
+        "Factor of LARS's layer-wise learning rates (docs/optimizers.md).", 0.001
+    )
     weight_decay: Annotated[float, Field(ge=0, le=LARGEST_FLOAT32)] = key(
         "Weight decay λ, not applied to batch norm's γ and β (section 5.1).", 0.0001
     )
     label_smoothing: Fraction = key("Label smoothing of the cross entropy.", 0.0)
 
     def meaningless(self) -> dict[str, str]:
-        others = ("optimizer_options",) if self.optimizer == "sgd" else ("momentum", "nesterov")
+        everywhere = [*OTHER_OPTIMIZERS_KEYS, *(k for own in OPTIMIZER_KEYS.values() for k in own)]
+        others = [name for name in everywhere if name not in self.optimizer_keys]
         keys = dict.fromkeys(others, f"optimizer: {self.optimizer}")
-        if self.decay == "cosine":
-            keys |= dict.fromkeys(("milestones", "decay_factor"), "decay: cosine")
+        if self.decay != "steps":
+            keys |= dict.fromkeys(("milestones", "decay_factor"), f"decay: {self.decay}")
+        if self.decay != "polynomial":
+            keys |= {"decay_power": f"decay: {self.decay}"}
         if self.warmup == "none":
             keys |= {"warmup_epochs": "warmup: none"}
         return keys
 
     @property
+    def optimizer_keys(self) -> tuple[str, ...]:
+        """Return the keys that configure the optimizer, besides the weight decay."""
+        return OPTIMIZER_KEYS.get(self.optimizer, OTHER_OPTIMIZERS_KEYS)
+
+    @property
     def optimizer_arguments(self) -> Options:
         """Return the arguments of the optimizer's build function besides the parameter groups."""
-        if self.optimizer == "sgd":
-            return {"momentum": self.momentum, "nesterov": self.nesterov}
-        return self.optimizer_options
+        if self.optimizer not in OPTIMIZER_KEYS:
+            return self.optimizer_options
+        return {name: getattr(self, name) for name in self.optimizer_keys}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -216,7 +236,7 @@ class RecipeConfig(Section):
         if kn % n:
             nearest = " or ".join(str(m) for m in (kn // n * n, (kn // n + 1) * n) if m)
             yield f"minibatch: {kn} is not a multiple of worker_batch {n}; take {nearest}"
-        if self.nesterov and self.momentum == 0:
+        if self.nesterov and self.momentum == 0 and "nesterov" in self.optimizer_keys:
             yield "nesterov: needs a momentum above 0; set nesterov: false or raise momentum"
         if self.reference_lr * max(kn / self.reference_minibatch, 1) > LARGEST_FLOAT32:
             yield f"reference_lr: {self.reference_lr:g}, scaled, is no float32 number; lower it"

@@ -37,6 +37,10 @@ class ModelFacts(TypedDict):
     parameters_undecayed: int
     decayed_modules: list[str]
     undecayed_modules: list[str]
+    parameters_layer_wise: int | None  # None where no parameter has a learning rate of its own
+    layer_wise_modules: list[str]
+    vectors: int  # biases, γ and β
+    vectors_layer_wise: int
     batch_norms: int
     batch_norms_undecayed: int
     residual_blocks: int
@@ -60,8 +64,11 @@ def inspect_model(model: nn.Module, optimizer: torch.optim.Optimizer, config: Co
     """Read the facts off the model and the optimizer that a run would use; assume nothing."""
     decayed: set[nn.Parameter] = set()
     undecayed: set[nn.Parameter] = set()
+    layer_wise: set[nn.Parameter] = set()
     for group in optimizer.param_groups:
         (decayed if group["weight_decay"] > 0 else undecayed).update(group["params"])
+        layer_wise.update(group["params"] if group.get("trust_coefficient") else ())
+    vectors = {p for p in model.parameters() if p.ndim <= 1}
     batch_norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     family = find_family(config.model.name)
     by_paper = family.initialize is initialize
@@ -82,6 +89,10 @@ def inspect_model(model: nn.Module, optimizer: torch.optim.Optimizer, config: Co
         "parameters_undecayed": sum(p.numel() for p in undecayed),
         "decayed_modules": _owners(model, decayed),
         "undecayed_modules": _owners(model, undecayed),
+        "parameters_layer_wise": sum(p.numel() for p in layer_wise) or None,
+        "layer_wise_modules": _owners(model, layer_wise),
+        "vectors": len(vectors),
+        "vectors_layer_wise": len(vectors & layer_wise),
         "batch_norms": len(batch_norms),
         "batch_norms_undecayed": sum({bn.weight, bn.bias} <= undecayed for bn in batch_norms),
         "residual_blocks": len(last_gammas),
@@ -149,6 +160,10 @@ def check_facts(facts: ModelFacts) -> list[Check]:
         (f"{undecayed} of {layers} BN layers undecayed", undecayed == layers),
         (f"{optimized:,} of {parameters:,} parameters optimized", optimized == parameters),
     ]
+    if facts["parameters_layer_wise"]:
+        vectors = facts["vectors"]
+        plain = vectors - facts["vectors_layer_wise"]
+        checks.append((f"{plain} of {vectors} biases, γ and β by plain SGD", plain == vectors))
     loaded = facts["weights"] is not None  # weights that were trained follow no such rule
     return [Check(what=what, ok=ok) for what, ok in checks] + [
         Check(what=what, ok=None if loaded else ok) for what, ok in _initial_checks(facts)

@@ -226,16 +226,18 @@ def _corners(config: Config) -> dict[int, str]:
     """Map each corner's step to what happens there, which is several things where they meet."""
     recipe = config.recipe
     warmup = config.warmup_steps
-    cosine = recipe.decay == "cosine"
-    decays = [] if cosine else [epoch * config.steps_per_epoch for epoch in recipe.milestones]
+    stairs = recipe.milestones if recipe.decay == "steps" else ()
+    decays = [epoch * config.steps_per_epoch for epoch in stairs]
     corners: dict[int, list[str]] = defaultdict(list)
     if warmup:
         corners[0].append(f"{recipe.warmup} warm-up starts")
     if warmup not in decays:
         corners[warmup].append("peak")
     corners[warmup].append("end of warm-up" if warmup else "no warm-up")
-    if cosine:
+    if recipe.decay == "cosine":
         corners[warmup].append("cosine starts")
+    if recipe.decay == "polynomial":
+        corners[warmup].append(f"polynomial of power {recipe.decay_power:g} starts")
     for step in decays:
         corners[step].append(f"× {recipe.decay_factor:g}")
     corners[config.total_steps - 1].append("last step")

@@ -107,6 +107,7 @@ def _parameters(plan: Plan) -> list[str]:
         f"  decayed    {plan['parameters_decayed']:,} by {plan['weight_decay']:g}: "
         + ", ".join(plan["decayed_modules"]),
         f"  undecayed  {plan['parameters_undecayed']:,}: " + ", ".join(plan["undecayed_modules"]),
+        *_layer_wise(plan),
         "checked on the model and the optimizer, as a run would build them",
         *(f"  {mark[check['ok']]:9}  {check['what']}" for check in plan["checks"]),
         *(f"  unchecked  {what}" for what in plan["unchecked"]),
@@ -114,6 +115,18 @@ def _parameters(plan: Plan) -> list[str]:
     if plan["weights"] is not None:
         lines.append(f"  loaded: not initial values, but those of {plan['weights']}")
     return lines
+
+
+def _layer_wise(plan: Plan) -> list[str]:
+    """Return the line on the parameters with learning rates of their own, if there are any."""
+    if not (own := plan["parameters_layer_wise"]):
+        return []
+    return [
+        f"  layer-wise {own:,} by learning rates of their own: "
+        + ", ".join(plan["layer_wise_modules"]),
+        f"  excluded   {plan['parameters'] - own:,} from them, by plain SGD without decay: biases "
+        "and batch norm",
+    ]
 
 
 def render_prediction(plan: Plan) -> list[str]:

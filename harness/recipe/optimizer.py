@@ -1,4 +1,4 @@
-"""Optimizers by name: SGD with momentum as in remarks 1 to 3 of section 3, and installed ones.
+"""Optimizers by name: SGD as in remarks 1 to 3 of section 3, LARS, and those of packages.
 
 Remark 1, "Scaling the cross-entropy loss is not equivalent to scaling the learning rate": one
 update is w' = w - ηλw - η(1/kn)Σ∇l, and λw does not pass through the loss. So the learning rate is
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from harness.compat import BatchNorm
 from harness.config.errors import ConfigError
-from harness.installed import find
+from harness.installed import find, installed
+from harness.recipe.lars import build_lars
 
 if TYPE_CHECKING:
     from harness.config.schema import RecipeConfig
@@ -65,10 +66,10 @@ def parameter_groups(
 
 def find_optimizer(name: str) -> BuildOptimizer:
     """Return the build function of the optimizer `name`. Raises as `build_optimizer`."""
-    if name == "sgd":
-        return build_sgd
-    found = find(GROUP, name, "recipe.optimizer", "optimizer", built_in="sgd")
-    return cast(BuildOptimizer, found)
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    known = ", ".join(BUILT_IN)
+    return cast(BuildOptimizer, find(GROUP, name, "recipe.optimizer", "optimizer", known))
 
 
 def build_optimizer(
@@ -104,9 +105,14 @@ def check_optimizer(
     """Raise ConfigError where the optimizer cannot be built, or makes updates of its own each time.
 
     All ranks must make the same update, so an optimizer of a package repeats its first steps on a
-    copy of `network` and must arrive at the same bits.
+    copy of `network` and must arrive at the same bits. A package cannot replace a built-in one.
     """
-    if recipe.optimizer == "sgd":
+    if recipe.optimizer in BUILT_IN:
+        if point := installed(GROUP).get(recipe.optimizer):
+            raise ConfigError(
+                f"recipe.optimizer: {recipe.optimizer} is built in, but {point.value} has the same "
+                "name; rename the package's optimizer, or uninstall it"
+            )
         build_optimizer(network, recipe, undecayed(network))
         return
     ends = [_first_steps(copy.deepcopy(network), recipe, undecayed) for _ in range(2)]
@@ -152,6 +158,9 @@ def build_sgd(
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+BUILT_IN: dict[str, BuildOptimizer] = {"sgd": build_sgd, "lars": build_lars}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

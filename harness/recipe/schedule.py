@@ -37,9 +37,11 @@ def lr_at(config: Config, step: int) -> float:
             return recipe.reference_lr  # section 2.2, "Constant warmup"
         # section 2.2, "Gradual warmup": a constant amount every iteration, eta after 5 epochs
         return recipe.reference_lr + (peak - recipe.reference_lr) * step / warm
+    progress = (step - warm) / (config.total_steps - warm)
     if recipe.decay == "cosine":
-        progress = (step - warm) / (config.total_steps - warm)
         return peak * (1 + math.cos(math.pi * progress)) / 2
+    if recipe.decay == "polynomial":
+        return peak * (1 - progress) ** recipe.decay_power
     # section 5.1: "reduced by 1/10 at the 30-th, 60-th, and 80-th epoch", warm-up epochs included
     passed = sum(step >= epoch * config.steps_per_epoch for epoch in recipe.milestones)
     return peak * recipe.decay_factor**passed
@@ -51,11 +53,11 @@ def final_epochs(config: Config) -> range:
     Section 5.1 takes the final 5, all of which the paper trains at the final learning rate. In a
     shorter run some of them may precede the last milestone, with a much larger error, so only
     epochs entirely at the final learning rate count. Where the learning rate changes until the
-    end (cosine, or warm-up throughout), only the last epoch counts.
+    end (cosine, polynomial, or warm-up throughout), only the last epoch counts.
     """
     recipe = config.recipe
     settled = recipe.warmup_end  # epochs after which the learning rate stays
-    if recipe.decay == "cosine":
+    if recipe.decay != "steps":
         settled = recipe.epochs
     elif recipe.milestones and recipe.decay_factor < 1:
         settled = max(settled, recipe.milestones[-1])

@@ -45,8 +45,11 @@ def refusal(*overrides):
         ("data.mean=[1, 1, 1, 1]", "data.mean: expected at most 3 items, found [1, 1, 1, 1]"),
         (
             "recipe.decay=cosin",
-            "recipe.decay: expected steps or cosine, found 'cosin', did you mean cosine?",
+            "recipe.decay: expected steps, cosine or polynomial, found 'cosin', did you mean "
+            "cosine?",
         ),
+        ("recipe.decay_power=-2", "recipe.decay_power: expected more than 0, found -2"),
+        ("recipe.trust_coefficient=0", "recipe.trust_coefficient: expected more than 0, found 0"),
         ("recipe.warmup=null", "recipe.warmup: expected gradual, constant or none, found null"),
         (
             "run.precision=bf16",
@@ -167,6 +170,9 @@ def test_an_impossible_combination_says_what_to_change(overrides, message):
     [
         ("cosine", "recipe.milestones=[30, 60, 80]", "recipe.decay"),  # its default, yet written
         ("cosine", "recipe.decay_factor=0.1", "recipe.decay"),
+        ("polynomial", "recipe.milestones=[30, 60, 80]", "recipe.decay"),
+        ("cosine", "recipe.decay_power=2.0", "recipe.decay"),
+        ("steps", "recipe.decay_power=2.0", "recipe.decay"),
         ("none", "recipe.warmup_epochs=5", "recipe.warmup"),
     ],
 )

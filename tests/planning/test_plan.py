@@ -139,6 +139,15 @@ def test_cosine_is_drawn_on_a_linear_scale() -> None:
     assert lines[1].startswith("0.8 ┤") and lines[ROWS].startswith("  0 ┤")
 
 
+def test_a_polynomial_is_drawn_on_a_linear_scale() -> None:
+    plan = make_plan(digits({"decay": "polynomial", "decay_power": 3}), 1)
+    corners = {step: what for step, _, _, what in plan["lr_corners"]}
+    assert corners[25] == "peak, end of warm-up, polynomial of power 3 starts"
+    lines = draw_lr(plan)
+    assert lines[0].strip() == "lr"
+    assert lines[1].startswith("0.8 ┤") and lines[ROWS].startswith("  0 ┤")
+
+
 @pytest.mark.parametrize(
     ("ranks", "shares", "micro_batch"),
     [

@@ -16,7 +16,7 @@ from tests.packages import install, install_page
 
 
 @pytest.fixture
-def lars(tmp_path, monkeypatch):
+def clipped(tmp_path, monkeypatch):
     install_page("optimizers.md", tmp_path / "site", monkeypatch)
 
 
@@ -32,25 +32,28 @@ def layer_with(weight):
     return layer
 
 
-def test_two_steps_by_hand(lars):
-    layer = layer_with([3.0, 4.0])  # of norm 5
-    options = {"momentum": 0.9, "trust": 0.1}
-    recipe = with_recipe(optimizer="lars", optimizer_options=options).recipe
+def test_two_steps_by_hand(clipped):
+    layer = layer_with([3.0, 4.0])
+    options = {"momentum": 0.9, "clip": 2.5}
+    recipe = with_recipe(optimizer="clipped", optimizer_options=options).recipe
     optimizer = build_optimizer(layer, recipe, [])
-    # g = (1.5, 2), decay 0.5: g + 0.5 w = (3, 4) of norm 5; ratio 0.1 * 5 / 5; u = (0.3, 0.4)
-    # w = w - 0.5 u = (2.85, 3.8) of norm 4.75; with g = -0.5 w + (3, 4) the update is (3, 4) again:
-    # ratio 0.1 * 4.75 / 5 = 0.095; u = 0.9 u + (0.285, 0.38) = (0.555, 0.74)
-    # w = w - 0.1 u = (2.7945, 3.726)
-    for lr, expected in ((0.5, [2.85, 3.8]), (0.1, [2.7945, 3.726])):
+    # g = (3, 4) of norm 5, halved to (1.5, 2); decay 0.5: u = (1.5, 2) + 0.5 w = (3, 4)
+    # w = w - 0.5 u = (1.5, 2)
+    # g = (0.3, 0.4) of norm 0.5 stays; u = 0.9 u + (0.3, 0.4) + 0.5 w = (2.7 + 1.05, 3.6 + 1.4)
+    # w = w - 0.1 u = (1.125, 1.5)
+    for lr, gradient, expected in (
+        (0.5, [3.0, 4.0], [1.5, 2.0]),
+        (0.1, [0.3, 0.4], [1.125, 1.5]),
+    ):
         set_lr(optimizer, lr)
-        layer.weight.grad = torch.tensor([[3.0, 4.0]]) - 0.5 * layer.weight.detach()
+        layer.weight.grad = torch.tensor([gradient])
         optimizer.step()
         assert layer.weight[0].tolist() == pytest.approx(expected)
 
 
-def test_it_is_given_the_groups_of_weight_decay(lars):
+def test_it_is_given_the_groups_of_weight_decay(clipped):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    recipe = with_recipe(optimizer="lars").recipe
+    recipe = with_recipe(optimizer="clipped").recipe
     optimizer = build_optimizer(network, recipe, batch_norm_parameters(network))
     decayed, undecayed = optimizer.param_groups
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.5, 0.0)
@@ -58,10 +61,10 @@ def test_it_is_given_the_groups_of_weight_decay(lars):
 
 
 @pytest.mark.parametrize("overflow_at", [0, 2])
-def test_an_overflow_of_float16_skips_its_update(lars, overflow_at):
+def test_an_overflow_of_float16_skips_its_update(clipped, overflow_at):
     def run(losses):
         layer = layer_with([3.0, 4.0])
-        optimizer = build_optimizer(layer, with_recipe(optimizer="lars").recipe, [])
+        optimizer = build_optimizer(layer, with_recipe(optimizer="clipped").recipe, [])
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         set_lr(optimizer, 0.1)
         for factor in losses:
@@ -75,18 +78,20 @@ def test_an_overflow_of_float16_skips_its_update(lars, overflow_at):
     assert run([*finite[:overflow_at], float("inf"), *finite[overflow_at:]]) == run(finite)
 
 
-def test_the_plan_names_it_and_its_options(lars):
-    plan = make_plan(with_recipe(optimizer="lars", optimizer_options={"trust": 0.02}), 1)
-    assert "optimizer    lars, trust 0.02" in render_plan(plan)
+def test_the_plan_names_it_and_its_options(clipped):
+    plan = make_plan(with_recipe(optimizer="clipped", optimizer_options={"clip": 0.02}), 1)
+    assert "optimizer    clipped, clip 0.02" in render_plan(plan)
     plan = make_plan(with_recipe(), 1)
     assert "optimizer    sgd, momentum 0.9, nesterov true" in render_plan(plan)
 
 
-def test_what_is_wrong_is_found_before_a_run(lars, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"recipe\.optimizer: no optimizer 'lers'; .* sgd, lars"):
-        check_model(with_recipe(optimizer="lers"))
-    with pytest.raises(ConfigError, match=r"recipe\.optimizer_options: lars .*'size'"):
-        check_model(with_recipe(optimizer="lars", optimizer_options={"size": 1}))
+def test_what_is_wrong_is_found_before_a_run(clipped, tmp_path, monkeypatch):
+    with pytest.raises(
+        ConfigError, match=r"recipe\.optimizer: no optimizer 'cliped'; .* sgd, lars, clipped"
+    ):
+        check_model(with_recipe(optimizer="cliped"))
+    with pytest.raises(ConfigError, match=r"recipe\.optimizer_options: clipped .*'size'"):
+        check_model(with_recipe(optimizer="clipped", optimizer_options={"size": 1}))
     install(
         tmp_path,
         monkeypatch,
@@ -97,6 +102,9 @@ def test_what_is_wrong_is_found_before_a_run(lars, tmp_path, monkeypatch):
     )
     with pytest.raises(ConfigError, match="no is a NoneType instead of a torch"):
         check_model(with_recipe(optimizer="no"))
+    install(tmp_path / "own", monkeypatch, "own", "", "harness.optimizers", "lars = own:Lars")
+    with pytest.raises(ConfigError, match="lars is built in, but own:Lars has the same name"):
+        check_model(with_recipe(optimizer="lars"))
     install(tmp_path / "b", monkeypatch, "ill", "1 / 0", "harness.optimizers", "ill = ill:build")
     with pytest.raises(UserError, match=r"recipe\.optimizer: ill:build cannot be imported: div"):
         check_model(with_recipe(optimizer="ill"))
@@ -126,17 +134,17 @@ def build(groups):
 
 
 def test_the_keys_of_one_optimizer_are_refused_with_another():
-    for key in ({"momentum": 0.5}, {"nesterov": False}):
-        with pytest.raises(ConfigError, match="has no meaning with optimizer: lars; remove it"):
-            with_recipe(optimizer="lars", **key)
+    for key in ({"momentum": 0.5}, {"nesterov": False}, {"trust_coefficient": 0.1}):
+        with pytest.raises(ConfigError, match="has no meaning with optimizer: clipped; remove it"):
+            with_recipe(optimizer="clipped", **key)
     with pytest.raises(ConfigError, match="optimizer_options: has no meaning with optimizer: sgd"):
-        with_recipe(optimizer_options={"trust": 1.0})
+        with_recipe(optimizer_options={"clip": 1.0})
 
 
 def test_a_config_from_before_the_key_is_of_sgd():
     old = with_recipe().model_dump(mode="json")
     del old["recipe"]["optimizer"], old["model"]["options"]
     assert curve_differences(config_from_mapping(old, "old"), with_recipe()) == []
-    one, other = (with_recipe(optimizer="lars", optimizer_options={"trust": t}) for t in (1, 2))
-    assert curve_differences(one, other) == ["recipe.optimizer_options.trust: 1 -> 2"]
-    assert curve_differences(with_recipe(), one)[0] == "recipe.optimizer: 'sgd' -> 'lars'"
+    one, other = (with_recipe(optimizer="clipped", optimizer_options={"clip": c}) for c in (1, 2))
+    assert curve_differences(one, other) == ["recipe.optimizer_options.clip: 1 -> 2"]
+    assert curve_differences(with_recipe(), one)[0] == "recipe.optimizer: 'sgd' -> 'clipped'"

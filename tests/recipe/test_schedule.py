@@ -97,6 +97,33 @@ def test_cosine_runs_from_the_end_of_warmup_to_the_last_step():
     assert lr_at(config, 14039) == pytest.approx(4.4906e-8, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("power", "third", "middle", "last"),
+    [
+        # 3.2 * 2/3, 3.2 * 1/2, 3.2 / 13260
+        (1.0, 2.1333333, 1.6, 2.413273e-4),
+        # squared: 3.2 * 4/9, 3.2 * 1/4, 3.2 / 13260^2
+        (2.0, 1.4222222, 0.8, 1.819964e-8),
+        # 3.2 * sqrt(2/3), 3.2 * sqrt(1/2), 3.2 / sqrt(13260)
+        (0.5, 2.6127891, 2.2627417, 0.02778934),
+    ],
+)
+def test_polynomial_decay_by_hand(power, third, middle, last):
+    # as with the cosine: 780 warm-up steps, a third at 5200, the middle at 7410
+    config = imagenet(decay="polynomial", decay_power=power)
+    assert lr_at(config, 390) == pytest.approx(1.65)
+    assert lr_at(config, 780) == pytest.approx(3.2)
+    assert lr_at(config, 5200) == pytest.approx(third)
+    assert lr_at(config, 7410) == pytest.approx(middle)
+    assert lr_at(config, 14039) == pytest.approx(last)
+
+
+def test_polynomial_decay_without_warmup_has_the_power_2_by_default():
+    config = imagenet(256, decay="polynomial")
+    assert lr_at(config, 0) == pytest.approx(0.1)
+    assert lr_at(config, 45 * 5004) == pytest.approx(0.025)  # half of the steps are left
+
+
 def test_cosine_without_warmup():
     config = imagenet(256, decay="cosine")
     # 1281167 / 256 = 5004.6 -> 5004 steps an epoch; the middle is 45 * 5004
@@ -154,7 +181,7 @@ def short(epochs, **recipe):
     kn = {"minibatch": 8, "worker_batch": 1, "reference_minibatch": 1}
     mapping = {"data": data, "model": {"name": "resnet8"}}
     mapping["recipe"] = kn | {"epochs": epochs, "milestones": [], "warmup": "none"} | recipe
-    if mapping["recipe"].get("decay") == "cosine":
+    if "decay" in recipe:
         del mapping["recipe"]["milestones"]
     return config_from_mapping(mapping, "test")
 
@@ -172,6 +199,7 @@ FINAL_EPOCHS = [
     (short(1), [1]),
     (short(90, decay="cosine"), [90]),
     (short(1, decay="cosine"), [1]),
+    (short(90, decay="polynomial"), [90]),
     (short(6, warmup="gradual", warmup_epochs=3), [4, 5, 6]),
     (short(6, warmup="constant", warmup_epochs=5), [6]),
     (short(6, warmup="gradual", warmup_epochs=6), [6]),  # the warm-up is the whole run
