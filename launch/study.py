@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,22 +39,36 @@ class Variant(Section):
 
 
 class Study(Whole):
-    """A grid: each variant of the base config with each seed."""
+    """Each variant of the base config, named or of the grid, with each seed.
+
+    `grid` maps keys to lists of values; each combination of them is a variant.
+    """
 
     base: Text
     seeds: Seeds
-    variants: dict[str, Any]
+    variants: dict[str, Any] = Field(default={})
+    grid: dict[str, Any] = Field(default={})
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: expected one or more different ones, found {[*self.seeds]}"
-        if not self.variants:
-            yield "variants: there is none; `base: {set: {}}` is the base config itself"
+        if not self.variants and not self.grid:
+            yield (
+                "variants: there is none; `base: {set: {}}` is the base config itself, and a grid "
+                "has variants, too"
+            )
+        for name, values in self.grid.items():
+            texts = [*map(json.dumps, values)] if isinstance(values, list) else []
+            if not texts or len(set(texts)) < len(texts):
+                yield f"grid.{name}: expected a list of different values, found {values!r}"
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
-    """Read a study and its variants. Raises ConfigError."""
+    """Read a study and its variants: those that it names, then those of its grid.
+
+    Raises ConfigError.
+    """
     study = validate(Study, read_mapping(path), str(path), list(Study.model_fields))
     variants = {}
     for name, mapping in study.variants.items():
@@ -63,7 +79,27 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
             raise config_error(source, ["a variant's name becomes a folder's; take another"])
         known = [*Variant.model_fields, *(f"expect.{key}" for key in ExpectConfig.model_fields)]
         variants[name] = validate(Variant, mapping, source, known)
+    for name, combination in _combinations(study.grid):
+        if name in variants:
+            raise config_error(path, [f"grid: there are two variants {name}; name them yourself"])
+        variants[name] = Variant(set=combination)
     return study, variants
+
+
+def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each combination of a grid's values and its name, which becomes a folder's.
+
+    The name holds the last part of each key with its value: minibatch-512_warmup-none.
+    """
+    for values in itertools.product(*grid.values()) if grid else ():
+        combination = dict(zip(grid, values, strict=True))
+        parts = [f"{key.rpartition('.')[2]}-{_word(v)}" for key, v in combination.items()]
+        yield "_".join(parts), combination
+
+
+def _word(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-") or "empty"
 
 
 def study_folder(path: str | Path, root: str | Path = "runs") -> Path:

@@ -199,6 +199,15 @@ def test_a_student_expects_its_error_of_the_teacher_that_its_file_names(tmp_path
         ),
         ("base: a\nseeds: [-1]\nvariants: {a: {}}", "seeds.0: expected at least 0"),
         ("base: a\nseeds: [1]\nvariants: {}", "variants: there is none"),
+        ("base: a\nseeds: [1]", "variants: there is none"),
+        ("base: a\nseeds: [1]\ngrid: {seed: 1}", "grid.seed: expected a list of different values"),
+        ("base: a\nseeds: [1]\ngrid: {b: []}", "grid.b: expected a list of different values"),
+        ("base: a\nseeds: [1]\ngrid: {b: [1, 1]}", "grid.b: expected a list of different values"),
+        ("base: a\nseeds: [1]\ngrid: {b: [x y, x/y]}", "grid: there are two variants b-x-y; name"),
+        (
+            "base: a\nseeds: [1]\nvariants: {b-1: {}}\ngrid: {b: [1]}",
+            "grid: there are two variants b-1; name them yourself",
+        ),
         ("base: a\nseeds: [1]\nvariants: {a: {sets: {}}}", "variants.a: sets: unknown key"),
         ("base: a\nseeds: [1]\nvariants: {a: {expect: {std: 1}}}", "variants.a: expect.error"),
         ("base: a\nseeds: [1]\nvariants: {a/b: {}}", "variants.a/b: a variant's name becomes"),
@@ -210,6 +219,39 @@ def test_mistakes_in_a_study(tmp_path, text, part):
     with pytest.raises(ConfigError) as refused:
         load_study(path)
     assert part in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_a_grid_is_all_combinations_beside_the_named_variants(tmp_path, small):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"""
+base: {small()}
+seeds: [1, 2]
+variants: {{short: {{set: {{recipe.epochs: 4}}}}}}
+grid:
+  recipe.minibatch: [256, 512]
+  recipe.warmup: [constant, gradual]
+  recipe.milestones: [[1, 2], []]
+"""
+    )
+    runs = study_runs(path, Path("runs/x"))
+    one_seed = runs[:9]
+    assert [run.config.seed for run in runs] == [1] * 9 + [2] * 9
+    assert [run.run.parent.name for run in one_seed[:3]] == [
+        "short",
+        "minibatch-256_warmup-constant_milestones-1-2",
+        "minibatch-256_warmup-constant_milestones-empty",
+    ]
+    recipes = [run.config.recipe for run in one_seed[1:]]
+    assert [(r.minibatch, r.warmup, r.milestones) for r in recipes] == [
+        (kn, warmup, milestones)
+        for kn in (256, 512)
+        for warmup in ("constant", "gradual")
+        for milestones in ((1, 2), ())
+    ]
+    # the base expects 50 %, and one combination may be the base itself
+    path.write_text(f"base: {small()}\nseeds: [1]\ngrid: {{recipe.epochs: [3, 4]}}")
+    assert expected(path) == [50.0, None]
 
 
 def test_a_wrong_key_in_a_variant_is_refused(tmp_path, small):
