@@ -89,6 +89,9 @@ class Given:
     def evaluate(self) -> Iterator[Batch]:
         return iter(())
 
+    def recalibrate(self) -> Iterator[Batch]:
+        return iter(())
+
     def close(self) -> None:
         """Do nothing: there is nothing to close."""
 

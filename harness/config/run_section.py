@@ -89,6 +89,13 @@ class RunConfig(Section):
         unit="epochs",
         effect=Effect.NONE,
     )
+    recalibrate_images: CountOrZero = key(
+        "Training images from which each evaluation takes batch norm's running statistics with the "
+        "weights as they are, a multiple of recipe.worker_batch; 0 takes the averages of training.",
+        0,
+        unit="images",
+        effect=Effect.EVALUATION,
+    )
     log_every_steps: Count = key(
         "Steps between lines of the log.", 20, unit="steps", effect=Effect.NONE
     )

@@ -327,6 +327,16 @@ class Config(Section):
                     f"run.profile_steps: {timed} needs a run of {needed} steps, this one has "
                     f"{self.total_steps}; lower it"
                 )
+        if (recalibrated := self.run.recalibrate_images) % n:
+            yield (
+                f"run.recalibrate_images: {recalibrated} is not a multiple of recipe.worker_batch "
+                f"{n}; take {recalibrated // n * n} or {(recalibrated // n + 1) * n}"
+            )
+        if recalibrated > self.images:
+            yield (
+                f"run.recalibrate_images: {recalibrated} is more than the {self.images} training "
+                "images; lower it"
+            )
         if micro_batch != "auto" and micro_batch % n:
             yield f"run.micro_batch: {micro_batch} is not a multiple of recipe.worker_batch {n}"
         if self.workers % unit:

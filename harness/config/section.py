@@ -35,6 +35,7 @@ class Effect(Enum):
     CURVE = "curve"
     ROUNDING = "rounding"
     HARDWARE = "hardware"
+    EVALUATION = "evaluation"
     SPEED = "speed"
     NONE = "none"
 
@@ -53,6 +54,10 @@ EXPLANATIONS = {
     Effect.HARDWARE: (
         "It follows the hardware and changes results by rounding only, as the number of ranks "
         "does; a resumed run may change it."
+    ),
+    Effect.EVALUATION: (
+        "It changes the validation errors, not the training; a resumed run changes it only where "
+        "the command line says so."
     ),
     Effect.SPEED: "It changes time and memory only; a resumed run may change it.",
     Effect.NONE: "It changes no result of training; a resumed run may change it.",

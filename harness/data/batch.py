@@ -45,6 +45,13 @@ class Loader(Protocol):
         """Return this rank's validation images. May be called while training continues."""
         ...
 
+    def recalibrate(self) -> Iterator[Batch]:
+        """Return this rank's training images for running statistics.
+
+        May be called while training continues, but not during an evaluation.
+        """
+        ...
+
     def close(self) -> None:
         """End all threads and processes of the loader. May be called twice."""
         ...

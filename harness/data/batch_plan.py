@@ -122,6 +122,24 @@ class BatchPlan:
             ids = np.arange(start, min(start + batch, last))
             yield resizes(ids, val.heights[ids], val.widths[ids], self.config.data)
 
+    def recalibration(self) -> Iterator[TrainBatchSpec]:
+        """Yield this rank's share of the `run.recalibrate_images` images, in micro-batches.
+
+        They are the first images of the first epoch, with its crops, so that all evaluations of a
+        run have the same. The ranks share their workers; a rank may have none.
+        """
+        config, train, n = self.config, self.train, self.config.recipe.worker_batch
+        minibatch = Minibatch(config.run.recalibrate_images // n, n)
+        end = minibatch.workers * (self._rank + 1) // self._world_size
+        order, at_once = self._permutation(0), self.micro_batch // n
+        if config.run.sums == "exact":
+            at_once = 1  # passes of one shape, however the ranks share them
+        for start in range(minibatch.workers * self._rank // self._world_size, end, at_once):
+            workers = range(start, min(start + at_once, end))
+            ids = order[minibatch.places(workers, self._channels_last)]
+            sizes = train.heights[ids], train.widths[ids]
+            yield crops(config.seed, 0, ids, *sizes, config.data)
+
     def step_ids(self, step: int) -> NDArray[np.int64]:
         """Return all kn image ids of a global step, by place."""
         epoch, step_of_epoch = divmod(step, self.config.steps_per_epoch)

@@ -22,15 +22,27 @@ def open_dataset(config: Config) -> tuple[ImageSource, ImageSource]:
 
     Raises UserError where they are not the data that the config describes.
     """
-    data = config.data
     train, val = open_source(config.run, "train"), open_source(config.run, "val")
     check_dataset(train, val, config)
+    return _with_unlabelled(train, config), val
+
+
+def open_training_images(config: Config) -> ImageSource:
+    """Return the training images as `open_dataset`, which need no validation images beside them."""
+    train = open_source(config.run, "train")
+    check_count(train, "train_images", config.data.train_images)
+    check_headers(train, config.data.on_bad_image == "skip")
+    return _with_unlabelled(train, config)
+
+
+def _with_unlabelled(train: ImageSource, config: Config) -> ImageSource:
+    data = config.data
     if data.unlabelled_images == 0:
-        return train, val
+        return train
     unlabelled = open_source(config.run, "unlabelled")
     check_count(unlabelled, "unlabelled_images", data.unlabelled_images)
     check_headers(unlabelled, data.on_bad_image == "skip")
-    return join(train, unlabelled), val
+    return join(train, unlabelled)
 
 
 def check_dataset(train: ImageSource, val: ImageSource, config: Config) -> None:

@@ -17,7 +17,7 @@ from harness.config.loading import config_from_mapping
 from harness.config.schema import Config
 from harness.data.batch import Batch
 from harness.data.batch_plan import BatchPlan
-from harness.data.dataset import check_count, check_headers
+from harness.data.dataset import check_count, check_headers, open_training_images
 from harness.data.loaders.choice import open_loader, resolve_loader, resolve_threads
 from harness.data.sources.listing import first_three
 from harness.data.sources.registry import open_source
@@ -27,8 +27,10 @@ from harness.errors import UserError
 from harness.execution.evaluation import Evaluation, evaluate
 from harness.execution.precision import master_dtype, set_precision
 from harness.execution.preprocess import Preprocess
+from harness.execution.recalibration import evaluation_statistics
 from harness.models.registry import build_without_weights
 from harness.output_file import check_output, write_output
+from harness.recipe.minibatch import AUTO_MICRO_BATCH
 from harness.runs.checkpoint import DamagedCheckpoint, load_checkpoint, newest_checkpoint
 
 
@@ -133,13 +135,12 @@ def evaluate_trained(trained: TrainedModel, predictions: Path | None = None) -> 
         raise UserError("harness eval runs in one process; start it without torchrun or srun")
     set_precision(config.run.precision)
     val = load_validation(trained)
-    channels_last = world.device.type == "cuda"
-    batch_plan = BatchPlan(
-        config, val.first(0), val, 0, 1, config.recipe.worker_batch, channels_last
-    )
+    train = open_training_images(config) if config.run.recalibrate_images else val.first(0)
+    # the network was built for NCHW
+    batch_plan = BatchPlan(config, train, val, 0, 1, AUTO_MICRO_BATCH, channels_last=False)
     threads = resolve_threads(config.run.loader_threads, local_ranks=1)
     name = resolve_loader(config.run.loader, world.rank)
-    loader = open_loader(config, batch_plan, name, threads, channels_last)
+    loader = open_loader(config, batch_plan, name, threads, world.device.type == "cuda")
     dtype = master_dtype(config.run.precision)
     rows: list[tuple[str, str, str]] = []
 
@@ -151,9 +152,10 @@ def evaluate_trained(trained: TrainedModel, predictions: Path | None = None) -> 
     try:
         model = trained.model.to(world.device, dtype)
         pixels = Preprocess(config, world.device)
-        evaluation = evaluate(
-            config, model, loader.evaluate(), pixels, note if predictions else None
-        )
+        with evaluation_statistics(config, model, 1.0, loader.recalibrate, pixels):
+            evaluation = evaluate(
+                config, model, loader.evaluate(), pixels, note if predictions else None
+            )
     finally:
         loader.close()
     if predictions is not None:

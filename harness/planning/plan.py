@@ -38,6 +38,7 @@ class _Steps(TypedDict):
     images_unused_per_epoch: int
     crop: int
     resize: int
+    recalibrate_images: int  # before each evaluation
 
 
 class PlannedStage(TypedDict):
@@ -159,6 +160,7 @@ def _plan_steps(config: Config) -> _Steps:
         "images_unused_per_epoch": config.images - used,
         "crop": config.data.crop,
         "resize": config.data.resize,
+        "recalibrate_images": config.run.recalibrate_images,
     }
 
 

@@ -34,6 +34,8 @@ def _summary(plan: Plan) -> list[str]:
         f"{plan['images_unused_per_epoch']:,} left over (different ones each time)",
         f"crop         {plan['crop']} pixels; evaluation: short side to {plan['resize']}, then the "
         f"central {plan['crop']}",
+        *[f"             running statistics from {plan['recalibrate_images']:,} training images"]
+        * (plan["recalibrate_images"] > 0),
         f"peak lr      {plan['peak_lr_arithmetic']}",
         *_distillation(plan),
     ]

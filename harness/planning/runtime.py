@@ -154,7 +154,8 @@ class _PredictedRun:
         return step_time(work, self.hardware.network(self.ranks), ranks or self.ranks)
 
     def evaluation_s(self, images_per_s: float) -> float:
-        return self.config.data.val_images * EVALUATED_SHARE / images_per_s / self.ranks
+        images = self.config.data.val_images + self.config.run.recalibrate_images
+        return images * EVALUATED_SHARE / images_per_s / self.ranks
 
     def seconds(self, images_per_s: float) -> float:
         every = self.config.run.evaluate_every_epochs

@@ -13,8 +13,9 @@ from harness.recipe.schedule import lr_at
 from harness.report.runs import JsonObject, RecordedRun
 from harness.runs.environment import recorded_code_changes
 
-# Keys that a resume may change and that change rounding; each launch logs those it ran with.
-ROUNDING = tuple(name.removeprefix("run.") for name in names_with(Effect.ROUNDING, Effect.HARDWARE))
+# Keys that a resume may change and that change results; each launch logs those it ran with.
+EFFECTS = Effect.ROUNDING, Effect.HARDWARE, Effect.EVALUATION
+LOGGED = tuple(name.removeprefix("run.") for name in names_with(*EFFECTS))
 LR_TOLERANCE = 1e-6  # relative difference between the logged lr and the config's
 
 
@@ -92,7 +93,7 @@ def _restarts(run: RecordedRun) -> Iterator[Event]:
 def _changed(before: JsonObject, after: JsonObject) -> str:
     return ", ".join(
         f"{key} {before[key]} → {after[key]}"
-        for key in ROUNDING
+        for key in LOGGED
         if key in before and key in after and before[key] != after[key]
     )
 

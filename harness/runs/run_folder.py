@@ -76,7 +76,7 @@ class RunFolder:
                 f"{self.path}: was run with another config ({'; '.join(differences)}); "
                 "give the same values or choose another --out"
             )
-        self._check_rounding(stored, config, cli_overrides)
+        self._check_typed(stored, config, cli_overrides)
         return True
 
     def _check_without_config(self) -> None:
@@ -111,17 +111,20 @@ class RunFolder:
         except (OSError, json.JSONDecodeError):
             return {}
 
-    def _check_rounding(self, stored: Config, config: Config, cli_overrides: set[str]) -> None:
-        for name in names_with(Effect.ROUNDING):
-            old, new = value_of(stored, name), value_of(config, name)
-            if name == "run.sums":
-                old = recorded_sums(stored)
-                new = old if new == "auto" else new  # a resume keeps what was measured
-            if old != new and name not in cli_overrides:
-                raise UserError(
-                    f"{self.path}: ran with {name} {old}, this resume has {new}, which changes "
-                    f"rounding; type {name}={new} to continue under it, or {name}={old}"
-                )
+    def _check_typed(self, stored: Config, config: Config, cli_overrides: set[str]) -> None:
+        """Refuse changes that only the command line may make."""
+        effects = {Effect.ROUNDING: "rounding", Effect.EVALUATION: "the validation errors"}
+        for effect, what in effects.items():
+            for name in names_with(effect):
+                old, new = value_of(stored, name), value_of(config, name)
+                if name == "run.sums":
+                    old = recorded_sums(stored)
+                    new = old if new == "auto" else new  # a resume keeps what was measured
+                if old != new and name not in cli_overrides:
+                    raise UserError(
+                        f"{self.path}: ran with {name} {old}, this resume has {new}, which changes "
+                        f"{what}; type {name}={new} to continue under it, or {name}={old}"
+                    )
 
     def open(self, config: Config, environment: dict[str, Any]) -> None:
         """Take the next incarnation number and record config and environment, on rank 0.

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from harness.data.batch_plan import BatchPlan
 from harness.distillation.teacher import AnyTeacher
 from harness.distributed import World, broadcast_from_rank0
 from harness.execution.evaluation import evaluate
+from harness.execution.recalibration import evaluation_statistics
 from harness.models.running_statistics import global_running_statistics
 from harness.models.weights import weights_digest
 from harness.outcome import RunFailed, Stopped
@@ -81,7 +83,7 @@ class Run:
         self._log_start(changes)
 
     def _log_start(self, changes: str) -> None:
-        names = names_with(Effect.ROUNDING, Effect.HARDWARE)
+        names = names_with(Effect.ROUNDING, Effect.HARDWARE, Effect.EVALUATION)
         rounding = {name.removeprefix("run."): value_of(self.config, name) for name in names} | {
             "device": self.world.device.type,
             "loader": self.loader.name,
@@ -188,10 +190,13 @@ class Run:
 
     def evaluate(self, done: int) -> None:
         """Evaluate with the running statistics of all workers. Synchronises."""
-        network = self.step.network
-        batches = self.watchdog.watch(self.loader.evaluate(), lambda: done, Phase.EVALUATING)
-        with global_running_statistics(network, self.batch_plan.statistics_share):
-            evaluation = evaluate(self.config, network, batches, self.step.replica.preprocess)
+        network, preprocess = self.step.network, self.step.replica.preprocess
+        watch = partial(self.watchdog.watch, step=lambda: done, phase=Phase.EVALUATING)
+        training_images = lambda: watch(self.loader.recalibrate())  # noqa: E731
+        parts = self.config, network, self.batch_plan.statistics_share, training_images, preprocess
+        with evaluation_statistics(*parts):
+            batches = watch(self.loader.evaluate())
+            evaluation = evaluate(self.config, network, batches, preprocess)
         self.errors[done // self.config.steps_per_epoch] = evaluation.error
         self.logger.evaluation_line(done, evaluation)
         self.logger.restart_clock()

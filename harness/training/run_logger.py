@@ -109,6 +109,8 @@ class RunLogger:
         """Log the validation result after `step` steps."""
         errors = _errors(evaluation)
         counts = {"correct": evaluation.correct, "total": evaluation.total}
+        if recalibrated := self._config.run.recalibrate_images:
+            counts["recalibrate_images"] = recalibrated
         epoch = step // self._config.steps_per_epoch
         self.event("evaluation", step, epoch=epoch, **errors, **counts)
         self._scalars({f"validation/{name}": value for name, value in errors.items()}, step)

@@ -33,6 +33,9 @@ class InterruptingLoader:
     def evaluate(self) -> Iterator[Batch]:
         return self._loader.evaluate()
 
+    def recalibrate(self) -> Iterator[Batch]:
+        return self._loader.recalibrate()
+
     def close(self) -> None:
         self._loader.close()
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,8 +40,8 @@ from harness.errors import FINISHED, USER_ERROR, UserError
 from harness.execution.determinism import threads_and_determinism
 from harness.execution.evaluation import evaluate
 from harness.execution.precision import set_precision
+from harness.execution.recalibration import evaluation_statistics
 from harness.models.registry import build_model
-from harness.models.running_statistics import global_running_statistics
 from harness.outcome import Stopped
 from harness.resilience.stopping import StopRequest
 from harness.resilience.watchdog import Phase, Watchdog
@@ -100,11 +101,15 @@ class Rank:
         """Record the counts, and how often each validation image (V,) was evaluated."""
         self._show_progress("evaluation")
         counted = np.zeros(self.config.data.val_images, dtype=np.int64)
-        with global_running_statistics(step.network, self.batch_plan.statistics_share):
-            batches = self.watchdog.watch(self.loader.evaluate(), lambda: 0, Phase.EVALUATING)
-            config = in_precision(self.config, self.request.curve_precision)
+        config = in_precision(self.config, self.request.curve_precision)
+        share = self.batch_plan.statistics_share
+        watch = partial(self.watchdog.watch, step=lambda: 0, phase=Phase.EVALUATING)
+        training_images = lambda: watch(self.loader.recalibrate())  # noqa: E731
+        preprocess = step.replica.preprocess
+        with evaluation_statistics(config, step.network, share, training_images, preprocess):
+            batches = watch(self.loader.evaluate())
             count = lambda batch, _: np.add.at(counted, batch.ids.cpu().numpy(), 1)  # noqa: E731
-            found = evaluate(config, step.network, batches, step.replica.preprocess, count)
+            found = evaluate(config, step.network, batches, preprocess, count)
         self.results["evaluation"] = [found.correct, found.top5_correct, found.total]
         self.results["evaluation_loss"] = found.loss
         self.results["counted"] = summed(counted, self.control)

@@ -156,6 +156,15 @@ def test_a_number_out_of_range(override, expected):
             "recipe.reference_lr: 1e+38, scaled, is no float32 number; lower it",
         ),
         (
+            ["run.recalibrate_images=1000"],
+            "run.recalibrate_images: 1000 is not a multiple of recipe.worker_batch 32; take 992 or "
+            "1024",
+        ),
+        (
+            ["run.recalibrate_images=1281184"],  # 40037 * 32
+            "run.recalibrate_images: 1281184 is more than the 1281167 training images; lower it",
+        ),
+        (
             ["run.micro_batch=48"],
             "run.micro_batch: 48 is not a multiple of recipe.worker_batch 32",
         ),

@@ -106,6 +106,7 @@ def test_omitted_keys_take_the_documented_defaults(load):
             "loader": "auto",
             "loader_threads": "auto",
             "evaluate_every_epochs": 1,
+            "recalibrate_images": 0,
             "log_every_steps": 20,
             "checkpoint_every_minutes": 10.0,
             "keep_checkpoints": 3,

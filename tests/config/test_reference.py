@@ -46,6 +46,7 @@ def test_the_effects_are_those_that_the_contract_of_resuming_names():
     }
     hardware = {"run.device", "run.micro_batch", "run.intra_op_threads"}
     assert set(names_with(Effect.HARDWARE)) == hardware
+    assert set(names_with(Effect.EVALUATION)) == {"run.recalibrate_images"}
     outside_run = {key.name for key in keys() if not key.name.startswith(("run.", "expect."))}
     assert set(names_with(Effect.CURVE)) == outside_run
 

@@ -319,6 +319,12 @@ def test_loaded_weights_are_reported_not_judged(tmp_path: Path) -> None:
     assert "loaded     fc weight std 0." in render_plan(plan)
 
 
+def test_recalibration_is_shown() -> None:
+    config = load_config(CONFIGS / "quickstart.yaml", ["run.recalibrate_images=1024"])
+    assert "running statistics from 1,024 training images\n" in render_plan(make_plan(config, 1))
+    assert "running statistics" not in render_plan(make_plan(digits(), 1))
+
+
 @pytest.mark.parametrize("step", [-1, 150])
 def test_lr_at_outside_the_run(step: int) -> None:
     with pytest.raises(UserError, match=f"--lr-at {step}: .*0 to 149"):

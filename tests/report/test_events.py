@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from harness.report.events import ROUNDING, run_events
+from harness.report.events import LOGGED, run_events
 from harness.report.runs import read_run
 from tests.report.test_runs import evaluation, start, train
 
@@ -25,7 +25,7 @@ def test_a_kill_another_number_of_ranks_and_a_damaged_image(harmed):
     assert found["ranks"] == "W 1 → 2 from step 5 on"
     (changed,) = (text for kind, text in events_of(harmed) if kind == "warning" and "→" in text)
     start = json.loads((harmed / "log.jsonl").read_text().splitlines()[0])
-    assert set(ROUNDING) <= start.keys()
+    assert set(LOGGED) <= start.keys()
     assert "gradient_precision float32 → bfloat16" in changed and changed.endswith("from step 5 on")
     assert re.fullmatch(r"skipped 1 damaged image, \d+ times \(ids \d+\)", found["images"])
 

@@ -68,6 +68,12 @@ class DaliLoader:
         batches = _Batches(self._squares, self._renderer, specs, EVALUATION_BATCH)
         return self._evaluation.enter_context(closing(batches))
 
+    def recalibrate(self) -> Iterator[Batch]:
+        self._evaluation.close()
+        specs, images = self._batch_plan.recalibration(), self._batch_plan.micro_batch
+        batches = _Batches(self._windows, self._renderer, specs, images)
+        return self._evaluation.enter_context(closing(batches))
+
     def close(self) -> None:
         self._training.close()
         self._evaluation.close()

@@ -41,6 +41,9 @@ class MemoryLoader:
     def evaluate(self) -> Iterator[Batch]:
         return self._prefetch(self._batch_plan.evaluation(), self._evaluation)
 
+    def recalibrate(self) -> Iterator[Batch]:
+        return self._prefetch(self._batch_plan.recalibration(), self._evaluation)
+
     def close(self) -> None:
         self._training.close()
         self._evaluation.close()

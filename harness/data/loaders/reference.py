@@ -44,6 +44,9 @@ class ReferenceLoader:
     def evaluate(self) -> Iterator[Batch]:
         return self._evaluation(self._batch_plan.evaluation())
 
+    def recalibrate(self) -> Iterator[Batch]:
+        return self._evaluation(self._batch_plan.recalibration())
+
     def close(self) -> None:
         for workers in (self._training, self._evaluation):
             workers.close()
