@@ -39,6 +39,7 @@ RUNS = {
     "float16": ([MEMORY, "run.precision=float16"], (1, 3)),
     "bfloat16": ([MEMORY, "run.precision=bfloat16"], (1, 2)),
     "float64": ([MEMORY, "run.precision=float64"], (1, 3)),
+    "lars": ([MEMORY, "recipe.optimizer=lars", "run.recalibrate_images=140"], (1, 3)),
     "units": ([MEMORY, "run.unit_workers=2"], (1, 3, 4)),  # 4 units of 2 workers
 }
 # ranks of each start of one run -> the step after which it is interrupted
@@ -152,7 +153,7 @@ def test_the_same_bits_after_interruptions_on_other_numbers_of_ranks(runs):
 
 def test_other_precisions_and_units_have_bits_of_their_own(runs):
     """Or the comparisons would show nothing."""
-    assert len({digest(runs / f"{name}-1") for name in RUNS if name != "reference"}) == 5
+    assert len({digest(runs / f"{name}-1") for name in RUNS if name != "reference"}) == 6
 
 
 def test_float16_overflowed(runs):
