@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from harness import load_config
+from harness.distributed import World
 from harness.models.registry import build_model
 from harness.runs.logging.jsonl import read_log
 from harness.training.graphed_model import CudaCapture, GraphedModel
 from harness.training.replica import Replica
+from harness.training.step import Step
 from harness.training.tuning.cuda_graphs import try_graphs, tune_cuda_graphs
 from tests.conftest import free_port
 from tests.faults import start
@@ -276,3 +278,29 @@ def test_cuda_graphs_are_the_same_steps(small, precision):
     assert trial.used, str(trial)  # a small network is bound by launching
     for name, value in states(step, 3)[0].items():
         torch.testing.assert_close(value, plain[0][name], rtol=0.02, atol=0.01, msg=name)
+
+
+def exact_step(small):
+    """A step of 5 units of one worker with exact sums."""
+    path = small(recipe__minibatch=5 * N, recipe__worker_batch=N, run__micro_batch="auto")
+    config = load_config(path, ["run.sums=exact"])
+    replica = Replica(config, build_model(config), World(0, 1, 0, 1, "alone", CPU))
+    return Step(config, replica, [range(worker, worker + 1) for worker in range(5)])
+
+
+def test_graphs_of_one_unit_have_the_bits_of_exact_sums(small):
+    def weights_after(step):
+        source = batches(CPU, [1])
+        for number in range(3):
+            step(number, source)
+        return step.network.state_dict()
+
+    plain, step, recorded = exact_step(small), exact_step(small), RecordedCapture()
+    trial = try_graphs(step.replica, [N] * 5, None, recorded)
+    assert not trial.refusal
+    step.replica.capture(torch.zeros(N, 3, 8, 8, dtype=torch.uint8), recorded)
+    step.replica.forget_dry_passes()
+    before, wanted = recorded.replays, weights_after(plain)
+    found = weights_after(step)
+    assert recorded.replays - before == 3 * 5 * 2  # steps, units, forward and backward
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
