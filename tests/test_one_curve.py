@@ -70,7 +70,7 @@ def write_config(folder: Path, digits: Path) -> Path:
         "milestones": [1],
         "label_smoothing": 0.1,
     }
-    mapping["run"] |= {"data_root": str(digits), "log_every_steps": 1}
+    mapping["run"] |= {"data_root": str(digits), "log_every_steps": 1, "noise_scale_every": 10}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(mapping))
     return path
@@ -198,6 +198,19 @@ def test_the_same_log_and_evaluations(runs, name):
             assert line.get(key) == expected.get(key), key
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-10)
     assert [line["total"] for line in lines if line["event"] == "evaluation"] == [360, 360]
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_the_same_gradient_noise(runs, name):
+    """Each of the norms that the noise scale is made of, within 1e-9."""
+    straight, other = (
+        [line for line in read_log(runs / run / "log.jsonl") if line["event"] == "noise_scale"]
+        for run in (STRAIGHT, name)
+    )
+    assert [line["step"] for line in other] == [1, 11, 21, 31, 41]
+    for expected, line in zip(straight, other, strict=True):
+        for key in ("worker", "minibatch"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-9)
 
 
 def relative_differences(

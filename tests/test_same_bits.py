@@ -119,6 +119,15 @@ def curve(run: Path) -> list[tuple[object, ...]]:
     ]
 
 
+def noise(run: Path) -> list[tuple[object, ...]]:
+    """The norms of gradients that the noise scale is made of."""
+    return [
+        (line["step"], line["worker"], line["minibatch"])
+        for line in read_log(run / "log.jsonl")
+        if line["event"] == "noise_scale"
+    ]
+
+
 PAIRS = [(name, world_size) for name, (_, sizes) in RUNS.items() for world_size in sizes[1:]]
 
 
@@ -127,7 +136,8 @@ def test_the_same_bits_on_any_number_of_ranks(runs, name, world_size):
     one, other = runs / f"{name}-1", runs / f"{name}-{world_size}"
     assert digest(other) == digest(one)
     assert curve(other) == curve(one)
-    assert len(curve(one)) == STEPS + 2
+    assert noise(other) == noise(one)
+    assert (len(curve(one)), len(noise(one))) == (STEPS + 2, 5)
 
 
 def test_the_same_bits_with_each_loader(runs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from harness.commands.parsing import Subparsers, add_config
 from harness.errors import FINISHED, UserError
@@ -31,6 +32,12 @@ def add(commands: Subparsers) -> None:
         metavar="B",
         help="bandwidth of each GPU between nodes; default 400",
     )
+    plan.add_argument(
+        "--noise-from",
+        type=Path,
+        metavar="RUN",
+        help="a run with run.noise_scale_every: what its noise says of this minibatch",
+    )
     plan.set_defaults(command=run)
 
 
@@ -38,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     import_quickly("harness.planning.plan")
     from harness.config.stages import load_stages
+    from harness.planning.noise_forecast import forecast_noise
     from harness.planning.plan import make_plan
     from harness.planning.plan_text import render_plan
     from harness.planning.runtime import Hardware
@@ -49,5 +57,7 @@ def run(options: argparse.Namespace) -> int:
     hardware = Hardware(options.gpus_per_node, options.images_per_second, options.gbit_per_second)
     *teachers, last = load_stages(options.config, options.overrides)
     plan = make_plan(last.config, options.ranks, steps, teachers, hardware)
+    if options.noise_from is not None:
+        plan["noise"] = forecast_noise(last.config, options.noise_from)
     print(json.dumps(plan, indent=2) if options.json else render_plan(plan))
     return FINISHED

@@ -96,6 +96,13 @@ class RunConfig(Section):
         unit="images",
         effect=Effect.EVALUATION,
     )
+    noise_scale_every: CountOrZero = key(
+        "Steps between measurements of the gradient noise scale (docs/noise-scale.md); 0 measures "
+        "none.",
+        0,
+        unit="steps",
+        effect=Effect.NONE,
+    )
     log_every_steps: Count = key(
         "Steps between lines of the log.", 20, unit="steps", effect=Effect.NONE
     )

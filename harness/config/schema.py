@@ -339,6 +339,11 @@ class Config(Section):
             )
         if micro_batch != "auto" and micro_batch % n:
             yield f"run.micro_batch: {micro_batch} is not a multiple of recipe.worker_batch {n}"
+        if self.run.noise_scale_every and self.workers == 1:
+            yield (
+                "run.noise_scale_every: compares workers with the minibatch, which is a single "
+                "worker here; lower recipe.worker_batch, or set 0"
+            )
         if self.workers % unit:
             yield f"run.unit_workers: {unit} does not divide the {self.workers} workers; lower it"
         if self.run.sums == "exact" and micro_batch not in ("auto", unit * n):

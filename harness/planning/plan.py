@@ -17,6 +17,7 @@ from harness.models.registry import (
     find_family,
 )
 from harness.planning.model_facts import Check, ModelFacts, check_facts, inspect_model
+from harness.planning.noise_forecast import NoiseForecast
 from harness.planning.runtime import Hardware, Prediction, pass_images, predict, sent_bytes
 from harness.recipe.minibatch import Minibatch
 from harness.recipe.optimizer import build_optimizer
@@ -96,6 +97,7 @@ class _Whole(_Steps, _Distillation, _Ranks, _LearningRate, ModelFacts):
 class Plan(_Whole, total=False):
     """A planned run, as `harness plan --json` prints it."""
 
+    noise: NoiseForecast  # of the run that was asked about
     lr_at: dict[str, float]  # the learning rate at each step that was asked for
 
 

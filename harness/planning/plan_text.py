@@ -11,7 +11,9 @@ from harness.recipe.schedule import error_rule
 
 def render_plan(plan: Plan) -> str:
     """Return the text that `harness plan` prints."""
-    blocks = (_summary, draw_lr, _lr_table, _parameters, render_prediction)
+    blocks = [_summary, draw_lr, _lr_table, _parameters, render_prediction]
+    if "noise" in plan:
+        blocks.append(_noise)
     return "\n\n".join("\n".join(block(plan)) for block in blocks)
 
 
@@ -154,6 +156,19 @@ def render_prediction(plan: Plan) -> list[str]:
         f"  one hour   needs {hour}",
         f"  assumed    {first}",
         *(f"             {assumption}" for assumption in others),
+    ]
+
+
+def _noise(plan: Plan) -> list[str]:
+    noise, error = plan["noise"], plan["noise"]["standard_error"]
+    spread = "" if error is None else f" ± {error:,.0f}"
+    measured = _count(noise["steps_measured"], "step")
+    return [
+        f"noise scale  {noise['images']:,.0f}{spread} images, from {measured} of {noise['run']} up "
+        f"to epoch {noise['until_epoch']}",
+        f"  at kn      {plan['minibatch']:,}: {noise['steps']:.3g} times the fewest steps, "
+        f"{noise['examples']:.3g} times the fewest images",
+        "             a prediction: (S/S_min - 1) (E/E_min - 1) = 1 (docs/noise-scale.md)",
     ]
 
 

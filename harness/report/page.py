@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from harness import __version__
 from harness.outcome import State
+from harness.planning.noise_forecast import first_milestone, measured_norms, run_noise_scale
 from harness.report.events import Event, duration, run_events, state_name
 from harness.report.figures import Section, measured, run_name
 from harness.report.groups import Group, flat_config
@@ -231,9 +232,22 @@ def flat_environment(run: RecordedRun) -> dict[str, object]:
             flat |= {f"{name}.{key}": value for key, value in found.items()}
         else:
             flat[name] = shlex.join(map(str, found)) if isinstance(found, list) else found
+    if noise := _noise(run):
+        flat["gradient noise scale"] = noise
     if digest := run.status.get("weights_sha256"):
         flat["weights"] = f"SHA-256 {str(digest)[:12]}…"
     return flat
+
+
+def _noise(run: RecordedRun) -> str:
+    """Return the gradient noise scale with its standard error, over the steps at the peak rate."""
+    epoch = first_milestone(run.config)
+    norms = measured_norms(run.events, epoch * run.config.steps_per_epoch)
+    if not norms:
+        return ""
+    scale = run_noise_scale(run.config, norms)
+    spread = "" if scale.standard_error is None else f" ± {scale.standard_error:,.0f}"
+    return f"{scale.images:,.0f}{spread} images ({len(norms)} steps up to epoch {epoch})"
 
 
 def table(values: dict[int, dict[str, object]], groups: Sequence[Group]) -> list[Row]:

@@ -84,6 +84,11 @@ class Replica:
         """Add the gradients of a micro-batch's loss, times float16's scale."""
         self.scaler.scale(loss).backward()
 
+    def loss_scale(self) -> Tensor:
+        """Return float16's scale of losses and gradients, on the device; 1 in other formats."""
+        scale: Tensor = self.scaler.scale(torch.ones((), device=self.device))
+        return scale
+
     def dry_pass(self, pixels: Tensor, is_last: bool = False) -> None:
         """Run images (B, 3, H, W) uint8 forward and backward, for a measurement.
 

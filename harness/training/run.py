@@ -155,6 +155,8 @@ class Run:
         self.logger.train_line(done, metrics, lr, self.step.take_data_wait_s())
         if metrics.overflows_in_row >= OVERFLOWS_IN_ROW:
             raise self._diverged(done - 1, f"float16 overflowed {OVERFLOWS_IN_ROW} times in a row")
+        for step, norms in self.step.noise.read():
+            self.logger.noise_line(step + 1, norms)
         if beyond := self.step.replica.sums.take_beyond_range():
             step, name = beyond
             raise self._diverged(step, f"the gradient of {name} is beyond the range of exact sums")

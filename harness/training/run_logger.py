@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.config.schema import Config
 from harness.execution.evaluation import Evaluation
+from harness.recipe.noise_scale import SquaredNorms, signal_and_noise
 from harness.runs.logging.console import ConsoleSink
 from harness.runs.logging.jsonl import JsonlSink
 from harness.runs.logging.sink import OpenSink, Sink
@@ -104,6 +105,13 @@ class RunLogger:
         self._scalars({f"train/{name}": value for name, value in values.items()}, step)
         self._logged_step = step
         self._mark_s = time.monotonic()
+
+    def noise_line(self, step: int, norms: SquaredNorms) -> None:
+        """Log what a step says of the gradient noise scale, a noisy estimate each."""
+        recipe = self._config.recipe
+        signal, noise = signal_and_noise(norms, recipe.worker_batch, recipe.minibatch)
+        self.event("noise_scale", step, worker=norms.worker, minibatch=norms.minibatch)
+        self._scalars({"noise_scale/signal": signal, "noise_scale/noise": noise}, step)
 
     def evaluation_line(self, step: int, evaluation: Evaluation) -> None:
         """Log the validation result after `step` steps."""

@@ -15,6 +15,7 @@ from harness.recipe.optimizer import build_optimizer, set_lr
 from harness.recipe.schedule import lr_at
 from harness.resilience.step_observer import StepPhase
 from harness.training.metrics import Metrics
+from harness.training.noise_probe import NoiseProbe
 from harness.training.objective import Objective, build_objective
 from harness.training.replica import Replica
 
@@ -42,6 +43,7 @@ class Step:
             self.network, config.recipe, find_family(config.model.name).undecayed(self.network)
         )
         self.metrics = Metrics(self.device, config.recipe.minibatch)
+        self.noise = NoiseProbe(config, replica, self.objective)
         self._data_wait_s = 0.0
         self._replaced: list[tuple[int, int, int]] = []
 
@@ -49,6 +51,7 @@ class Step:
         """Update the weights with this rank's next micro-batches; never wait for the device."""
         replica = self.replica
         set_lr(self.optimizer, lr_at(self.config, step))
+        measured: list[Batch] | None = [] if self.noise.is_due(step) else None
         for number in range(self.micro_batches):
             self._enter("data wait")
             waited_from_s = time.perf_counter()
@@ -57,13 +60,17 @@ class Step:
             self._replaced += [(step, bad, other) for bad, other in batch.replaced]
             with replica.sums.of_pass(is_last=number == self.micro_batches - 1):
                 self._forward_backward(step, batch)
+            if measured is not None:
+                measured.append(batch)
         self._enter("optimizer")
         replica.sums.finish(step)
+        replica.sums.update_running_statistics(self.local_workers)
+        if measured is not None:
+            self.noise.measure(step, measured)
         replica.scaler.step(self.optimizer)
         self.metrics.end_step(step, self._overflow())
         replica.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        replica.sums.update_running_statistics(self.local_workers)
         for observer in replica.observers:
             observer.on_step_end()
 
