@@ -89,11 +89,14 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each combination of a grid's values and its name, which becomes a folder's.
 
-    The name holds the last part of each key with its value: minibatch-512_warmup-none.
+    The name holds the last part of each key with its value: minibatch-512_warmup-none. Keys with
+    one value are left out where others have several.
     """
+    varied = {key for key, values in grid.items() if len(values) > 1} or {*grid}
     for values in itertools.product(*grid.values()) if grid else ():
         combination = dict(zip(grid, values, strict=True))
-        parts = [f"{key.rpartition('.')[2]}-{_word(v)}" for key, v in combination.items()]
+        named = {key: value for key, value in combination.items() if key in varied}
+        parts = [f"{key.rpartition('.')[2]}-{_word(value)}" for key, value in named.items()]
         yield "_".join(parts), combination
 
 

@@ -1,5 +1,6 @@
 """The YAML contract: defaults, overrides, the dump, and the shipped recipes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,8 @@ def test_default_run_folder(path, folder):
         ("distill/imagenet_resnet18", 256, 156, 14040),
         ("cifar10/resnet20_128_164epochs", 4, 390, 63960),  # 390 * 164
         ("cifar10/resnet8_16px_128", 4, 80, 960),  # floor(10240/128) = 80; * 12
+        ("cifar10/resnet8_16px_256", 8, 40, 1200),  # floor(10240/256) = 40; * 30
+        ("cifar10/resnet20_16px_256", 8, 40, 1200),
     ],
 )
 def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
@@ -357,7 +360,9 @@ def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
     config = load_config(path)
     assert config.workers == workers
     assert (config.steps_per_epoch, config.total_steps) == (steps_per_epoch, total_steps)
-    head = path.read_text().split("expect:")[0]  # shows the same arithmetic and its own command
+    head = re.split("^(?:expect|data):", path.read_text(), flags=re.M)[
+        0
+    ]  # shows the same arithmetic and its own command
     for figure in (f"= {workers} workers", f"= {steps_per_epoch} steps", f"= {total_steps} in all"):
         assert figure in head.replace("\n# ", " ")
     assert f"harness train configs/{name}.yaml" in head
@@ -366,7 +371,7 @@ def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
 def test_every_shipped_config_is_in_the_test_above():
     assert len(list(CONFIGS.glob("quickstart.yaml"))) == 1
     assert len(list(CONFIGS.glob("imagenet/*.yaml"))) == 5
-    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 5
+    assert len(list(CONFIGS.glob("cifar10/*.yaml"))) == 7
     assert len(list(CONFIGS.glob("distill/*.yaml"))) == 4
 
 

@@ -123,7 +123,73 @@ PAPERS = {
         "kn128_gamma1": (0.1, 0),
         "kn1024_gamma1": (0.8, 2),
     },
+    # 0.1 * kn/256
+    "one_machine_minibatch": {
+        "minibatch-32": (0.0125, 0),
+        "minibatch-64": (0.025, 0),
+        "minibatch-128": (0.05, 0),
+        "minibatch-256": (0.1, 0),
+        "minibatch-512": (0.2, 2),
+        "minibatch-1024": (0.4, 2),
+        "minibatch-2048": (0.8, 2),
+    },
+    "one_machine_scaling": {
+        "scaling-sqrt_minibatch-32": (0.0354, 0),  # .1 / 2.828
+        "scaling-sqrt_minibatch-64": (0.05, 0),
+        "scaling-sqrt_minibatch-128": (0.0707, 0),
+        "scaling-sqrt_minibatch-512": (0.1414, 2),
+        "scaling-sqrt_minibatch-1024": (0.2, 2),
+        "scaling-sqrt_minibatch-2048": (0.2828, 2),
+        **{f"scaling-none_minibatch-{kn}": (0.1, 0) for kn in (32, 64, 128, 512, 1024, 2048)},
+    },
+    "one_machine_whole_batch": {
+        f"kn{kn}_whole{end}": (peak, warmup)
+        for end in ("", "_recalibrated")
+        for kn, peak, warmup in (
+            *((128, 0.05, 0), (256, 0.1, 0), (512, 0.2, 2)),
+            *((1024, 0.4, 2), (2048, 0.8, 2)),
+        )
+    },
+    "one_machine_epochs": {
+        f"{prefix}{kn}": (peak, warmup)
+        for prefix, peaks in {
+            "epochs12_at128_kn": (0.1, 0.4, 0.8, 1.6),
+            "epochs12_at256_kn": (0.05, 0.2, 0.4, 0.8),
+            "reference_minibatch-128_minibatch-": (0.1, 0.4, 0.8, 1.6),
+            "reference_minibatch-256_minibatch-": (0.05, 0.2, 0.4, 0.8),
+        }.items()
+        for kn, peak, warmup in zip((128, 512, 1024, 2048), peaks, (0, 2, 2, 2), strict=True)
+    },
+    # 0.2 * kn/256, and the shallow network's 0.1 * 1024/256
+    "one_machine_warmup": {
+        "kn256_gamma0": (0.2, 0),
+        "kn256_gamma1": (0.2, 0),
+        "kn512_none_gamma0": (0.4, 0),
+        "kn512_none_gamma1": (0.4, 0),
+        "kn512_constant_gamma0": (0.4, 2),
+        "kn512_constant_gamma1": (0.4, 2),
+        "kn512_gradual_gamma0": (0.4, 2),
+        "kn512_gradual_gamma1": (0.4, 2),
+        "kn1024_gradual_gamma0": (0.8, 2),
+        "resnet8_kn1024_none": (0.4, 0),
+        "resnet8_kn1024_constant": (0.4, 2),
+    },
+    "one_machine_lars": {
+        f"minibatch-{kn}_reference_lr-{lr}_trust_coefficient-{trust}": (peak, 2)
+        for kn, peaks in {1024: (0.25, 0.5, 1.0, 2.0), 2048: (0.5, 1.0, 2.0, 4.0)}.items()
+        for lr, peak in zip((0.0625, 0.125, 0.25, 0.5), peaks, strict=True)
+        for trust in (0.005, 0.02)
+    },
+    "one_machine_lars_control": {
+        f"minibatch-{kn}_reference_lr-{lr}": (peak, 2)
+        for kn, peaks in {
+            1024: (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4),
+            2048: (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8),
+        }.items()
+        for lr, peak in zip((0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6), peaks, strict=True)
+    },
 }
+WHOLE_BATCH = "one_machine_whole_batch"  # batch norm over the minibatch
 
 
 def test_every_shipped_study_is_above():
@@ -141,12 +207,32 @@ def test_every_variant_of_a_shipped_study_is_its_row(name):
         config, (peak, warmup_epochs, *paper) = run.config, PAPERS[name][run.run.parent.name]
         assert peak_lr(config.recipe) == pytest.approx(peak, abs=5e-5), run.name
         assert config.recipe.warmup_end == warmup_epochs, run.name
-        assert config.steps_per_epoch >= 5 and config.recipe.worker_batch == 32
+        n = config.recipe.minibatch if name == WHOLE_BATCH else 32
+        assert config.steps_per_epoch >= 5 and config.recipe.worker_batch == n
         if paper:
             assert [config.expect.error, config.expect.std] == paper, run.name
             assert config.expect.runs == (None if config.expect.std is None else 5)
         if "gamma" in run.name or name in ("last_gamma", "cifar10_last_gamma"):
             assert config.model.last_gamma == int(run.run.parent.name.endswith("gamma1"))
+
+
+def test_lars_and_its_control_have_the_same_schedule_and_as_many_trials():
+    lars, control = (
+        [run.config.recipe for run in study_runs(f"configs/studies/{name}.yaml", Path("runs"))]
+        for name in ("one_machine_lars", "one_machine_lars_control")
+    )
+    assert len(lars) == len(control) == 16
+    assert {r.optimizer for r in lars} == {"lars"} and {r.optimizer for r in control} == {"sgd"}
+    keys = ("decay", "decay_power", "warmup", "warmup_epochs", "epochs", "weight_decay", "momentum")
+    (schedule,) = {tuple(getattr(r, key) for key in keys) for r in [*lars, *control]}
+    assert schedule[:2] == ("polynomial", 2.0)
+
+
+def test_whole_batch_statistics_are_compared_with_and_without_recalibration():
+    runs = study_runs(f"configs/studies/{WHOLE_BATCH}.yaml", Path("runs"))
+    for run in runs:
+        recalibrated = run.config.run.recalibrate_images
+        assert recalibrated == (10240 if "recalibrated" in run.name else 0), run.name
 
 
 def expected(path, *typed):
@@ -232,6 +318,7 @@ grid:
   recipe.minibatch: [256, 512]
   recipe.warmup: [constant, gradual]
   recipe.milestones: [[1, 2], []]
+  recipe.weight_decay: [0.001]
 """
     )
     runs = study_runs(path, Path("runs/x"))
@@ -243,6 +330,7 @@ grid:
         "minibatch-256_warmup-constant_milestones-empty",
     ]
     recipes = [run.config.recipe for run in one_seed[1:]]
+    assert {recipe.weight_decay for recipe in recipes} == {0.001}  # not in the names: all have it
     assert [(r.minibatch, r.warmup, r.milestones) for r in recipes] == [
         (kn, warmup, milestones)
         for kn in (256, 512)
