@@ -21,6 +21,8 @@ from harness.config.stages import TEACHERS, changes_teacher
 from launch.cluster_file import Cluster, Whole, validate, with_cluster
 from launch.run_spec import RunSpec, with_teachers
 
+LONGEST_NAME = 200  # bytes of a variant's name, which seeds and file endings lengthen to 255
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], Strict(False)]
 
@@ -82,6 +84,8 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Variant]]:
     for name, combination in _combinations(study.grid):
         if name in variants:
             raise config_error(path, [f"grid: there are two variants {name}; name them yourself"])
+        if len(name.encode()) > LONGEST_NAME:
+            raise config_error(path, [f"grid: {name} is too long for a folder; name it yourself"])
         variants[name] = Variant(set=combination)
     return study, variants
 

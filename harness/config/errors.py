@@ -22,6 +22,7 @@ EXPECTED = {  # by pydantic's type of error
     "string_type": "text",
     "string_too_short": "text",
     "tuple_type": "a list",
+    "dict_type": "names and values",
     "too_long": "at most {max_length} items",
     "model_type": "a section of keys",
     "invalid_key": "a word as a key",

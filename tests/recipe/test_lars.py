@@ -1,7 +1,5 @@
 """LARS by hand, against timm's, in float16, and on any number of ranks."""
 
-import shutil
-
 import pytest
 import torch
 from torch import nn
@@ -10,6 +8,7 @@ from harness import load_config
 from harness.config.errors import ConfigError
 from harness.config.schema import OPTIMIZER_KEYS
 from harness.models.registry import build_model, check_model, find_family
+from harness.outcome import Stopped
 from harness.planning.plan import make_plan
 from harness.planning.plan_text import render_plan
 from harness.recipe.lars import layer_rate
@@ -24,6 +23,7 @@ from harness.recipe.schedule import lr_at
 from harness.runs.checkpoint import list_checkpoints, load_checkpoint
 from harness.training.setup import train
 from tests.conftest import harness
+from tests.packages import install
 from tests.recipe.test_installed_optimizer import layer_with, with_recipe
 
 
@@ -170,27 +170,48 @@ def test_what_is_wrong_is_refused(small, key, message):
         load_config(small(), ["recipe.trust_coefficient=0.1"])
 
 
-def test_interrupted_is_straight(small, tmp_path):
-    """A run whose last epoch is lost and made again ends at the same bits."""
-    config = load_config(small(), ["recipe.optimizer=lars", "recipe.trust_coefficient=0.02"])
-    straight, interrupted = tmp_path / "straight", tmp_path / "interrupted"
-    train(config, straight)
-    shutil.copytree(straight, interrupted)
-    status = interrupted / "status.json"
-    status.write_text(status.read_text().replace('"finished"', '"stopped"'))
-    for path in (interrupted / "checkpoints").glob("*15.*"):
-        path.unlink()
-    train(config, interrupted, resume=True)
-    one, other = (
-        load_checkpoint(list_checkpoints(run / "checkpoints")[0]) for run in (straight, interrupted)
+INTERRUPTING = """
+import os, signal
+
+class Interrupting:
+    def __init__(self, *_):
+        pass
+    def event(self, event):
+        pass
+    def scalars(self, values, step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+    def flush(self):
+        pass
+    close = flush
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_interrupted_in_mid_epoch_and_resumed_is_the_straight_run(
+    small, tmp_path, monkeypatch, precision
+):
+    """Weights, momentum and the scaler's state, bit for bit."""
+    point = "harness.loggers", "interrupting = interrupting:Interrupting"
+    install(tmp_path / "site", monkeypatch, "interrupting", INTERRUPTING, *point)
+    keys = ["recipe.optimizer=lars", "recipe.trust_coefficient=0.02", "run.log_every_steps=1"]
+    config = load_config(small(), [*keys, f"run.precision={precision}"])
+    stopping = load_config(
+        small(), [*keys, f"run.precision={precision}", "run.loggers=[interrupting]"]
     )
-    assert one["step"] == other["step"] == 15
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    train(config, straight)
+    with pytest.raises(Stopped, match="stopped after step 8 of 15, checkpoint written"):
+        train(stopping, run)
+    train(config, run, resume=True)
+    one, other = (load_checkpoint(list_checkpoints(r / "checkpoints")[0]) for r in (straight, run))
+    assert one["step"] == other["step"] == 15 and one["scaler"] == other["scaler"]
     for name, weight in one["model"].items():
         assert torch.equal(weight, other["model"][name]), name
-    momenta = [c["optimizer"]["state"] for c in (one, other)]
-    for number, state in momenta[0].items():
+    momenta, others = (c["optimizer"]["state"] for c in (one, other))
+    for number, state in momenta.items():
         assert state["momentum_buffer"].any()
-        assert torch.equal(state["momentum_buffer"], momenta[1][number]["momentum_buffer"])
+        assert torch.equal(state["momentum_buffer"], others[number]["momentum_buffer"])
 
 
 @pytest.mark.soak
