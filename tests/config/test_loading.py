@@ -113,6 +113,7 @@ def test_omitted_keys_take_the_documented_defaults(load):
             "keep_checkpoints": 3,
             "hang_timeout_s": 300.0,
             "profile_steps": 0,
+            "noise_scale_every": 0,
             "loggers": [],
         },
     }
@@ -360,9 +361,8 @@ def test_a_shipped_config(name, workers, steps_per_epoch, total_steps):
     config = load_config(path)
     assert config.workers == workers
     assert (config.steps_per_epoch, config.total_steps) == (steps_per_epoch, total_steps)
-    head = re.split("^(?:expect|data):", path.read_text(), flags=re.M)[
-        0
-    ]  # shows the same arithmetic and its own command
+    # the comment at the head shows the same arithmetic and its own command
+    head = re.split("^(?:expect|data):", path.read_text(), flags=re.M)[0]
     for figure in (f"= {workers} workers", f"= {steps_per_epoch} steps", f"= {total_steps} in all"):
         assert figure in head.replace("\n# ", " ")
     assert f"harness train configs/{name}.yaml" in head
