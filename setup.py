@@ -20,6 +20,7 @@ PYTEST = [
     "pytest>=8",
     "hypothesis>=6.100",
     "jsonschema>=4.20",
+    "mfusepy>=3",  # mounts a folder whose operations are slow or fail (with libfuse3)
     "selenium>=4.20",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -58,6 +59,7 @@ setup(
         "bench": [
             "timm>=1.0",
             "simplejpeg>=1.8",
+            "mfusepy>=3",  # benchmarks/sources.py
             "lightning>=2.5",
             "accelerate>=1.10",
             "matplotlib>=3.8",

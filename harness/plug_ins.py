@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 
 from harness.config.schema import OPTIMIZER_KEYS, Config
+from harness.data.sources.registry import BUILT_IN
 from harness.data.sources.registry import GROUP as DATA_FORMATS
 from harness.installed import installed
 from harness.models.registry import entry_point as network_entry_point
@@ -24,7 +25,7 @@ def modules_behind_results(config: Config) -> tuple[str, ...]:
     points = [*map(network_entry_point, names)]
     if config.recipe.optimizer not in OPTIMIZER_KEYS:
         points.append(installed(OPTIMIZERS).get(config.recipe.optimizer))
-    if config.run.data_format != "folder":
+    if config.run.data_format not in BUILT_IN:
         points.append(installed(DATA_FORMATS).get(config.run.data_format))
     return _modules(points)
 

@@ -20,9 +20,9 @@ def test_a_config_names_the_modules_that_it_uses(small, tmp_path, monkeypatch):
     assert modules_behind_results(load_config(small())) == ()
     assert modules_behind_results(load_config(small(), own)) == ("small_convnets",)
     own += ["recipe.optimizer=clipped"]
-    own += ["run.data_format=tar", "run.loggers=[csv]"]
+    own += ["run.data_format=zip", "run.loggers=[csv]"]
     config = load_config(small(), own)
-    behind = ("clipped_sgd", "small_convnets", "tar_images")
+    behind = ("clipped_sgd", "small_convnets", "zip_images")
     assert modules_behind_results(config) == behind
     assert {*all_modules(config)} == {"csv_logger", *behind}  # a logger changes no result
 

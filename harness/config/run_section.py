@@ -21,11 +21,13 @@ class RunConfig(Section):
     effect: ClassVar[Effect] = Effect.NONE  # each key states its own, lest one be forgotten
 
     data_root: Text = key(
-        "Folder of the images, with train/ and val/.", "data/imagenet", effect=Effect.NONE
+        "Folder of the images, with train/ and val/, or of their archives.",
+        "data/imagenet",
+        effect=Effect.NONE,
     )
     data_format: Text = key(
-        "Format of the images: folder, or one that an installed package adds "
-        "(docs/data_formats.md).",
+        "Format of the images: folder, tar (docs/archives.md), or one that an installed package "
+        "adds (docs/data_formats.md).",
         "folder",
         effect=Effect.NONE,
     )

@@ -38,11 +38,14 @@ class Renderer:
         val_image: GetImage | None = None,
     ) -> None:
         self._config, self._train, self._val = config, batch_plan.train, batch_plan.val
+        self._reads = train_image is None and val_image is None
         self._train_image = train_image or partial(read_image, self._train)
         self._val_image = val_image or partial(read_image, self._val)
 
     def __call__(self, spec: BatchSpec) -> Batch:
         size = self._config.data.crop
+        if self._reads:
+            (self._train if isinstance(spec, TrainBatchSpec) else self._val).prefetch(spec.ids)
         pixels = np.empty((len(spec.ids), size, size, 3), dtype=np.uint8)
         if isinstance(spec, TrainBatchSpec):
             return self._training_batch(spec, pixels)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,19 +38,19 @@ def blocks(language: str) -> list[str]:
 
 def write_package(folder: Path) -> None:
     folder.mkdir()
-    (folder / "tar_images.py").write_text(*blocks("python"))
+    (folder / "zip_images.py").write_text(*blocks("python"))
     (folder / "pyproject.toml").write_text(*blocks("toml"))
 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as pip leaves it: the page's module and its entry points."""
-    folder = tmp_path_factory.mktemp("installed") / "tar-images"
+    folder = tmp_path_factory.mktemp("installed") / "zip-images"
     write_package(folder)
     ((group, entry),) = re.findall(r'entry-points\."(.*?)"\]\n(.*)', *blocks("toml"))
-    metadata = folder / "tar_images-0.1.dist-info"
+    metadata = folder / "zip_images-0.1.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: tar-images\nVersion: 0.1\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: zip-images\nVersion: 0.1\n")
     (metadata / "entry_points.txt").write_text(f"[{group}]\n{entry.replace(chr(34), '')}\n")
     return folder
 
@@ -60,18 +61,17 @@ def on_the_path(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def packed(root: Path) -> Path:
-    """The splits of a folder as tar archives, made by the page's command."""
-    folder = root.parent / f"{root.name}-tar"
+    """The splits of a folder as ZIP archives, made by the page's command."""
+    folder = root.parent / f"{root.name}-zip"
     folder.mkdir()
     for split in root.iterdir():
         if split.is_dir():
-            command = ["tar", "-C", split, "-cf", folder / f"{split.name}.tar", "."]
-            subprocess.run(command, check=True)
+            zipfile.main(["-c", str(folder / f"{split.name}.zip"), *map(str, split.iterdir())])
     return folder
 
 
-def tar_config(config: Config, root: Path) -> Config:
-    run = config.run.model_copy(update={"data_root": str(root), "data_format": "tar"})
+def zip_config(config: Config, root: Path) -> Config:
+    run = config.run.model_copy(update={"data_root": str(root), "data_format": "zip"})
     return config.model_copy(update={"run": run})
 
 
@@ -84,8 +84,8 @@ def check_equal(source: ImageSource, other: ImageSource) -> None:
 
 def test_a_folder_and_its_archives_are_the_same_images(root: Path, make_config: Callable) -> None:
     shutil.copytree(root / "train" / "ant", root / "unlabelled")
-    tar = packed(root)
-    run = tar_config(make_config(), tar).run
+    archives = packed(root)
+    run = zip_config(make_config(), archives).run
     for split in ("train", "val", "unlabelled"):
         check_equal(open_source(run, split), open_folder(root, split))
     labelled, unlabelled = (open_source(run, split) for split in ("train", "unlabelled"))
@@ -93,7 +93,7 @@ def test_a_folder_and_its_archives_are_the_same_images(root: Path, make_config: 
     folders = join(open_folder(root, "train"), open_folder(root, "unlabelled"))
     check_equal(both, folders)
     assert both.cache is None and folders.cache == root / ".harness-index-*"
-    assert both.name(14) == labelled.name(14) == str(tar / "train.tar" / "cat" / "0.jpg")
+    assert both.name(14) == labelled.name(14) == str(archives / "train.zip" / "cat" / "0.jpg")
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -106,18 +106,18 @@ def test_every_loader_renders_the_same_batches(
     break_images(root / "train", bad)
     config = make_config(on_bad_image="skip")
     (root / "train" / "dog" / "01.png").write_bytes(b"")  # the header is missing, too
-    tar = packed(root)
+    archives = packed(root)
     expected = whole_run(root, config, name, 0, 1)
-    got = whole_run(tar, tar_config(config, tar), name, 0, 2)
+    got = whole_run(archives, zip_config(config, archives), name, 0, 2)
     for one, other in zip(got, expected, strict=True):
         assert_equal(one, other)
     replaced = {i for batch in got for i, _ in batch.replaced}
     assert replaced >= {*damaged_ids(root, bad)}
     with (
         loader_of(root, config, name) as folder_loader,
-        loader_of(tar, tar_config(config, tar), name) as tar_loader,
+        loader_of(archives, zip_config(config, archives), name) as zip_loader,
     ):
-        pairs = zip(tar_loader.evaluate(), folder_loader.evaluate(), strict=True)
+        pairs = zip(zip_loader.evaluate(), folder_loader.evaluate(), strict=True)
         assert [assert_equal(*pair) for pair in pairs]
 
 
@@ -128,29 +128,29 @@ def test_a_bad_image_is_named(
     if name == "dali":
         pytest.importorskip("nvidia.dali")
     break_images(root / "train", ("ant/1.JPEG",))
-    tar, config = packed(root), make_config()
+    archives, config = packed(root), make_config()
     with (
-        pytest.raises(BadImageError, match=r"data-tar/train\.tar/ant/1\.JPEG: cannot be decoded"),
-        loader_of(tar, tar_config(config, tar), name) as loader,
+        pytest.raises(BadImageError, match=r"data-zip/train\.zip/ant/1\.JPEG: cannot be decoded"),
+        loader_of(archives, zip_config(config, archives), name) as loader,
     ):
         list(loader.train(0))
-    tar.joinpath("train.tar").unlink()
-    with pytest.raises(UserError, match=r"train\.tar: No such file.*; check run\.data_root"):
-        open_source(tar_config(config, tar).run, "train")
+    archives.joinpath("train.zip").unlink()
+    with pytest.raises(UserError, match=r"train\.zip: No such file.*; check run\.data_root"):
+        open_source(zip_config(config, archives).run, "train")
 
 
 def test_an_archive_that_is_removed_or_replaced_is_noticed(
     root: Path, make_config: Callable
 ) -> None:
     pytest.importorskip("nvidia.dali")
-    tar = packed(root)
-    config = tar_config(make_config(), tar)
+    archives = packed(root)
+    config = zip_config(make_config(), archives)
     for name in ("reference", "dali"):
-        with loader_of(tar, config, name) as loader:
-            (tar / "train.tar").rename(tar / "away")
-            with pytest.raises(UserError, match=r"was there when .*train\.tar was indexed"):
+        with loader_of(archives, config, name) as loader:
+            (archives / "train.zip").rename(archives / "away")
+            with pytest.raises(UserError, match=r"was there when .*train\.zip was indexed"):
                 list(loader.train(0))
-            (tar / "away").rename(tar / "train.tar")
+            (archives / "away").rename(archives / "train.zip")
 
 
 def final_weights(out: Path) -> dict[str, torch.Tensor]:
@@ -161,9 +161,9 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
 def test_a_whole_run_is_equal_resumes_and_refuses_other_data(
     small: Callable[..., Path], own_digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tar = packed(own_digits)
+    archives = packed(own_digits)
     config = small(recipe__epochs=2, recipe__milestones=[1], run__data_root=str(own_digits))
-    as_tar = [f"run.data_root={tar}", "run.data_format=tar"]
+    as_zip = [f"run.data_root={archives}", "run.data_format=zip"]
 
     def train(out: str, *words: str) -> int:
         return main(["train", str(config), "--out", str(tmp_path / out), *words])
@@ -171,12 +171,12 @@ def test_a_whole_run_is_equal_resumes_and_refuses_other_data(
     assert train("folder") == 0
     expected = final_weights(tmp_path / "folder")
     for loader in ("memory", "reference"):
-        assert train(loader, *as_tar, f"run.loader={loader}", "run.loader_threads=1") == 0
+        assert train(loader, *as_zip, f"run.loader={loader}", "run.loader_threads=1") == 0
         weights = final_weights(tmp_path / loader)
         assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
-    predictions = [tmp_path / "folder.csv", tmp_path / "tar.csv"]
-    for file, words in zip(predictions, ([f"run.data_root={own_digits}"], as_tar), strict=True):
+    predictions = [tmp_path / "folder.csv", tmp_path / "zip.csv"]
+    for file, words in zip(predictions, ([f"run.data_root={own_digits}"], as_zip), strict=True):
         assert main(["eval", str(tmp_path / "folder"), *words, "--predictions", str(file)]) == 0
     assert predictions[0].read_text() == predictions[1].read_text()
 
@@ -188,33 +188,33 @@ def test_a_whole_run_is_equal_resumes_and_refuses_other_data(
         status.write_text(status.read_text().replace("finished", "stopped"))
 
     undo_the_last_epoch()
-    assert train("folder", *as_tar, "--resume") == 0
+    assert train("folder", *as_zip, "--resume") == 0
     weights = final_weights(tmp_path / "folder")
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     undo_the_last_epoch()
     one = min((own_digits / "train" / "3").iterdir())
     one.rename(one.with_name("other.png"))
-    shutil.rmtree(tar)
+    shutil.rmtree(archives)
     packed(own_digits)
     capsys.readouterr()
-    assert train("folder", *as_tar, "--resume") == 2
+    assert train("folder", *as_zip, "--resume") == 2
     assert "was trained on other data: the images of class 3 differ" in capsys.readouterr().err
 
 
 def test_plan_knows_the_formats(
     small: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(small()), "run.data_format=tar"]) == 0
-    assert main(["plan", str(small()), "run.data_format=tra"]) == 2
-    assert "no format 'tra'; take one of folder, tar, or install" in capsys.readouterr().err
+    assert main(["plan", str(small()), "run.data_format=zip"]) == 0
+    assert main(["plan", str(small()), "run.data_format=zpi"]) == 2
+    assert "no format 'zpi'; take one of folder, tar, zip, or install" in capsys.readouterr().err
 
 
 def test_mistakes_in_the_format_are_one_line(
     root: Path, make_config: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tar_config(make_config(), packed(root)).run
-    with pytest.raises(UserError, match="no format 'tra'; take one of folder, tar"):
-        data_format("tra")
+    run = zip_config(make_config(), packed(root)).run
+    with pytest.raises(UserError, match="no format 'zpi'; take one of folder, tar, zip"):
+        data_format("zpi")
     images = open_source(run, "val")
     for changes, problem in (
         ({"labels": images.labels.astype(np.int32)}, "labels: expected int64"),
@@ -223,18 +223,18 @@ def test_mistakes_in_the_format_are_one_line(
         ({"names": [b"x"] * len(images)}, "names: expected an array, found list"),
     ):
         wrong = replace(images, **changes)
-        monkeypatch.setattr("tar_images.open_tar", lambda *_, wrong=wrong: wrong)
-        with pytest.raises(UserError, match=rf"run\.data_format: tar: val: {problem}"):
+        monkeypatch.setattr("zip_images.open_zip", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(UserError, match=rf"run\.data_format: zip: val: {problem}"):
             open_source(run, "val")
-    monkeypatch.delattr("tar_images.open_tar")
-    with pytest.raises(UserError, match="tar_images:open_tar cannot be imported"):
+    monkeypatch.delattr("zip_images.open_zip")
+    with pytest.raises(UserError, match="zip_images:open_zip cannot be imported"):
         open_source(run, "val")
 
 
 @pytest.mark.soak
 def test_the_page_works_by_its_commands_alone(tmp_path: Path) -> None:
     """Installs the package with pip, packs the digits, trains and verifies, as the page says."""
-    write_package(tmp_path / "tar-images")
+    write_package(tmp_path / "zip-images")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     install, *rest = "\n".join(blocks("bash")).splitlines()
     packages, pip = tmp_path / "packages", [sys.executable, "-m", "pip"]
@@ -249,4 +249,4 @@ def test_the_page_works_by_its_commands_alone(tmp_path: Path) -> None:
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert load_config(tmp_path / "runs" / "tar" / "config.yaml").run.data_format == "tar"
+    assert load_config(tmp_path / "runs" / "zip" / "config.yaml").run.data_format == "zip"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from itertools import chain
+from itertools import chain, islice
 from typing import Generic
 
 import numpy as np
@@ -32,6 +32,7 @@ from harness.data.render import Renderer
 from harness.data.sampling import EvalBatchSpec, Spec, TrainBatchSpec, part
 
 DEPTH = 2  # batches in progress
+READ_AHEAD = 1  # batches whose images are read meanwhile
 
 
 class DaliLoader:
@@ -123,7 +124,7 @@ class _Batches(Iterator[Batch], Generic[Spec]):
                 images.append(torch.zeros(1, 3, task.size, task.size, dtype=torch.uint8))
                 trusted.append(False)
             run.close()
-        self._run = _Run(task, chain(broken.undone, broken.specs), self._max_batch, DEPTH)
+        self._run = _Run(task, broken.left(), self._max_batch, DEPTH)
         device = "cuda" if task.cuda else "cpu"
         stacked = torch.cat([image.to(device) for image in images])
         return spec, stacked.contiguous(memory_format=torch.channels_last), np.array(trusted)
@@ -154,8 +155,8 @@ class _Run(Generic[Spec]):
     """
 
     def __init__(self, task: Task[Spec], specs: Iterator[Spec], max_batch: int, depth: int) -> None:
-        self.specs, self.undone = specs, deque[Spec]()
-        self._task = task
+        self.undone, self._task = deque[Spec](), task
+        self._specs, self._ahead = specs, deque[Spec]()
         self._pipeline: Pipeline | None = Pipeline(
             max_batch,
             task.threads,
@@ -183,9 +184,22 @@ class _Run(Generic[Spec]):
         return spec, images, trusted
 
     def _inputs(self) -> tuple[NDArray | list[NDArray], ...]:
-        spec = next(self.specs)
+        spec = self._next_spec()
         self.undone.append(spec)
         return self._task.files(spec.ids), *self._task.inputs(spec)
+
+    def _next_spec(self) -> Spec:
+        """Return the next spec; begin to read the images of the one behind it."""
+        for spec in islice(self._specs, READ_AHEAD + 1 - len(self._ahead)):
+            self._task.source.prefetch(spec.ids)
+            self._ahead.append(spec)
+        if not self._ahead:
+            raise StopIteration
+        return self._ahead.popleft()
+
+    def left(self) -> Iterator[Spec]:
+        """Return the specs that were not answered."""
+        return chain(self.undone, self._ahead, self._specs)
 
     def close(self) -> None:
         """End its threads, once they have finished their current work."""

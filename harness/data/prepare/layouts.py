@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.data.prepare.imagenet_archives import DEVKIT, TRAIN, read_devkit
+from harness.data.prepare.imagenet_archives import TRAIN
+from harness.data.prepare.imagenet_devkit import DEVKIT, read_devkit
 from harness.data.prepare.label_table import read_labels
 from harness.data.sources.image_format import image_format
 from harness.data.sources.listing import is_class_name

@@ -8,7 +8,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from harness.data.sources.digest import UNLABELLED_KEY
 from harness.data.sources.header import size_of
 from harness.data.sources.index_places import cache_places, lock_first
 from harness.data.sources.listing import SUFFIXES, class_folders, first_three, image_names
+from harness.data.sources.partial import PartialResults
 from harness.data.sources.scan import read_sizes
 from harness.data.sources.source import ImageSource
 from harness.errors import UserError
@@ -96,16 +96,14 @@ def _scan(folder: Path, changed_ns: dict[str, int], cache: Path | None) -> Folde
             f"`harness data check {folder.parent}` says what is in it"
         )
     flat = np.array([os.fsencode(name) for found in names.values() for name in found])
-    partial = cache.with_suffix(".partial") if cache else None
+    partial = PartialResults[list[list[int]]](cache and cache.with_suffix(".partial"), "sizes")
     sizes = read_sizes(folder, names, changed_ns, partial)
     labels = np.repeat(np.arange(len(names)), [len(found) for found in names.values()])
     widths, heights = sizes.T.copy()
     images = FolderSource(folder, tuple(names), flat, labels, widths, heights, cache=cache)
     if cache is not None:
         _write_cache(cache, images, list(changed_ns.values()), scanned_ns)
-    if partial is not None:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    partial.remove()
     return images
 
 

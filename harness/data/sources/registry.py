@@ -1,4 +1,4 @@
-"""Data formats by name: folders, and those of installed packages."""
+"""Data formats by name: folders, tar archives, and those of installed packages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from harness.config.schema import RunConfig
 from harness.data.sources.folder import open_folder
 from harness.data.sources.source import ImageSource
+from harness.data.sources.tar.find import holds_archives
+from harness.data.sources.tar.source import open_tar
 from harness.errors import UserError
 from harness.installed import find
 
@@ -20,6 +22,8 @@ GROUP = "harness.data_formats"
 
 OpenSplit = Callable[[Path, str], ImageSource]
 
+BUILT_IN: dict[str, OpenSplit] = {"folder": open_folder, "tar": open_tar}
+
 
 def open_source(run: RunConfig, split: str) -> ImageSource:
     """Return the images of a split ("train", "val", "unlabelled") below `run.data_root`.
@@ -27,9 +31,11 @@ def open_source(run: RunConfig, split: str) -> ImageSource:
     Raises ConfigError for an unknown `run.data_format`, and UserError where there are no such
     images or the format's package does not work.
     """
-    open_split = data_format(run.data_format)
+    open_split, root = data_format(run.data_format), Path(run.data_root)
+    if run.data_format == "folder" and not (root / split).is_dir() and holds_archives(root, split):
+        raise UserError(f"{root}: holds archives of {split}; set run.data_format=tar")
     try:
-        images = open_split(Path(run.data_root), split)
+        images = open_split(root, split)
     except OSError as error:
         raise UserError(
             f"{error.filename or run.data_root}: {error.strerror or error}; check run.data_root"
@@ -41,9 +47,10 @@ def open_source(run: RunConfig, split: str) -> ImageSource:
 
 def data_format(name: str) -> OpenSplit:
     """Return the function that opens a split of the format `name`. Raises as `open_source`."""
-    if name == "folder":
-        return open_folder
-    return cast(OpenSplit, find(GROUP, name, "run.data_format", "format", built_in="folder"))
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    built_in = ", ".join(BUILT_IN)
+    return cast(OpenSplit, find(GROUP, name, "run.data_format", "format", built_in))
 
 
 def _problem(images: ImageSource) -> str:

@@ -6,10 +6,8 @@ A scan that was interrupted, even killed, continues where it stopped: see `read_
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from harness.data.loaders.child_process import worker_processes
 from harness.data.sources.header import size_of
+from harness.data.sources.partial import PartialResults
 
 CHUNK = 200  # headers that one process reads at a time
 PARALLEL_FROM = 20_000  # images; below, starting processes takes longer than reading
@@ -41,13 +40,16 @@ class _Chunk:
 
 
 def read_sizes(
-    folder: Path, names: dict[str, list[str]], changed_ns: dict[str, int], partial: Path | None
+    folder: Path,
+    names: dict[str, list[str]],
+    changed_ns: dict[str, int],
+    partial: PartialResults[list[list[int]]],
 ) -> Sizes:
     """Return the widths and heights, int32 (N, 2), of each class's images; 0, 0 without a header.
 
     changed_ns: class -> time of the last change of its folder.
-    partial: a file that records the sizes as they are read, so that a call after an interruption
-        reads only the rest and what has changed. The caller removes it at the end.
+    partial: records the sizes as they are read, so that a call after an interruption reads only
+        the rest and what has changed. The caller removes it at the end.
     Raises UserError for a file that cannot be read.
     """
     chunks = [
@@ -58,9 +60,11 @@ def read_sizes(
     images = sum(map(len, names.values()))
     if images < PARALLEL_FROM:
         return np.concatenate([_sizes(chunk) for chunk in chunks])
-    kept = _kept(partial)
+    kept = partial.read()
     keys = [chunk.key() for chunk in chunks]
-    sizes = {place: kept[key] for place, key in enumerate(keys) if key in kept}
+    sizes = {
+        place: np.array(kept[key], dtype=np.int32) for place, key in enumerate(keys) if key in kept
+    }
     missing = [place for place in range(len(chunks)) if place not in sizes]
     # twice as many processes as cores, since they wait for the disk part of the time
     with (
@@ -71,30 +75,11 @@ def read_sizes(
         parts = workers.map(_sizes, [chunks[place] for place in missing])
         for place, part in zip(missing, parts, strict=True):
             sizes[place] = part
-            _keep(partial, keys[place], part)
+            if part.all():  # a bad image may be repaired before the scan continues
+                partial.add(keys[place], part.tolist())
             bar.update(len(part))
     return np.concatenate([sizes[place] for place in range(len(chunks))])
 
 
 def _sizes(chunk: _Chunk) -> Sizes:
     return np.array([size_of(chunk.folder / name) for name in chunk.names], dtype=np.int32)
-
-
-def _keep(partial: Path | None, key: str, sizes: Sizes) -> None:
-    """Append a line. It starts with a newline, so that a line torn by a kill spoils no other."""
-    if partial is None or not sizes.all():  # a bad image may be repaired before the scan continues
-        return
-    line = json.dumps({"key": key, "sizes": sizes.tolist()})
-    with suppress(OSError), open(partial, "a") as stream:  # the scan matters more than its record
-        stream.write(f"\n{line}\n")
-
-
-def _kept(partial: Path | None) -> dict[str, Sizes]:
-    """Return key -> sizes from the complete lines of `partial`; empty where there is no file."""
-    kept: dict[str, Sizes] = {}
-    with suppress(OSError):
-        for line in partial.read_bytes().splitlines() if partial else []:
-            with suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                kept[record["key"]] = np.array(record["sizes"], dtype=np.int32)
-    return kept

@@ -59,6 +59,9 @@ class ImageSource(ABC):
         where the image cannot be read, BadImageError where what is stored is damaged.
         """
 
+    def prefetch(self, image_ids: NDArray[np.int64]) -> None:  # noqa: B027 (optional)
+        """Begin to read images (B,) in the background; `read` is called for each of them soon."""
+
     def paths(self, image_ids: NDArray[np.int64]) -> NDArray[np.bytes_] | None:
         """Return the paths of image files, (B,), or None where images are not files.
 
@@ -138,6 +141,12 @@ class JoinedSource(ImageSource):
         """Return the encoded image."""
         source, own_id = self._part(image_id)
         return source.read(own_id)
+
+    def prefetch(self, image_ids: NDArray[np.int64]) -> None:
+        """Begin to read the images of both parts."""
+        behind = image_ids >= len(self.labelled)
+        self.labelled.prefetch(image_ids[~behind])
+        self.unlabelled.prefetch(image_ids[behind] - len(self.labelled))
 
     def paths(self, image_ids: NDArray[np.int64]) -> NDArray[np.bytes_] | None:
         """Return the paths where both parts have them."""

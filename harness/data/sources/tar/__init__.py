@@ -1,0 +1,1 @@
+"""Images in tar archives, read where they are: nothing is extracted."""
