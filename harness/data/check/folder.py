@@ -13,6 +13,7 @@ from statistics import median
 
 from tqdm import tqdm
 
+from harness.data.check.archives import is_archived, survey_archives
 from harness.data.check.duplicates import find_duplicates
 from harness.data.check.examine import examine
 from harness.data.check.findings import (
@@ -26,7 +27,7 @@ from harness.data.check.findings import (
     UNDECODABLE,
     Finding,
 )
-from harness.data.check.survey import survey
+from harness.data.check.survey import Stored, survey
 from harness.data.loaders.child_process import worker_processes
 from harness.data.prepare.layouts import SPLIT_BY_CLASS, Layout, recognise
 
@@ -45,6 +46,7 @@ class Report:
     seconds: float
     processes: int
     findings: dict[str, list[Finding]]
+    archived: bool  # in tar archives
     layout: Layout | None = None  # the folder's layout, if it is not ours
 
     @property
@@ -119,6 +121,7 @@ class Report:
         if self.config is not None:
             keys = [f"  {key}: {count}" for key, count in self.config.items()]
             lines += ["for the config:", "data:", *keys]
+            lines += ["run:", "  data_format: tar"] if self.archived else []
         if self.layout is not None:
             lines.append(self.layout.advice(self.folder))
         return "\n".join([*lines, self._verdict()])
@@ -146,37 +149,34 @@ def _lines_on(kind: str, found: list[Finding]) -> list[str]:
 
 
 def check_folder(folder: Path) -> Report:
-    """Read and decode every image below train/, val/ and, if present, unlabelled/.
+    """Read and decode every image in train, val and, if present, unlabelled: folders or archives.
 
-    Uses all cores and shows a progress bar on a terminal. Raises UserError if train/ or val/ is
-    missing.
+    Uses all cores and shows a progress bar on a terminal. Raises UserError if train or val is
+    missing, and for archives that training refuses.
     """
-    surveyed = survey(folder)
-    flat = [path for split in surveyed.images for path in surveyed.paths(split)]
-    chunks = [(folder, flat[start : start + CHUNK]) for start in range(0, len(flat), CHUNK)]
+    archived = is_archived(folder)
+    surveyed = survey_archives(folder) if archived else survey(folder)
+    images = surveyed.images
+    chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     processes = len(os.sched_getaffinity(0))
     size, findings, digests = 0, surveyed.findings, []
     start_s = time.monotonic()
     with (
         worker_processes(processes) as workers,
-        tqdm(total=len(flat), desc=f"checking {folder}", unit=" images", disable=None) as bar,
+        tqdm(total=len(images), desc=f"checking {folder}", unit=" images", disable=None) as bar,
     ):
-        for (_, names), examined in zip(chunks, workers.map(_examine_chunk, chunks), strict=True):
+        for chunk, examined in zip(chunks, workers.map(_examine_chunk, chunks), strict=True):
             size += examined.size
             findings += examined.findings
             digests += examined.digests
-            bar.update(len(names))
+            bar.update(len(chunk))
     seconds = time.monotonic() - start_s
     findings += find_duplicates(digests)
     by_kind: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
     for finding in findings:
         by_kind[finding.kind].append(finding)
-    classes = {
-        split: {name: len(found) for name, found in found_in.items()}
-        for split, found_in in surveyed.images.items()
-    }
-    report = Report(folder, classes, size, seconds, processes, by_kind)
-    layout = recognise(folder) if report.failed else None
+    report = Report(folder, surveyed.classes, size, seconds, processes, by_kind, archived)
+    layout = recognise(folder) if report.failed and not archived else None
     is_ours = layout is SPLIT_BY_CLASS and not by_kind[OTHER_FORMAT]
     return report if is_ours else replace(report, layout=layout)
 
@@ -190,18 +190,20 @@ class _Examined:
     digests: list[tuple[str, bytes]]
 
 
-def _examine_chunk(chunk: tuple[Path, list[str]]) -> _Examined:
-    folder, paths = chunk
+def _examine_chunk(chunk: list[Stored]) -> _Examined:
     size, findings, digests = 0, [], []
-    for path in paths:
+    for stored in chunk:
         try:
-            content = (folder / path).read_bytes()
+            content = stored.read()
         except OSError as error:
-            findings.append(Finding(UNDECODABLE, path, f"cannot be read: {error.strerror}"))
+            why = f"cannot be read: {error.strerror}"
+            findings.append(Finding(UNDECODABLE, stored.path, why))
             continue
         size += len(content)
-        found = [Finding(kind, path, why) for kind, why in examine(folder / path, content)]
+        found = [
+            Finding(kind, stored.path, why) for kind, why in examine(Path(stored.path), content)
+        ]
         findings += found
         if not any(finding.kind == UNDECODABLE for finding in found):
-            digests.append((path, hashlib.sha256(content).digest()))
+            digests.append((stored.path, hashlib.sha256(content).digest()))
     return _Examined(size, findings, digests)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.data.check.findings import (
     BROKEN_LINK,
@@ -40,20 +41,31 @@ PACKED_SUFFIXES: tuple[str, ...] = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz"
 PACKED_SUFFIXES += (".parquet", ".arrow", ".npy", ".npz", ".h5", ".hdf5", ".tfrecord", ".pkl")
 
 
+class Stored(NamedTuple):
+    """Where an image lies: a file, or `size` bytes at `offset` of one; -1 is all of it.
+
+    `path` is what findings call it: SPLIT/CLASS/NAME, or unlabelled/NAME.
+    """
+
+    path: str
+    file: Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """Return its content. Raises OSError."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
 @dataclass(frozen=True)
 class Survey:
-    """Images that training reads: split -> class -> names; unlabelled ones have class ""."""
+    """Images that training reads: split -> class -> number; unlabelled ones have class ""."""
 
-    images: dict[str, dict[str, list[str]]]
+    classes: dict[str, dict[str, int]]
+    images: list[Stored]
     findings: list[Finding]
-
-    def paths(self, split: str) -> list[str]:
-        """Return the paths of a split's images, relative to the data folder."""
-        return [
-            "/".join(filter(None, (split, class_name, name)))
-            for class_name, names in self.images[split].items()
-            for name in names
-        ]
 
 
 def survey(folder: Path) -> Survey:
@@ -72,7 +84,7 @@ def survey(folder: Path) -> Survey:
     for split in ("train", "val"):
         images[split], found = _survey_split(folder, split)
         findings += found
-    findings += _one_sided(images)
+    findings += one_sided(images)
     if (folder / "unlabelled").is_dir():  # flat: without classes
         names, found = _survey_folder(folder, "unlabelled")
         images["unlabelled"] = {"": names}
@@ -80,9 +92,17 @@ def survey(folder: Path) -> Survey:
         if not names:
             findings.append(Finding(EMPTY_SPLIT, "unlabelled"))
     findings += _beside(folder)
-    result = Survey(images, findings)
-    findings += _alike(path for split in images for path in result.paths(split))
-    return result
+    paths = [
+        "/".join(filter(None, (split, class_name, name)))
+        for split, classes in images.items()
+        for class_name, names in classes.items()
+        for name in names
+    ]
+    findings += alike(paths)
+    sizes = {
+        split: {name: len(of) for name, of in found.items()} for split, found in images.items()
+    }
+    return Survey(sizes, [Stored(path, folder / path) for path in paths], findings)
 
 
 def _survey_split(folder: Path, split: str) -> tuple[dict[str, list[str]], list[Finding]]:
@@ -134,7 +154,6 @@ def _survey_folder(folder: Path, path: str) -> tuple[list[str], list[Finding]]:
 
 def _left_out(entry: os.DirEntry[str], path: str, image_kind: str) -> Iterator[Finding]:
     """Yield why a file is not read; `image_kind` is the kind for a visible, intact JPEG or PNG."""
-    suffix = Path(entry.name).suffix.lower()
     try:
         is_file = entry.is_file()
         if not is_file and entry.is_symlink():
@@ -146,17 +165,22 @@ def _left_out(entry: os.DirEntry[str], path: str, image_kind: str) -> Iterator[F
         else:
             yield Finding(UNREADABLE, path, error.strerror or "")
         return
-    hidden = entry.name.startswith(".")
+    yield left_out(path, kind, image_kind)
+
+
+def left_out(path: str, kind: str, image_kind: str) -> Finding:
+    """Return why a file of the format `kind` ("" for none known) is not read; see _left_out."""
+    name, suffix = Path(path).name, Path(path).suffix.lower()
+    hidden = name.startswith(".")
     if kind in TRAINED_ON:
-        yield Finding(HIDDEN if hidden else image_kind, path)
-    elif kind or (not hidden and suffix in OTHER_SUFFIXES):
-        yield Finding(OTHER_FORMAT, path, kind or f"{suffix} by name")
-    elif not hidden and suffix in SUFFIXES:  # empty or damaged, and not in a class folder
-        yield Finding(image_kind, path, "but not an image by content")
-    elif not hidden and suffix in PACKED_SUFFIXES:
-        yield Finding(PACKED, path)
-    else:
-        yield Finding(NO_IMAGE, path)
+        return Finding(HIDDEN if hidden else image_kind, path)
+    if kind or (not hidden and suffix in OTHER_SUFFIXES):
+        return Finding(OTHER_FORMAT, path, kind or f"{suffix} by name")
+    if not hidden and suffix in SUFFIXES:  # empty or damaged, and not in a class folder
+        return Finding(image_kind, path, "but not an image by content")
+    if not hidden and suffix in PACKED_SUFFIXES:
+        return Finding(PACKED, path)
+    return Finding(NO_IMAGE, path)
 
 
 def _entries(place: Path, path: str, findings: list[Finding]) -> list[os.DirEntry[str]]:
@@ -182,7 +206,7 @@ def _images_below(folder: Path) -> int:
     return sum(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
 
 
-def _one_sided(images: dict[str, dict[str, list[str]]]) -> Iterator[Finding]:
+def one_sided(images: Mapping[str, Collection[str]]) -> Iterator[Finding]:
     """Yield the classes in only one of train and val, each with its likely counterpart."""
     for split, other in (("train", "val"), ("val", "train")):
         by_key = {_folded(name): name for name in images[other]}
@@ -210,7 +234,7 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _alike(paths: Iterable[str]) -> Iterator[Finding]:
+def alike(paths: Iterable[str]) -> Iterator[Finding]:
     """Yield files that coincide on systems that ignore case or Unicode form."""
     groups: dict[str, list[str]] = defaultdict(list)
     for path in paths:

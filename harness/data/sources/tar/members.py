@@ -144,7 +144,7 @@ def _check(span: Span, member: tarfile.TarInfo) -> None:
         raise span.refusal(offset, name, "it is neither a plain file nor a folder")
     if path.is_absolute() or ".." in path.parts:
         raise span.refusal(offset, name, "it points outside the archive's folder")
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+    if not is_plain_name(name):
         raise span.refusal(offset, name, "its name contains a control character")
     if name.endswith(COMPRESSED):
         raise span.refusal(offset, name, "it is compressed; decompress it")
@@ -166,6 +166,11 @@ def _examined(file: IO[bytes], span: Span, member: tarfile.TarInfo) -> Member:
     elif path.endswith(LABEL_SUFFIXES):
         label = _label(file, member)
     return Member(path, member.offset_data, member.size, *size, header, label)
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a name is without control characters, so that it fits on one line."""
+    return not any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
 
 
 def is_image(path: str) -> bool:
