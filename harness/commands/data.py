@@ -1,4 +1,4 @@
-"""`harness data`: make and check folders of images."""
+"""`harness data`: make, pack and check folders of images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from harness.errors import FAILED, FINISHED
 
 def add(commands: Subparsers) -> None:
     """Add the command to the parser."""
-    data = commands.add_parser("data", help="make and check folders of images")
+    data = commands.add_parser("data", help="make, pack and check folders of images")
     kinds = data.add_subparsers(
-        required=True, metavar="digits|cifar10|imagenet|import|check", dest="kind"
+        required=True, metavar="digits|cifar10|imagenet|import|pack|check", dest="kind"
     )
     digits = kinds.add_parser("digits", help="scikit-learn's 1,797 handwritten digits")
     digits.add_argument(
@@ -29,11 +29,14 @@ def add(commands: Subparsers) -> None:
     imported.add_argument(
         "--val", type=float, metavar="SHARE", help="share to hold out, if there is no val"
     )
+    packed = kinds.add_parser("pack", help="into tar archives, for run.data_format=tar")
+    packed.add_argument("--to", type=Path, required=True, metavar="OUT", help="folder to write to")
+    packed.add_argument("--shards", type=int, metavar="N", help="archives of each split, default 1")
     check = kinds.add_parser("check", help="find what training refuses, skips or fails on")
     check.add_argument(
         "--json", action="store_true", help="list all findings, not only the first 20 of each kind"
     )
-    for kind in (digits, cifar10, imagenet, imported, check):
+    for kind in (digits, cifar10, imagenet, imported, packed, check):
         kind.add_argument("folder", type=Path, metavar="DIR")
     data.set_defaults(command=run)
 
@@ -46,6 +49,11 @@ def run(options: argparse.Namespace) -> int:
         from harness.data.prepare.import_layout import import_layout
 
         print(import_layout(options.source, options.folder, options.val))
+        return FINISHED
+    if options.kind == "pack":
+        from harness.data.prepare.pack import pack
+
+        print(pack(options.folder, options.to, options.shards))
         return FINISHED
     from harness.data.prepare.cifar10 import prepare_cifar10
     from harness.data.prepare.digits import prepare_digits
