@@ -14,7 +14,7 @@ from harness.rendezvous import PROCESS
 
 # Ranks may differ in these keys of run, which change neither results nor their cooperation.
 OWN_KEYS = {
-    *("data_root", "data_format", "loader_threads", "hang_timeout_s"),
+    *("data_root", "data_format", "stage_to", "loader_threads", "hang_timeout_s"),
     *("checkpoint_every_minutes", "keep_checkpoints"),  # rank 0's alone count
 }
 Ask = Callable[..., tuple[Any, Any] | None]

@@ -31,6 +31,11 @@ class RunConfig(Section):
         "folder",
         effect=Effect.NONE,
     )
+    stage_to: Text | None = key(
+        "Folder of each node's own storage to which archives are copied before the first step.",
+        None,
+        effect=Effect.NONE,
+    )
     device: Literal["auto", "cpu", "cuda"] = key(
         "Device of each rank; auto takes GPUs where there are any.", "auto", effect=Effect.HARDWARE
     )
@@ -136,7 +141,10 @@ class RunConfig(Section):
     )
 
     def meaningless(self) -> dict[str, str]:
-        return {"unit_workers": "sums: fast"} if self.sums == "fast" else {}
+        keys = {"unit_workers": "sums: fast"} if self.sums == "fast" else {}
+        if self.data_format != "tar":
+            keys["stage_to"] = f"data_format: {self.data_format}"
+        return keys
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

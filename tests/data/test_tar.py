@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from harness.commands.command_line import main
 from harness.data.sources.folder import open_folder
+from harness.data.sources.registry import open_source
 from harness.data.sources.tar import scan
 from harness.data.sources.tar.source import TarSource, open_tar
 from harness.errors import UserError
@@ -233,3 +235,58 @@ class one_after_another:
     def __exit__(self, *_: object) -> None: ...
 
     map = staticmethod(map)
+
+
+def test_archives_are_staged_once_a_node(
+    root: Path,
+    make_config: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(root / "val", root / "plain")
+    archives, disk = archived(root, "shards"), root / "disk"
+    config = tar_config(make_config(), archives)
+    run = config.run.model_copy(update={"stage_to": str(disk)})
+    with ThreadPoolExecutor(3) as pool:  # ranks of a node
+        sources = list(pool.map(lambda _: open_source(run, "train"), range(3)))
+    copies = sorted(disk.glob("*/*.tar"))
+    assert [path.name for path in copies] == [f"train-0000{i}.tar" for i in range(3)]
+    assert [copy.read_bytes() for copy in copies] == [
+        p.read_bytes() for p in sorted(archives.glob("train*"))
+    ]
+    inodes = [path.stat().st_ino for path in copies]
+    for path in archives.glob("train*"):
+        path.write_bytes(path.read_bytes()[::-1])  # the copies are read from now on
+        os.utime(path, ns=(0, 0))
+    for source in sources:
+        check_equal(source, root, "train")
+        assert source.name(0).startswith(f"{copies[0].parent}/train-0000")
+
+    # a copy that was changed, and one that is missing, are made again; others stay
+    run = run.model_copy(update={"data_root": str(archived(root, "class_folders"))})
+    shutil.rmtree(disk)
+    open_source(run, "val")
+    (copy,) = disk.glob("*/val.tar")
+    copy.write_bytes(b"")
+    check_equal(open_source(run, "val"), root, "val")
+    assert copy.stat().st_size > 1000 and not list(disk.glob("*/*.partial"))
+    kept = copy.stat().st_ino
+    check_equal(open_source(run, "val"), root, "val")
+    assert copy.stat().st_ino == kept and len(inodes) == 3
+
+    usage = shutil.disk_usage(disk)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"run\.stage_to: .*disk: 0\.0 GB are to be copied there"):
+        open_source(run, "train")
+    (root / "file").write_bytes(b"")
+    run = run.model_copy(update={"stage_to": str(root / "file")})
+    with pytest.raises(UserError, match=r"run\.stage_to: .*file/harness-\w+: Not a directory; fix"):
+        open_source(run, "train")
+
+
+def test_staging_needs_archives(
+    small: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(small()), "run.stage_to=/tmp/x"]) == 2
+    assert "run.stage_to: has no meaning with data_format: folder" in capsys.readouterr().err
+    assert main(["plan", str(small()), "run.stage_to=/tmp/x", "run.data_format=tar"]) == 0

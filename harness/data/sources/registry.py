@@ -12,7 +12,8 @@ from harness.config.schema import RunConfig
 from harness.data.sources.folder import open_folder
 from harness.data.sources.source import ImageSource
 from harness.data.sources.tar.find import holds_archives
-from harness.data.sources.tar.source import open_tar
+from harness.data.sources.tar.source import TarSource, open_tar
+from harness.data.sources.tar.staging import staged
 from harness.errors import UserError
 from harness.installed import find
 
@@ -28,6 +29,8 @@ BUILT_IN: dict[str, OpenSplit] = {"folder": open_folder, "tar": open_tar}
 def open_source(run: RunConfig, split: str) -> ImageSource:
     """Return the images of a split ("train", "val", "unlabelled") below `run.data_root`.
 
+    Archives are first copied below `run.stage_to`, where that is set.
+
     Raises ConfigError for an unknown `run.data_format`, and UserError where there are no such
     images or the format's package does not work.
     """
@@ -42,6 +45,8 @@ def open_source(run: RunConfig, split: str) -> ImageSource:
         ) from None
     if problem := _problem(images):
         raise UserError(f"run.data_format: {run.data_format}: {split}: {problem}; fix its package")
+    if run.stage_to is not None and isinstance(images, TarSource):
+        return staged(images, Path(run.stage_to))
     return images
 
 
