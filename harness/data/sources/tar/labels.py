@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from harness.data.prepare.imagenet_devkit import DEVKIT, read_devkit
 from harness.data.sources.listing import is_class_name
@@ -28,7 +28,7 @@ class Image:
     @property
     def name(self) -> str:
         """Its file name, unique within its class."""
-        return PurePosixPath(self.member.path).name
+        return _name(self.member.path)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ def labelled_split(
         for member in of_archive:
             (images if _is_read(member.path) else ignored).append((number, member))
     labels = {} if split == "unlabelled" else _label_files(archives, images, ignored)
-    ignored = [found for found in ignored if _key(*found) not in labels]
+    ignored = [
+        (number, member)
+        for number, member in ignored
+        if not (member.path.endswith(LABEL_SUFFIXES) and _key(number, member) in labels)
+    ]
     if split == "unlabelled":
         class_names = [""] * len(images)
     elif labels:
@@ -86,16 +90,20 @@ def problem(archive: Archive, member: Member, what: str) -> UserError:
 
 def _is_read(path: str) -> bool:
     """Return whether a member is an image, and neither hidden nor in a folder that is not read."""
-    *folders, name = PurePosixPath(path).parts
+    *folders, name = path.split("/")
     return is_image(path) and not name.startswith(".") and all(map(is_class_name, folders))
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 Key = tuple[str, str]  # the folder and the stem of an image and its labels, as in WebDataset
 
 
 def _key(number: int, member: Member) -> Key:
-    path = PurePosixPath(member.path)
-    return f"{number}/{path.parent}", path.name.partition(".")[0]
+    folder, _, name = member.path.rpartition("/")
+    return f"{number}/{folder}", name.partition(".")[0]
 
 
 def _label_files(
@@ -107,12 +115,15 @@ def _label_files(
 
     Raises UserError for a .cls without an image.
     """
-    keys = {_key(*image) for image in images}
+    labels = [
+        (number, member)
+        for number, member in others
+        if member.path.endswith(LABEL_SUFFIXES) and not _name(member.path).startswith(".")
+    ]
+    keys = {_key(*image) for image in images} if labels else set()
     found: dict[Key, Member] = {}
-    for number, member in others:
+    for number, member in labels:
         key = _key(number, member)
-        if not member.path.endswith(LABEL_SUFFIXES) or PurePosixPath(member.path).name[0] == ".":
-            continue
         is_cls = member.path.endswith(".cls")
         if key in keys:
             if is_cls or (member.label and key not in found):
@@ -143,9 +154,11 @@ def _by_label_files(
 
 def _is_official_val(images: Sequence[tuple[int, Member]]) -> bool:
     """Return whether all images are ImageNet's validation images, and none is in a class folder."""
-    paths = [PurePosixPath(member.path) for _, member in images]
-    flat = {path.parent for path in paths}
-    return len(flat) == 1 and all(VAL_NAME.fullmatch(path.name) for path in paths)
+    paths = [member.path.rpartition("/") for _, member in images]
+    return (
+        all(VAL_NAME.fullmatch(name) for *_, name in paths)
+        and len({path[0] for path in paths}) == 1
+    )
 
 
 def devkit_of(archives: Sequence[Archive]) -> Path:
@@ -160,7 +173,7 @@ def _by_devkit(archives: Sequence[Archive], images: Sequence[tuple[int, Member]]
         raise problem(archives[number], member, f"its class is in {devkit}, which is missing")
     classes, found = read_devkit(devkit).val_classes, []
     for number, member in images:
-        match = VAL_NAME.fullmatch(PurePosixPath(member.path).name)
+        match = VAL_NAME.fullmatch(_name(member.path))
         assert match is not None, "by _is_official_val"
         if not 1 <= int(match[1]) <= len(classes):
             raise problem(archives[number], member, f"{devkit} has no class for it")
@@ -171,7 +184,7 @@ def _by_devkit(archives: Sequence[Archive], images: Sequence[tuple[int, Member]]
 def _by_folder(archives: Sequence[Archive], images: Sequence[tuple[int, Member]]) -> list[str]:
     classes, depth = [], 0
     for number, member in images:
-        parts = PurePosixPath(member.path).parts
+        parts = member.path.split("/")
         if len(parts) < 2:
             raise problem(
                 archives[number], member, "is in no class folder and has no .cls or .json"

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-THREADS = 16  # reads under way; they wait for the storage, so they need no core each
+THREADS = 32  # reads under way; they wait for the storage, so they need no core each
 MOST_KEPT = 2048  # images; the oldest are forgotten, when a loader ends before it has taken them
 
 
