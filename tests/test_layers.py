@@ -10,9 +10,11 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "harness": [
         *("__main__", "commands", "verify", "report", "training", "distillation", "execution"),
-        *("planning", "roll_call", "rank_card", "plug_ins", "runs", "resilience", "data"),
+        *("planning", "roll_call", "rank_card", "plug_ins", "data"),
         *(
             "models",
+            "runs",
+            "resilience",
             "recipe",
             "installed",
             "config",

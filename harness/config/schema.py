@@ -133,7 +133,10 @@ class ModelConfig(Section):
         "Initial γ of each residual block's last batch norm (section 5.1, table 2b).", 0
     )
     weights: Text | None = key(
-        "State dict to start from (.pt, .pth or .safetensors), for fine-tuning.", None
+        "Weights to start from, for fine-tuning: a state dict (.pt, .pth or .safetensors), a "
+        "training script's checkpoint or a run folder; a classifier for another number of classes "
+        "is re-initialized.",
+        None,
     )
     width: Annotated[int, Field(ge=1, le=1024)] = key(
         "Channels of the first stage; only the small ResNets have it.", 16, unit="channels"

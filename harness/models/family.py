@@ -20,6 +20,16 @@ class ResidualBlock:
     last_norm: nn.BatchNorm2d
 
 
+def last_layer(network: nn.Module) -> nn.Module | None:
+    """Return the module defined last among those with a weight matrix or kernel."""
+    layers = [
+        module
+        for module in network.modules()
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim > 1
+    ]
+    return layers[-1] if layers else None
+
+
 def no_residual_blocks(network: nn.Module) -> Sequence[ResidualBlock]:
     """Return no blocks, for a family that names none."""
     return ()
@@ -41,6 +51,8 @@ class ModelFamily:
         residual_blocks: The blocks whose last γ starts at `model.last_gamma`. They are also what
             torch.compile compiles, one by one; a network without any is compiled as a whole.
         undecayed: Return the parameters without weight decay.
+        classifier: Return the module whose weight has a row for each class, or None. Fine-tuning
+            re-initializes it for other classes, and may train it alone.
 
     """
 
@@ -50,3 +62,4 @@ class ModelFamily:
     initialize: Callable[[nn.Module, int], None] | None = None
     residual_blocks: Callable[[nn.Module], Sequence[ResidualBlock]] = no_residual_blocks
     undecayed: Callable[[nn.Module], Collection[nn.Parameter]] = batch_norm_parameters
+    classifier: Callable[[nn.Module], nn.Module | None] = last_layer

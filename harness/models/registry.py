@@ -20,7 +20,7 @@ from harness.models.fused_blocks import fuse_blocks
 from harness.models.ghost_batch_norm import convert_batch_norms, is_convertible
 from harness.models.torchvision_networks import OTHERS, RESNET
 from harness.models.training_pass import try_training_pass
-from harness.models.weights import load_weights
+from harness.models.weights import LoadedWeights, load_weights
 from harness.recipe.initialization import initialize_last_norms, seed_for
 from harness.recipe.optimizer import check_optimizer
 
@@ -111,10 +111,24 @@ def build_without_weights(config: Config, channels_last: bool = False) -> nn.Mod
     return network
 
 
-def load_start_weights(network: nn.Module, config: Config) -> None:
-    """Load `model.weights` where the config names a file. Raises UserError as `load_weights`."""
-    if config.model.weights is not None:
-        load_weights(network, Path(config.model.weights))
+def load_start_weights(network: nn.Module, config: Config) -> LoadedWeights | None:
+    """Load `model.weights` where the config names them. Raises UserError as `load_weights`.
+
+    A classifier for another number of classes keeps its initial values.
+    """
+    if config.model.weights is None:
+        return None
+    path, classifier = Path(config.model.weights), classifier_name(network, config)
+    return load_weights(network, path, classifier=classifier)
+
+
+def classifier_name(network: nn.Module, config: Config) -> str:
+    """Return the name of the module with a row for each class; empty where it is not known."""
+    classifier = find_family(config.model.name).classifier(network)
+    weight = getattr(classifier, "weight", None)
+    if not isinstance(weight, Tensor) or len(weight) != config.data.classes:
+        return ""
+    return next(name for name, module in network.named_modules() if module is classifier)
 
 
 def _build_bare(family: ModelFamily, config: Config) -> nn.Module:

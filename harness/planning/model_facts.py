@@ -15,6 +15,7 @@ from harness.models.cifar_resnet import SMALL_RESNET
 from harness.models.family import ModelFamily
 from harness.models.registry import find_family
 from harness.models.torchvision_networks import RESNET
+from harness.models.weights import LoadedWeights
 from harness.recipe.initialization import initialize
 
 FC_STD = 0.01  # section 5.1: "a zero-mean Gaussian with standard deviation of 0.01"
@@ -30,6 +31,8 @@ class ModelFacts(TypedDict):
     family: str
     initialization: str
     weights: str | None
+    weights_loaded: str | None  # in words; None where a resumed run needs none
+    classifier_reinitialized: bool
     last_gamma: int
     weight_decay: float
     parameters: int
@@ -60,8 +63,16 @@ class Check(TypedDict):
     ok: bool | None
 
 
-def inspect_model(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> ModelFacts:
-    """Read the facts off the model and the optimizer that a run would use; assume nothing."""
+def inspect_model(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    loaded: LoadedWeights | None = None,
+) -> ModelFacts:
+    """Read the facts off the model and the optimizer that a run would use; assume nothing.
+
+    `loaded` are the weights that the model starts from.
+    """
     decayed: set[nn.Parameter] = set()
     undecayed: set[nn.Parameter] = set()
     layer_wise: set[nn.Parameter] = set()
@@ -82,6 +93,8 @@ def inspect_model(model: nn.Module, optimizer: torch.optim.Optimizer, config: Co
         "family": family.name,
         "initialization": _initialization(family),
         "weights": config.model.weights and str(config.model.weights),
+        "weights_loaded": str(loaded) if loaded else None,
+        "classifier_reinitialized": bool(loaded and loaded.classifier),
         "last_gamma": config.model.last_gamma,
         "weight_decay": config.recipe.weight_decay,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -164,21 +177,27 @@ def check_facts(facts: ModelFacts) -> list[Check]:
         vectors = facts["vectors"]
         plain = vectors - facts["vectors_layer_wise"]
         checks.append((f"{plain} of {vectors} biases, γ and β by plain SGD", plain == vectors))
-    loaded = facts["weights"] is not None  # weights that were trained follow no such rule
+    # weights that were trained follow no such rule
+    body = facts["weights"] is None
+    classifier = body or facts["classifier_reinitialized"]
+    applies = {"body": body, "classifier": classifier}
     return [Check(what=what, ok=ok) for what, ok in checks] + [
-        Check(what=what, ok=None if loaded else ok) for what, ok in _initial_checks(facts)
+        Check(what=what, ok=ok if applies[part] else None)
+        for part, what, ok in _initial_checks(facts)
     ]
 
 
-def _initial_checks(facts: ModelFacts) -> Iterator[tuple[str, bool | None]]:
-    """Check those rules for initial values that apply to the network."""
+def _initial_checks(facts: ModelFacts) -> Iterator[tuple[str, str, bool | None]]:
+    """Check those rules for initial values that apply to the network's body or classifier."""
     blocks, zero = facts["residual_blocks"], facts["zero_gammas"]
     asked = "" if facts["last_gamma"] == 0 else f" (model.last_gamma is {facts['last_gamma']:g})"
     drawn, convolutions = facts["convolutions_as_drawn"], facts["convolutions"]
     if blocks:
-        yield f"{zero} of {blocks} last γ zero{asked}", zero == (0 if asked else blocks)
+        yield "body", f"{zero} of {blocks} last γ zero{asked}", zero == (0 if asked else blocks)
     if facts["fc_std"] is not None:
-        yield f"fc weight std {facts['fc_std']:.4f} (paper: {FC_STD})", facts["fc_std_as_drawn"]
-        yield f"largest fc bias {facts['fc_bias']:.4g}", facts["fc_bias"] == 0
+        std = f"fc weight std {facts['fc_std']:.4f} (paper: {FC_STD})"
+        yield "classifier", std, facts["fc_std_as_drawn"]
+        yield "classifier", f"largest fc bias {facts['fc_bias']:.4g}", facts["fc_bias"] == 0
     if drawn is not None:
-        yield f"{drawn} of {convolutions} convolutions std √(2/fan_out)", drawn == convolutions
+        what = f"{drawn} of {convolutions} convolutions std √(2/fan_out)"
+        yield "body", what, drawn == convolutions

@@ -11,10 +11,10 @@ from harness.config.stages import Stage
 from harness.data.sources.registry import data_format
 from harness.errors import UserError
 from harness.models.registry import (
-    build_model,
     build_without_weights,
     check_model,
     find_family,
+    load_start_weights,
 )
 from harness.planning.model_facts import Check, ModelFacts, check_facts, inspect_model
 from harness.planning.noise_forecast import NoiseForecast
@@ -128,9 +128,10 @@ def make_plan(
             raise UserError(f"--lr-at {step}: not a step of this run; its steps are 0 to {last}")
     steps, distillation = _plan_steps(config), _plan_distillation(config, teachers)
     shares, learning_rate = _plan_ranks(config, ranks), _plan_lr(config)
-    model = build_without_weights(config) if resuming else build_model(config)
+    model = build_without_weights(config)
+    loaded = None if resuming else load_start_weights(model, config)
     undecayed = find_family(config.model.name).undecayed(model)
-    facts = inspect_model(model, build_optimizer(model, config.recipe, undecayed), config)
+    facts = inspect_model(model, build_optimizer(model, config.recipe, undecayed), config, loaded)
     plan: Plan = {
         "model": config.model.name,
         "expect": config.expect.model_dump(mode="json") if config.expect else None,

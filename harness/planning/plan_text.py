@@ -117,7 +117,7 @@ def _parameters(plan: Plan) -> list[str]:
         *(f"  unchecked  {what}" for what in plan["unchecked"]),
     ]
     if plan["weights"] is not None:
-        lines.append(f"  loaded: not initial values, but those of {plan['weights']}")
+        lines.append(f"  loaded: those of {plan['weights_loaded'] or plan['weights']}")
     return lines
 
 

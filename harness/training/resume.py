@@ -14,6 +14,7 @@ from harness.data.sources.digest import first_difference
 from harness.distillation.teacher import AnyTeacher
 from harness.distributed import broadcast_from_rank0, first_reason
 from harness.errors import UserError
+from harness.models.weights import LoadedWeights
 from harness.runs.checkpoint import DamagedCheckpoint, Payload, newest_checkpoint, read_checkpoint
 from harness.training.step import Step
 
@@ -22,11 +23,13 @@ from harness.training.step import Step
 class Start:
     """Where a start of a run begins: after `step` steps, with the validation errors so far.
 
-    `errors`: epoch, counted from 1 -> error in %.
+    `errors`: epoch, counted from 1 -> error in %. `weights`: what a new run started from, if not
+    from initial values.
     """
 
     step: int = 0
     errors: Mapping[int, float] = field(default_factory=dict)
+    weights: LoadedWeights | None = None
 
 
 START = Start()  # of a new run

@@ -99,6 +99,9 @@ class Run:
             **rounding,
             **code_record(self.folder.environment),
         )
+        if weights := self.start.weights:
+            self.logger.event("weights", 0, loaded=str(weights))
+            self.logger.say(f"start weights  {weights}")
         if changes:
             self.logger.event("code_changed", self.first_step, changes=changes)
             self.logger.say(

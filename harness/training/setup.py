@@ -38,7 +38,7 @@ from harness.training.objective import build_objective
 from harness.training.profiling import Profile
 from harness.training.ready_rank import ReadyRank, prepare, ready_rank
 from harness.training.replica import Replica
-from harness.training.resume import START, restore
+from harness.training.resume import Start, restore
 from harness.training.run import Run
 from harness.training.step import Step
 from harness.training.tuning.cuda_graphs import tune_cuda_graphs
@@ -74,7 +74,8 @@ def train(
         control = opened.enter_context(process_group(world, rank.store, config.run.hang_timeout_s))
         watchdog.join_ranks()
         checkpoint = broadcast_from_rank0(rank.checkpoint, control)
-        network = place_network(rank, from_start=checkpoint is None)
+        loaded = load_start_weights(rank.model, rank.config) if checkpoint is None else None
+        network = place_network(rank)
         profile = Profile(config.run.profile_steps, world, control, folder.path)
         replica = Replica(config, network, world, (watchdog, profile))
         opened.enter_context(threads_and_determinism(config.run, world.device))
@@ -87,7 +88,11 @@ def train(
         environment = describe_environment(world.device, world.world_size, plug_ins, exact)
         graphs = tune_cuda_graphs(replica, batch_plan.sizes, control, watchdog)
         step = Step(config, replica, batch_plan.micro_batches, build_objective(config, teacher))
-        start = restore(checkpoint, step, batch_plan, teacher, control) if checkpoint else START
+        start = (
+            restore(checkpoint, step, batch_plan, teacher, control)
+            if checkpoint
+            else Start(weights=loaded)
+        )
         if world.rank == 0:
             folder.open(config, environment)  # last, as the heartbeat begins right after it
         barrier(control)
@@ -96,10 +101,8 @@ def train(
         return run_to_the_end(open_run, world, folder, watchdog, stop, resume_command)
 
 
-def place_network(rank: ReadyRank, from_start: bool) -> nn.Module:
-    """Move network and teacher to the device; give the network its first weights `from_start`."""
-    if from_start:
-        load_start_weights(rank.model, rank.config)
+def place_network(rank: ReadyRank) -> nn.Module:
+    """Move network and teacher to the device; return the network."""
     if rank.teacher is not None:
         rank.teacher.to(rank.world.device)
     return on_device(rank.model, rank.config, rank.world.device)

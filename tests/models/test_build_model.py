@@ -178,12 +178,14 @@ def test_weights_that_are_no_weights(tmp_path, name):
         expect_one_line_about(path, "no state dict")
 
 
-def test_a_checkpoint_is_not_a_state_dict(tmp_path, trained):
+def test_other_objects_are_not_a_state_dict(tmp_path, trained):
     path = tmp_path / "checkpoint.pt"
-    torch.save({"model": trained, "step": 3}, path)
-    expect_one_line_about(path, "not a plain state dict")
     torch.save([1, 2], path)
-    expect_one_line_about(path, "not a plain state dict")
+    expect_one_line_about(path, "a list, not a state dict")
+    torch.save({"epoch": 3, "best": torch.tensor(1.0)}, path)
+    expect_one_line_about(path, "no state dict of names and tensors in it (it holds 'epoch', ")
+    torch.save({"ema": trained, "teacher": trained}, path)
+    expect_one_line_about(path, "under the keys 'ema', 'teacher'", "torch.load(FILE)['ema']")
 
 
 class Hostile:
