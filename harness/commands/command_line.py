@@ -1,4 +1,4 @@
-"""The command line: harness data | config | plan | train | verify | cache | eval | report | export.
+"""The command line: `harness COMMAND`.
 
 Cheap to import: each command imports what it needs when it runs.
 """
@@ -13,12 +13,23 @@ import traceback
 from collections.abc import Sequence
 
 from harness import __version__
-from harness.commands import cache, config, data, evaluate, export, plan, report, train, verify
+from harness.commands import (
+    cache,
+    config,
+    data,
+    evaluate,
+    export,
+    plan,
+    predict,
+    report,
+    train,
+    verify,
+)
 from harness.commands.messages import complain
 from harness.commands.parsing import Parser, parse
 from harness.errors import FAILED, USER_ERROR, UserError, record_for_torchrun
 
-COMMANDS = (data, config, plan, train, verify, cache, evaluate, report, export)
+COMMANDS = (data, config, plan, train, verify, cache, evaluate, predict, report, export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

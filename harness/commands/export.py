@@ -24,8 +24,9 @@ def add(commands: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    import_quickly("harness.execution.trained_model")
-    from harness.execution.trained_model import export_trained, load_trained
+    import_quickly("harness.deployment.export")
+    from harness.deployment.export import export_trained
+    from harness.execution.trained_model import load_trained
 
     print(export_trained(load_trained(options.run), options.to))
     return FINISHED

@@ -48,6 +48,13 @@ class Evaluation:
         return 100.0 * max(low, 0.0), 100.0 * min(high, 1.0)
 
 
+def logits_of(config: Config, model: nn.Module, preprocess: Preprocess, pixels: Tensor) -> Tensor:
+    """Return the logits (B, K), in the master format, of uint8 images (B, 3, H, W)."""
+    with uncompiled(config), autocast(config, preprocess.device):
+        logits: Tensor = model(preprocess(pixels))
+    return logits.to(master_dtype(config.run.precision))
+
+
 @torch.no_grad()
 def evaluate(
     config: Config,
@@ -67,9 +74,7 @@ def evaluate(
     local_losses = [torch.zeros((), dtype=torch.float64, device=preprocess.device)]
     for batch in batches:
         labels = batch.labels.to(preprocess.device, non_blocking=True)
-        with uncompiled(config), autocast(config, preprocess.device):
-            logits = model(preprocess(batch.images))
-        logits = logits.to(master_dtype(config.run.precision))
+        logits = logits_of(config, model, preprocess, batch.images)
         top = logits.topk(min(5, logits.shape[1])).indices
         hits = top == labels[:, None]
         local_counts[:2] += torch.stack([hits[:, 0].sum(), hits.sum()])

@@ -11,11 +11,12 @@ from harness.commands.command_line import main
 from harness.config.schema import Config
 from harness.data.loaders.choice import open_loader
 from harness.data.sources.folder import open_folder
+from harness.deployment.export import export_trained
 from harness.distillation.teacher import load_teacher
 from harness.distributed import world_from_environment
 from harness.errors import UserError
 from harness.execution.preprocess import Preprocess
-from harness.execution.trained_model import export_trained, load_trained
+from harness.execution.trained_model import load_trained
 from harness.models.registry import build_model
 from harness.runs.checkpoint import list_checkpoints
 from harness.runs.logging.jsonl import read_log

@@ -142,9 +142,9 @@ def test_an_exported_resnet_is_torchvisions(small, tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(run, monkeypatch, capsys):
-    for name in ("evaluate", "safetensors_bytes"):
+    for name in ("evaluation.evaluate", "export.safetensors_bytes"):
         monkeypatch.setattr(
-            f"harness.execution.trained_model.{name}", lambda *_: pytest.fail("the work has begun")
+            f"harness.deployment.{name}", lambda *_: pytest.fail("the work has begun")
         )
     for words in (["eval", str(run), "--predictions"], ["export", str(run), "--to"]):
         for file in ("/proc/p.safetensors", f"/tmp/{'p' * 300}.safetensors"):

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from harness.config.loading import load_config
+from harness.deployment.evaluation import evaluate_trained
+from harness.deployment.export import export_trained
 from harness.distillation.teacher import load_teacher
 from harness.errors import UserError
-from harness.execution.trained_model import evaluate_trained, export_trained, load_trained
+from harness.execution.trained_model import load_trained
 from harness.models.ghost_batch_norm import RunningStatistics, convert_batch_norms
 from harness.models.registry import build_model, build_without_weights, check_model, find_family
 from harness.models.training_pass import try_training_pass
@@ -199,7 +201,7 @@ def test_a_network_of_a_package_is_trained_evaluated_exported_and_taken_as_teach
     keys = ["model.name=convnet2", "model.options.width=16", "model.width=null"]
     trained_error = train(load_config(small(), keys), tmp_path / "run").error
     trained = load_trained(tmp_path / "run")
-    assert evaluate_trained(trained).error == pytest.approx(trained_error)
+    assert evaluate_trained(trained)[0].error == pytest.approx(trained_error)
     export_trained(trained, tmp_path / "convnet.pt")
     teacher = [f"teacher={tmp_path}/convnet.pt", "teacher_model=convnet2", "precision=float32"]
     config = load_config(small(), [f"distill.{key}" for key in teacher])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -11,19 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from harness.data.loaders.child_process import worker_processes
 from harness.data.prepare.layouts import LabelledFile, recognise
+from harness.data.prepare.png import as_png
 from harness.data.prepare.prepared_folder import Counts, PreparedFolder, prepare
-from harness.data.sources.image_format import IMPORTED, TRAINED_ON, image_format
+from harness.data.sources.image_format import IMPORTED, usable_format
 from harness.data.sources.listing import SUFFIXES, equal_but_for_form, is_class_name
 from harness.errors import UserError
-
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-NOT_IMAGES: tuple[str, ...] = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md")
-NOT_IMAGES += (".html", ".mat", ".db", ".ini")
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ def import_layout(source: Path, folder: Path, val_share: float | None = None) ->
     def fill(prepared: PreparedFolder) -> Counts:
         files, formats = _labelled(source), {}
         for one in tqdm(files, desc="inspecting files", unit=" files", disable=None):
-            formats[one] = _format(one.file)
+            formats[one] = usable_format(one.file)
         images = _with_val(source, [one for one in files if formats[one]], val_share)
         entries = _entries(images, {one.file: kind for one, kind in formats.items()})
         _check_free_space(entries, prepared.folder)
@@ -81,21 +76,6 @@ def _labelled(source: Path) -> list[LabelledFile]:
         return list(layout.files(source))
     except OSError as error:
         raise UserError(f"{error.filename or source}: {error.strerror}") from None
-
-
-def _format(file: Path) -> str:
-    """Return the format of an importable image; "" for a text or similar file."""
-    try:
-        kind = image_format(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}; repair or remove it") from None
-    if not kind and file.suffix.lower() in NOT_IMAGES:
-        return ""
-    if kind not in TRAINED_ON + IMPORTED:
-        known = ", ".join(TRAINED_ON + IMPORTED)
-        what = kind or "unknown image format"
-        raise UserError(f"{file}: {what}, not {known}; convert or remove it")
-    return kind
 
 
 def _with_val(
@@ -185,29 +165,6 @@ def _gather(prepared: PreparedFolder, entries: Sequence[Entry]) -> None:
                 for entry, content in zip(to_decode, pngs, strict=True):
                     prepared.write(entry.name, content)
                     bar.update()
-
-
-def as_png(file: Path) -> bytes:
-    """Return the first frame as a PNG with the same pixels, without applying EXIF orientation.
-
-    CMYK and other modes that PNG lacks become RGB. Raises UserError if it cannot be decoded.
-    """
-    stream = io.BytesIO()
-    try:
-        with Image.open(file, formats=IMPORTED) as image:
-            if image.mode in ("F", "I"):
-                raise ValueError(f"32-bit pixels (mode {image.mode})")
-            if image.mode.startswith("I;16"):
-                image.convert("I").convert("I;16").save(stream, "PNG")
-            else:
-                plain = image if image.mode in PNG_MODES else image.convert("RGB")
-                plain.save(stream, "PNG", icc_profile=None, save_all=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL raises many kinds of errors for broken files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: cannot be decoded: {reason}; repair or remove it") from None
-    return stream.getvalue()
 
 
 def _left_out(source: Path, files: Sequence[LabelledFile], not_images: list[Path]) -> list[str]:

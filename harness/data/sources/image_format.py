@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harness.errors import UserError
+
 TRAINED_ON = ("JPEG", "PNG")  # what the loaders decode
 IMPORTED = ("WebP", "BMP", "GIF", "TIFF")  # what `harness data import` decodes to PNG
+NOT_IMAGES: tuple[str, ...] = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md")
+NOT_IMAGES += (".html", ".mat", ".db", ".ini")
 
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -31,6 +35,24 @@ def image_format(file: Path) -> str:
     """Return a name such as JPEG or WebP; "" for anything unknown. Raises OSError."""
     with open(file, "rb") as stream:
         return format_of(stream.read(16))
+
+
+def usable_format(file: Path) -> str:
+    """Return the format of an image that can be decoded; "" for a text or similar file.
+
+    Raises UserError for any other file.
+    """
+    try:
+        kind = image_format(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}; repair or remove it") from None
+    if not kind and file.suffix.lower() in NOT_IMAGES:
+        return ""
+    if kind not in TRAINED_ON + IMPORTED:
+        known = ", ".join(TRAINED_ON + IMPORTED)
+        what = kind or "unknown image format"
+        raise UserError(f"{file}: {what}, not {known}; convert or remove it")
+    return kind
 
 
 def format_of(head: bytes) -> str:

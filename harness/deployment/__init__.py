@@ -1,0 +1,1 @@
+"""Uses of a trained network: evaluation on any images, prediction, export."""
