@@ -14,6 +14,8 @@ DALI = [f"nvidia-dali-cuda130>=2.4; {BUILT}"]
 DALI_CUDA12 = [f"nvidia-dali-cuda120>=2.4; {BUILT}"]
 # scikit-learn carries the 1,797 digits
 QUICKSTART = ["scikit-learn>=1.3", *DALI]
+# PyTorch's exporter, and the runtime that its result is checked with
+ONNX = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 SLURM = ["submitit>=1.5.3"]  # for python -m launch
 PYTEST = [
     "coverage>=7.10",  # follows processes and os._exit
@@ -22,6 +24,7 @@ PYTEST = [
     "jsonschema>=4.20",
     "mfusepy>=3",  # mounts a folder whose operations are slow or fail (with libfuse3)
     "selenium>=4.20",
+    "timm>=1.0",  # loads what is exported
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
 ]
@@ -66,9 +69,10 @@ setup(
         ],
         "dali": DALI,
         "dali-cuda12": DALI_CUDA12,
+        "onnx": ONNX,
         "quickstart": QUICKSTART,
         "slurm": SLURM,
-        "test": QUICKSTART + SLURM + TEST,
+        "test": QUICKSTART + SLURM + ONNX + TEST,
     },
     entry_points={"console_scripts": ["harness=harness.commands.command_line:main"]},
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -102,9 +104,19 @@ def curve_differences(a: Config, b: Config) -> list[str]:
     ]
 
 
-def _curve_values(config: Config) -> dict[str, object]:
+def curve_digest(config: Config) -> str:
+    """Return the SHA-256 (hex) of the keys of the curve that differ from their defaults.
+
+    A later version that adds keys gives the same digest.
+    """
+    values = dict(sorted(_curve_values(config, exclude_defaults=True).items()))
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _curve_values(config: Config, exclude_defaults: bool = False) -> dict[str, object]:
     beside = {name for name, section in sections().items() if section.effect is not Effect.CURVE}
-    return dict(_leaves(config.model_dump(mode="json", exclude=beside)))
+    values = config.model_dump(mode="json", exclude=beside, exclude_defaults=exclude_defaults)
+    return dict(_leaves(values))
 
 
 def _leaves(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -131,6 +131,11 @@ def classifier_name(network: nn.Module, config: Config) -> str:
     return next(name for name, module in network.named_modules() if module is classifier)
 
 
+def build_plain(config: Config) -> nn.Module:
+    """Build the config's network as its family does, without the harness's own modules."""
+    return _build_bare(find_family(config.model.name), config)
+
+
 def _build_bare(family: ModelFamily, config: Config) -> nn.Module:
     """Build as the family does, with draws that depend on the seed and the name alone."""
     model = config.model

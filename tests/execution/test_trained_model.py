@@ -157,7 +157,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         (["eval", str(tmp_path / "nowhere")], "no such run folder"),
         (["eval", str(tmp_path)], "no valid checkpoint"),
         (["eval", str(run), "recipe.epochs=1"], "only run.*"),
-        (["export", str(run), "--to", str(tmp_path / "model.onnx")], ".pt or .safetensors"),
+        (["export", str(run), "--to", str(tmp_path / "model.h5")], ".safetensors or .onnx"),
         (["export", str(run), "--to", str(tmp_path / "no" / "model.pt")], "model.pt"),
         (["eval", str(run), "--predictions", str(tmp_path / "no" / "file.csv")], "file.csv"),
     ]:
