@@ -24,8 +24,13 @@ SET_BY = {  # sbatch's options that the launcher sets, and the key that they com
     "nodes": "nodes",
     "ntasks": "gpus_per_node",
     "ntasks-per-node": "gpus_per_node",
+    "gpus": "gpus_per_node",
     "gpus-per-node": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "gpus-per-socket": "gpus_per_node",
+    "ntasks-per-gpu": "gpus_per_node",
     "cpus-per-task": "cpus_per_gpu",
+    "cpus-per-gpu": "cpus_per_gpu",
     "mem": "mem_gb",
     "time": "timeout_min",
     "partition": "partition",
@@ -35,8 +40,11 @@ SET_BY = {  # sbatch's options that the launcher sets, and the key that they com
 }
 LAUNCHERS_OWN = (
     *("array", "dependency", "kill-on-invalid-dep"),
-    *("output", "error", "open-mode", "job-name"),
+    *("output", "error", "open-mode", "job-name", "wait", "parsable", "quiet", "clusters"),
 )
+# the ranks take one of these as a request to stop; R and B are sbatch's own
+STOP_SIGNAL = re.compile(r"([RB]{1,2}:)?(SIG)?(USR1|USR2|10|12)(@\d+)?")
+GPU_GRES = re.compile(r"(?<!\w)gpu(?::[^:,]+)??(?::(\d+))?(?=,|$)")  # gpu, gpu:8, gpu:h100:8
 # The harness would take these for torchrun's and ignore SLURM's. With one address and port for all
 # jobs, the ranks of several jobs would meet.
 RANK_VARIABLES = (
@@ -70,7 +78,8 @@ class Cluster(Whole):
     backend: Text = "slurm"  # or a launcher that an installed package adds (docs/launchers.md)
     folder: Text  # writable from every node
     nodes: Words
-    gpus_per_node: Count  # one rank per GPU
+    gpus_per_node: Count  # one rank per GPU; h100:8 is short for gpu_type: h100 beside 8
+    gpu_type: Text | None = None  # for clusters where GPUs are asked for by type
     cpus_per_gpu: Count
     mem_gb: Positive | None = None  # a node; None: the cluster's default
     timeout_min: Count
@@ -83,6 +92,20 @@ class Cluster(Whole):
     environment: dict[str, Words] = Field(default={})
     sbatch: dict[str, Any] = Field(default={})  # passed on as they are
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_gpu_type(cls, keys: Any) -> Any:
+        kind, _, count = str(keys.get("gpus_per_node")).rpartition(":")
+        if kind and count.isdecimal() and keys.get("gpu_type", kind) == kind:
+            return {**keys, "gpus_per_node": int(count), "gpu_type": kind}
+        return keys
+
+    @property
+    def gpus_by_gres(self) -> int | None:
+        """The GPUs of a node where `sbatch: {gres: …}` asks for them, else None."""
+        found = GPU_GRES.search(str(self.sbatch.get("gres", "")))
+        return None if found is None else int(found[1] or 1)
 
     @property
     def min_nodes(self) -> int:
@@ -105,6 +128,9 @@ class Cluster(Whole):
             yield f"nodes: expected a number, or a range such as 2-4, found {nodes}"
         if self.backend == LOCAL:
             yield f"backend: {LOCAL} has no cluster file; run a study without --cluster"
+        yield from self._sbatch_problems()
+
+    def _sbatch_problems(self) -> Iterator[str]:
         for key, value in self.sbatch.items():
             option = key.replace("_", "-")
             if option in SET_BY:
@@ -113,6 +139,18 @@ class Cluster(Whole):
                 yield f"sbatch.{key}: set by the launcher; remove it"
             elif value is not True and not isinstance(_as_text(value), str):
                 yield f"sbatch.{key}: expected text, a number or true, found {format_value(value)}"
+            elif option == "signal" and STOP_SIGNAL.fullmatch(str(value)) is None:
+                yield (
+                    f"sbatch.{key}: the ranks stop at USR1 or USR2; write USR2@300, "
+                    f"found {format_value(value)}"
+                )
+            elif option in ("mem-per-cpu", "mem-per-gpu") and self.mem_gb is not None:
+                yield f"sbatch.{key}: mem_gb asks for memory, too; remove one of them"
+        by_gres = self.gpus_by_gres
+        if by_gres is not None and self.gpu_type is not None:
+            yield "sbatch.gres: gpus_per_node names a type of GPU, too; remove one of them"
+        elif by_gres is not None and by_gres != self.gpus_per_node:
+            yield f"sbatch.gres: asks for {by_gres} GPUs, but gpus_per_node is {self.gpus_per_node}"
 
 
 def load_cluster(path: str | Path, nodes: str | None = None) -> Cluster:

@@ -39,8 +39,8 @@ def state_of(record: Record) -> RunState:
         return RunState(Stage.FINISHED, finished_error(run, read_status(run)))
     state = find_backend(record.backend).state(record)
     if state is not None:
-        if state.stage is Stage.FAILED and (line := _last_line(record)):
-            return replace(state, reason=line)
+        if state.stage is Stage.FAILED and not state.reason:
+            return replace(state, reason=_last_line(record))
         return state
     outcome = read_outcome(run)
     if outcome is not None and outcome.state is State.STOPPED:

@@ -20,13 +20,22 @@ from harness.outcome import Outcome
 from harness.resilience.grace import kill_after_s
 from harness.resilience.stopping import StopRequest
 from launch.records import read_status
-from launch.slurm.log import MergedLog, Pump
-from launch.slurm.requeue import USER_SIGNALS, Decision, TaskEnd, decide
+from launch.slurm.log import Pump, TaskLog, open_log
+from launch.slurm.raw_logs import killed_task
+from launch.slurm.requeue import USER_SIGNALS, Decision, Requeuer, TaskEnd, decide
 from launch.slurm.scontrol import Job, SlurmUnavailable, find_job, requeue
 from launch.slurm.task_place import TaskPlace
 
 REPEAT_S = 0.5  # stop signals are repeated, as a rank that still imports does not hear them
 MAX_RESTARTS = 3  # in place, by torchrun
+WHO_REQUEUES = {
+    Requeuer.TASK: "",
+    Requeuer.BATCH_SCRIPT: "no scontrol here: the batch script requeues the job",
+    Requeuer.NOBODY: (
+        "no scontrol here and in the batch script: the job cannot be requeued; after a time limit "
+        "or a preemption submit it again, or add SLURM's commands to PATH"
+    ),
+}
 
 
 @dataclass
@@ -52,19 +61,45 @@ class Task:
     def __call__(self) -> None:
         """Run the child to its end and exit with the task's code."""
         place = TaskPlace(self.launcher)
-        log = MergedLog(self.log, place)
+        log = open_log(self.log, place)
+        code = self._run(place, log)
+        log.close(failed=code not in (FINISHED, STOPPED))
+        sys.exit(code)
+
+    def _run(self, place: TaskPlace, log: TaskLog) -> int:
         if place.leader:
             log.line(place.describe(self.requeues))
+        if why := self._check_start(place):
+            if place.leader:
+                log.error(why)
+            return USER_ERROR
         if place.restarts > self.requeues:
             if place.leader:
                 log.error(f"requeued more often than requeues: {self.requeues}; submit it again")
-            sys.exit(STOPPED)
+            return STOPPED
+        if place.leader and (who := WHO_REQUEUES[place.requeuer]):
+            log.line(who)
         before, stop = self._incarnation(), StopRequest()
         with stop.listen():
             code = self._run_child(place, log, stop)
-        outcome = self._outcome_since(before)
-        end = TaskEnd(code, stop.signal, outcome, place.leader, place.restarts, self.requeues)
-        sys.exit(_carry_out(decide(end, lambda: _find_job(place.job_id)), end, place, log))
+        outcome, counts = self._outcome_since(before), (place.restarts, self.requeues)
+        end = TaskEnd(code, stop.signal, outcome, place.leader, *counts, place.requeuer)
+        decision = decide(end, lambda: _find_job(place.job_id))
+        by_srun = stop.signal is signal.SIGTERM and decision is not Decision.LEAVE_TO_SLURM
+        # srun ends all tasks when it loses one, and only its own log says which
+        if place.leader and by_srun and (lost := killed_task(Path(self.log).parent, place.job_id)):
+            log.error(f"ended with another task, {lost}")
+        return _carry_out(decision, end, place, log)
+
+    def _check_start(self, place: TaskPlace) -> str:
+        """Compare the tasks that srun has started with the plan; return the difference or ""."""
+        a_node = 1 if self.launcher == "torchrun" else self.gpus_per_node
+        if place.nodes >= self.min_nodes and place.tasks == place.nodes * a_node:
+            return ""
+        return (
+            f"srun started {place.tasks} tasks on {place.nodes} nodes, not {a_node} on each of "
+            f"{self.min_nodes} or more; see sbatch: and setup: of the cluster file"
+        )
 
     def checkpoint(self) -> DelayedSubmission:
         """Tell submitit what to submit again where a signal precedes the child's start."""
@@ -78,7 +113,7 @@ class Task:
         status = read_status(Path(self.run))
         return None if status.get("incarnation") == incarnation else Outcome.from_status(status)
 
-    def _run_child(self, place: TaskPlace, log: MergedLog, stop: StopRequest) -> int:
+    def _run_child(self, place: TaskPlace, log: TaskLog, stop: StopRequest) -> int:
         """Return the exit code of the ranks' process; minus the signal that killed it."""
         environment = self._environment(place, log)
         try:
@@ -109,7 +144,7 @@ class Task:
         self,
         child: subprocess.Popen[bytes],
         place: TaskPlace,
-        log: MergedLog,
+        log: TaskLog,
         stop: StopRequest,
         killed_after_s: float,
     ) -> int:
@@ -118,6 +153,7 @@ class Task:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(REPEAT_S)
+            log.collect()
             if stop.signal is None or stop.asked_at_s is None:
                 continue
             if place.leader and not announced:
@@ -141,7 +177,7 @@ class Task:
         ranks += ["--signals-to-handle", "SIGHUP"]
         return [sys.executable, "-m", "torch.distributed.run", *ranks, *train]
 
-    def _environment(self, place: TaskPlace, log: MergedLog) -> dict[str, str]:
+    def _environment(self, place: TaskPlace, log: TaskLog) -> dict[str, str]:
         """Return this environment with the cluster file's; variables that are set prevail."""
         environment = dict(os.environ)
         added = self.environment
@@ -155,7 +191,7 @@ class Task:
         return environment
 
 
-def _carry_out(decision: Decision, end: TaskEnd, place: TaskPlace, log: MergedLog) -> int:
+def _carry_out(decision: Decision, end: TaskEnd, place: TaskPlace, log: TaskLog) -> int:
     """Requeue the job if that is the decision, log it, and return the task's exit code."""
     match decision:
         case Decision.FINISH | Decision.LEAVE_TO_LEADER:
@@ -166,11 +202,19 @@ def _carry_out(decision: Decision, end: TaskEnd, place: TaskPlace, log: MergedLo
                 return STOPPED
             log.line(f"requeued, {place.restarts + 1} of at most {end.requeues} times")
             return FINISHED
+        case Decision.LEAVE_TO_BATCH_SCRIPT:
+            assert place.requeue_file is not None  # else it would not be left to the script
+            Path(place.requeue_file).touch()
+            log.line(f"the batch script requeues, {place.restarts + 1} of {end.requeues} times")
+            return FINISHED
         case Decision.LEAVE_TO_SLURM:
             log.line("stopped; SLURM requeues or cancels the job")
             return FINISHED
         case Decision.UNKNOWN_JOB:
             log.line("stopped; SLURM does not know the job; submit it again")
+            return STOPPED
+        case Decision.NO_CLIENTS:
+            log.error("stopped, and no scontrol is there to requeue the job; submit it again")
             return STOPPED
         case Decision.NO_REQUEUE_LEFT:
             log.error(f"stopped, and requeues: {end.requeues} are used up; submit it again")
@@ -181,7 +225,7 @@ def _carry_out(decision: Decision, end: TaskEnd, place: TaskPlace, log: MergedLo
             return FAILED if code in (STOPPED, FINISHED) else code if code > 0 else 128 - code
 
 
-def _log_failure(end: TaskEnd, place: TaskPlace, log: MergedLog) -> None:
+def _log_failure(end: TaskEnd, place: TaskPlace, log: TaskLog) -> None:
     if end.signal is None:
         said = f": {log.complaint}" if log.complaint else ""
         log.error(f"ended {_cause(end.exit_code)}{said}")

@@ -12,6 +12,9 @@ from harness.outcome import Outcome, State
 from launch.slurm.scontrol import Job
 
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # the time limit, preemption, scancel --signal
+# The variable that names the file by which a task without scontrol has the batch script requeue the
+# job. The batch script sets it only where it has scontrol itself.
+REQUEUE_FILE = "HARNESS_REQUEUE_FILE"
 
 
 class Decision(Enum):
@@ -21,9 +24,19 @@ class Decision(Enum):
     LEAVE_TO_LEADER = "another task of the job decides"
     LEAVE_TO_SLURM = "SLURM requeues the job itself, or a user cancelled it"
     REQUEUE = "put the job back into the queue"
+    LEAVE_TO_BATCH_SCRIPT = "the batch script puts the job back into the queue"
     NO_REQUEUE_LEFT = "the job was requeued as often as allowed"
     UNKNOWN_JOB = "SLURM does not know the job"
+    NO_CLIENTS = "no command of SLURM is there to requeue the job with"
     FAIL = "the run failed"
+
+
+class Requeuer(Enum):
+    """What puts a job back into the queue: whichever has SLURM's commands."""
+
+    TASK = "the leader's task"
+    BATCH_SCRIPT = "the batch script, after the last task"
+    NOBODY = "neither has them"
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class TaskEnd:
     leader: bool
     restarts: int
     requeues: int
+    requeuer: Requeuer = Requeuer.TASK
 
 
 def decide(end: TaskEnd, find_job: Callable[[], Job | None]) -> Decision:
@@ -72,9 +86,15 @@ def _is_slurms(job: Job | None) -> bool:
 
 
 def _requeue(end: TaskEnd, find_job: Callable[[], Job | None]) -> Decision:
-    job = find_job()
-    if job is None:
-        return Decision.UNKNOWN_JOB
-    if job.state != "RUNNING":
-        return Decision.LEAVE_TO_SLURM
-    return Decision.NO_REQUEUE_LEFT if end.restarts >= end.requeues else Decision.REQUEUE
+    if end.requeuer is Requeuer.TASK:
+        job = find_job()
+        if job is None:
+            return Decision.UNKNOWN_JOB
+        if job.state != "RUNNING":
+            return Decision.LEAVE_TO_SLURM
+    if end.requeuer is Requeuer.NOBODY:
+        return Decision.NO_CLIENTS
+    if end.restarts >= end.requeues:
+        return Decision.NO_REQUEUE_LEFT
+    by_task = end.requeuer is Requeuer.TASK
+    return Decision.REQUEUE if by_task else Decision.LEAVE_TO_BATCH_SCRIPT

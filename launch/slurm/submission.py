@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -22,30 +21,32 @@ from launch.backend import Request, Submission
 from launch.cluster_file import Cluster
 from launch.records import Record, records_folder, write_records
 from launch.run_spec import FrozenRun, RunSpec
+from launch.slurm.batch_script import sbatch_parameters, step_script
 from launch.slurm.code_copy import CodeCopy
 from launch.slurm.job_step import Task
+from launch.slurm.submission_environment import check_sbatch_variables, outside_any_job
 
-SIGNAL_DELAY_S = 60  # from USR2 to the time limit; SLURM may be some seconds late
 SAID = re.compile(r"^sbatch: (error: )?(Batch job submission failed: )?")
 SBATCH_PATIENCE_S = 30  # sbatch itself tries for two minutes where the queue is full
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's executor, which can write its script without SLURM, too (--dry-run).
+    """submitit's executor with the cluster file's srun.
 
-    `code` is the copy of the code that the jobs start from.
+    It can write its script without SLURM, too (--dry-run). `code` is the copy of the code that the
+    jobs start from.
     """
 
-    def __init__(self, folder: Path, max_num_timeout: int, code: CodeCopy | None) -> None:
-        super().__init__(folder, max_num_timeout=max_num_timeout)
-        self.code = code
+    def __init__(self, folder: Path, cluster: Cluster, code: CodeCopy | None) -> None:
+        # submitit's own limit never decides: the task counts the requeues
+        super().__init__(folder, max_num_timeout=max(cluster.requeues, 1))
+        self.cluster, self.code = cluster, code
 
     @property
     def _submitit_command_str(self) -> str:
-        if self.code is None:
-            return super()._submitit_command_str
-        words = [sys.executable, "-u", self.code.folder, "submitit.core._submit", self.folder]
-        return shlex.join(map(str, words))
+        start = ["-m"] if self.code is None else [self.code.folder]
+        words = [sys.executable, "-u", *start, "submitit.core._submit", self.folder]
+        return step_script(self.cluster, self.folder, words)
 
     @classmethod
     def affinity(cls) -> int:
@@ -73,7 +74,7 @@ def submit(request: Request) -> Submission:
     code = str(executor.code.folder) if executor.code else None
     frozen = [run.freeze(target, "slurm") for run in runs]
     tasks = [_task(cluster, *pair, code) for pair in zip(runs, frozen, strict=True)]
-    with _whole(), _one_line_errors(), _patience():
+    with _whole(), _one_line_errors(), _patience(), outside_any_job():
         jobs = executor.submit_array(tasks)
         records = [
             Record(
@@ -87,60 +88,31 @@ def submit(request: Request) -> Submission:
 
 
 def make_executor(request: Request) -> Executor:
-    """Return submitit's executor with everything set that the script for sbatch is made of."""
+    """Return submitit's executor with everything set that the script for sbatch is made of.
+
+    Raises UserError where a variable of this shell would override the script, or SLURM could not
+    write the logs.
+    """
     cluster = request.cluster
     assert cluster is not None
     # Each job starts from a copy of the code, that of the packages that its runs use included.
     plug_ins = {module for run in request.runs for module in all_modules(run.config)}
-    records = records_folder(request.target)
+    records = records_folder(request.target).absolute()
+    if "%" in str(records):
+        raise UserError(f"{records}: SLURM reads % in a path as a pattern; take another folder")
     code = CodeCopy.of_this_code(records, tuple(sorted(plug_ins))) if cluster.freeze else None
-    # submitit's own limit never decides: the task counts the requeues
-    executor = Executor(records, max_num_timeout=max(cluster.requeues, 1), code=code)
+    executor = Executor(records, cluster, code)
+    name, runs = request.target.name, len(request.runs)
     after = _job_ids(request.after)
-    executor.update_parameters(**_parameters(cluster, request.target, after, request.at_once))
+    executor.update_parameters(
+        **sbatch_parameters(cluster, records, name, runs, after, request.at_once)
+    )
+    check_sbatch_variables(executor.script())
     return executor
 
 
 def _job_ids(after: Sequence[Record]) -> str:
     return ":".join(record.job_id for record in after)
-
-
-def _parameters(
-    cluster: Cluster, target: Path, after: str, at_once: int | None
-) -> dict[str, object]:
-    # sbatch takes whole nodes as tasks, as a number of tasks would cap a range of nodes at its
-    # lower end; srun then starts a task per GPU, or an agent per node, which starts the ranks
-    tasks = 1 if cluster.launcher == "torchrun" else cluster.gpus_per_node
-    node_cpus = cluster.cpus_per_gpu * cluster.gpus_per_node
-    extra: dict[str, object] = {"nodes": cluster.nodes}
-    extra["requeue" if cluster.requeues else "no-requeue"] = True
-    if cluster.min_nodes < cluster.max_nodes:
-        extra["spread-job"] = True  # as many of them as are free
-    for option, value in (("partition", cluster.partition), ("account", cluster.account)):
-        if value is not None:
-            extra[option] = value
-    if after:
-        extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
-    options = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
-    parameters: dict[str, object] = {
-        "job_name": target.name,
-        "nodes": cluster.max_nodes,
-        "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": node_cpus,
-        "time": cluster.timeout_min,
-        "setup": list(cluster.setup),
-        "signal_delay_s": SIGNAL_DELAY_S,
-        "additional_parameters": extra | options,
-        "srun_args": [
-            *("--kill-on-bad-exit=1", f"--ntasks-per-node={tasks}"),
-            *(f"--cpus-per-task={node_cpus // tasks}", "--cpu-bind=cores"),
-        ],
-    }
-    if cluster.mem_gb is not None:
-        parameters["mem"] = f"{round(cluster.mem_gb * 1024)}M"
-    if at_once is not None:
-        parameters["array_parallelism"] = at_once
-    return parameters
 
 
 def _task(cluster: Cluster, run: RunSpec, frozen: FrozenRun, code: str | None) -> Task:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 
 from harness.slurm_step import rendezvous_port
+from launch.slurm.requeue import REQUEUE_FILE, Requeuer
 
 
 class TaskPlace:
@@ -18,6 +20,7 @@ class TaskPlace:
         job = SlurmJobEnvironment()
         self.raw_job_id, self.job_id = job.raw_job_id, job.job_id  # 15 and, in an array, 12_3
         self.nodes, self.rank = job.num_nodes, job.global_rank
+        self.tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", job.num_tasks))
         self.host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.port = rendezvous_port(os.environ)
@@ -26,6 +29,10 @@ class TaskPlace:
         by_torchrun = launcher == "torchrun"
         self.leader = self.host == self.first_host if by_torchrun else self.rank == 0
         self.name = f"{self.host}" if by_torchrun else f"{self.host}, rank {self.rank}"
+        self.requeue_file = os.environ.get(REQUEUE_FILE)
+        self.requeuer = Requeuer.TASK
+        if shutil.which("scontrol") is None:  # as in most containers
+            self.requeuer = Requeuer.BATCH_SCRIPT if self.requeue_file else Requeuer.NOBODY
 
     def describe(self, requeues: int) -> str:
         start = f"start {self.restarts + 1} of at most {requeues + 1}"

@@ -9,6 +9,7 @@ folder: /shared/runs
 nodes: 4
 gpus_per_node: 8
 cpus_per_gpu: 12
+mem_gb: 900
 timeout_min: 240
 environment: {NCCL_SOCKET_IFNAME: ib0, NCCL_DEBUG_LEVEL: 2}
 sbatch: {qos: low, exclusive: true, signal: USR2@300}
@@ -57,6 +58,16 @@ def test_nodes_are_a_number_or_a_range(write):
         (("NCCL_DEBUG_LEVEL: 2", "DEBUG: off"), ["environment.DEBUG: expected text, found false"]),
         (("qos: low", "gpus_per_node: 4"), ["sbatch.gpus_per_node: set by gpus_per_node"]),
         (("qos: low", "time: 60"), ["sbatch.time: set by timeout_min; write it there"]),
+        (("qos: low", "gpus: 8"), ["sbatch.gpus: set by gpus_per_node"]),
+        (("qos: low", "gres: gpu:h100:4"), ["sbatch.gres: asks for 4 GPUs, but gpus_per_node is"]),
+        (
+            ("qos: low", "mem-per-gpu: 9G, x: y"),
+            ["sbatch.mem-per-gpu: mem_gb asks for memory, too"],
+        ),
+        (
+            ("signal: USR2@300", "signal: INT@300"),
+            ["sbatch.signal: the ranks stop at USR1 or USR2"],
+        ),
         (("qos: low", "output: x.log"), ["sbatch.output: set by the launcher; remove it"]),
         (("qos: low", "qos: [low]"), ["sbatch.qos: expected text, a number or true"]),
         (("data_root", "data_rot"), ["run.data_rot: unknown key, did you mean run.data_root?"]),
@@ -70,6 +81,21 @@ def test_each_mistake_is_one_line_that_names_file_and_key(write, change, parts):
     message = str(refused.value)
     assert message.startswith(f"{path}: ") and len(message.splitlines()) == 1
     assert all(part in message for part in parts), message
+
+
+def test_gpus_by_type_and_by_gres(write):
+    typed = load_cluster(write(GOOD, ("gpus_per_node: 8", "gpus_per_node: h100:8")))
+    assert (typed.gpus_per_node, typed.gpu_type, typed.ranks) == (8, "h100", 32)
+    for gres, count in [("gpu:8", 8), ("gpu:h100:8,nvme:1", 8), ("nvme:1", None)]:
+        assert load_cluster(write(GOOD, ("qos: low", f'gres: "{gres}"'))).gpus_by_gres == count
+    typed_twice = ("gpus_per_node: 8", "gpus_per_node: h100:8"), ("qos: low", "gres: gpu:8")
+    with pytest.raises(ConfigError, match="gpus_per_node names a type of GPU, too"):
+        load_cluster(write(GOOD, *typed_twice))
+
+
+@pytest.mark.parametrize("signal", ["USR2@300", "B:USR2@60", "SIGUSR1", "RB:10@9"])
+def test_signals_that_the_ranks_stop_at(write, signal):
+    load_cluster(write(GOOD, ("USR2@300", f'"{signal}"')))
 
 
 @pytest.mark.parametrize("text", ["", "- a list", "folder: [", "folder: a\nfolder: b"])

@@ -10,7 +10,7 @@ import pytest
 
 from harness.errors import FAILED, FINISHED, STOPPED, USER_ERROR
 from harness.outcome import Outcome, State
-from launch.slurm.requeue import Decision, TaskEnd, decide
+from launch.slurm.requeue import Decision, Requeuer, TaskEnd, decide
 from launch.slurm.scontrol import Job
 
 TERM, USR1, USR2 = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
@@ -124,6 +124,22 @@ def test_other_tasks_fail_or_leave_it_to_the_leader(number, end, state):
 @pytest.mark.parametrize(("restarts", "expected"), [(2, R), (3, Decision.NO_REQUEUE_LEFT)])
 def test_the_number_of_requeues_is_limited(restarts, expected):
     assert decision(USR2, AGREED, JOBS["running"], restarts=restarts) is expected
+
+
+@pytest.mark.parametrize(
+    ("requeuer", "restarts", "expected"),
+    [
+        (Requeuer.BATCH_SCRIPT, 0, Decision.LEAVE_TO_BATCH_SCRIPT),
+        (Requeuer.BATCH_SCRIPT, 3, Decision.NO_REQUEUE_LEFT),
+        (Requeuer.NOBODY, 0, Decision.NO_CLIENTS),
+    ],
+)
+@pytest.mark.parametrize("number", [TERM, USR2])
+def test_without_slurms_commands_the_batch_script_requeues(number, requeuer, restarts, expected):
+    end = TaskEnd(*AGREED[:1], number, AGREED[1], True, restarts, 3, requeuer)
+    assert decide(end, lambda: None) is expected
+    broken = TaskEnd(*BROKEN[:1], TERM, BROKEN[1], True, restarts, 3, requeuer)
+    assert decide(broken, lambda: None) is Decision.FAIL
 
 
 def test_slurm_is_not_asked_where_its_answer_would_not_matter():
