@@ -18,9 +18,10 @@ from harness.compat import is_port_in_use
 from harness.distributed import World, group_timeout
 from harness.errors import UserError
 from harness.outcome import RunFailed
-from harness.slurm_step import step_id, use_slurm_rendezvous
+from harness.slurm_step import ended_local_tasks, step_id, use_slurm_rendezvous
 
 PAUSE_S = 0.02  # between two reads of the store
+LOOK_EVERY_S = 1.0  # whether the other tasks of the job step are alive
 OPENING = "harness/opening"  # its key
 PROCESS = uuid.uuid4().hex  # distinguishes this process from any other
 
@@ -73,14 +74,27 @@ def _agent_keeps_store() -> bool:
 
 
 def patience(timeout_s: float) -> Callable[[], None]:
-    """Return a function that waits a moment and raises RunFailed once `timeout_s` have passed."""
-    deadline_s = time.monotonic() + timeout_s
+    """Return a function that waits a moment, and raises RunFailed where there is no hope left.
+
+    That is once `timeout_s` have passed, or once other tasks of the job step have ended.
+    """
+    began_s, looked_s, ended = time.monotonic(), 0.0, 0
 
     def pause() -> None:
+        nonlocal looked_s, ended
         time.sleep(PAUSE_S)
-        if time.monotonic() > deadline_s:
+        now_s = time.monotonic()
+        if now_s - began_s > timeout_s:
             why = f"for {timeout_s:g} s (run.hang_timeout_s)"
             raise RunFailed(f"not all ranks joined at {_place()} {why}")
+        if now_s - looked_s > LOOK_EVERY_S:
+            looked_s = now_s
+            before, ended = ended, ended_local_tasks()
+            if before and ended:  # twice, as a task's last words take a moment to be read
+                raise RunFailed(
+                    f"{ended} of this job step's tasks on {socket.gethostname()} cannot join, as "
+                    "they have ended; in a shell put `srun --overlap` before the same command"
+                )
 
     return pause
 

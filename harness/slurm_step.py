@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
 
 from harness.errors import UserError
 
@@ -19,6 +22,59 @@ def local_tasks(environment: Mapping[str, str]) -> int:
     for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         counts += [int(count)] * int(repeated or 1)
     return counts[int(environment.get("SLURM_NODEID", "0"))]
+
+
+def check_not_in_step_shell(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError in the terminal of `srun --pty`, whose step has no other task to join.
+
+    srun gives the terminal to task 0; the shells of the other tasks end immediately.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    by_torchrun = "RANK" in environment
+    # a step started from that shell inherits the variable, but has no terminal
+    if tasks > 1 and "SLURM_PTY_PORT" in environment and sys.stdin.isatty() and not by_torchrun:
+        raise UserError(
+            f"{tasks - 1} of the {tasks} tasks of this job step are missing, as a terminal is one "
+            "task: to start all of them put `srun --overlap` before the same command"
+        )
+
+
+def unused_tasks(environment: Mapping[str, str] = os.environ) -> str:
+    """Return a hint where this process is the only rank of a job of several tasks, else ""."""
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if tasks == "1" or "SLURM_STEP_NUM_TASKS" in environment or "RANK" in environment:
+        return ""
+    return f"1 rank in a job of {tasks} tasks; to use all of them put `srun` before the command"
+
+
+def ended_local_tasks(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many of this step's tasks on this node have ended; 0 where that is unknown."""
+    if "SLURM_STEP_NUM_TASKS" not in environment or not _sees_slurmstepd():
+        return 0  # no step, or a container in which the other tasks are invisible
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    step = {f"{name}={environment[name]}" for name in names if name in environment}
+    alive = set()
+    for process in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            theirs = set(process.read_bytes().decode(errors="replace").split("\0"))
+            if step <= theirs:
+                alive |= {text for text in theirs if text.startswith("SLURM_PROCID=")}
+    return max(local_tasks(environment) - len(alive), 0)
+
+
+def _sees_slurmstepd() -> bool:
+    return "slurmstepd" in _ancestors()
+
+
+def _ancestors() -> Iterator[str]:
+    """Yield the names of this process's ancestors, as far as they are visible."""
+    process = os.getpid()
+    with contextlib.suppress(OSError, KeyError):
+        while process > 1:
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            yield status["Name"].split()[0]
+            process = int(status["PPid"])
 
 
 def step_id(environment: Mapping[str, str]) -> str:

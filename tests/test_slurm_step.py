@@ -1,6 +1,19 @@
+import subprocess
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
-from harness.slurm_step import rendezvous_port, step_id, use_slurm_rendezvous
+from harness import slurm_step
+from harness.errors import UserError
+from harness.slurm_step import (
+    check_not_in_step_shell,
+    ended_local_tasks,
+    rendezvous_port,
+    step_id,
+    unused_tasks,
+    use_slurm_rendezvous,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,3 +48,54 @@ def test_tasks_of_a_job_before_it_was_requeued_belong_to_another_launch():
     first = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}
     assert step_id(first) == "7.1"
     assert step_id(first | {"SLURM_RESTART_COUNT": "2"}) == "7.1 after 2 requeues"
+
+
+def task_processes(step, ranks):
+    """Sleeping processes that are tasks of a step, as srun would start them."""
+    names = {"SLURM_JOB_ID": "98765432", "SLURM_STEP_ID": step}
+    return [
+        subprocess.Popen(["sleep", "60"], env=names | {"SLURM_PROCID": str(rank)}) for rank in ranks
+    ]
+
+
+def test_tasks_of_this_node_that_have_ended_are_counted(monkeypatch):
+    monkeypatch.setattr(slurm_step, "_sees_slurmstepd", lambda: True)
+    environment = {"SLURM_JOB_ID": "98765432", "SLURM_STEP_ID": "3", "SLURM_NODEID": "1"}
+    environment |= {"SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2,3"}
+    tasks = task_processes("3", [2, 3, 4, 4]) + task_processes("4", [0])  # a child; another step
+    try:
+        assert ended_local_tasks(environment) == 0
+        tasks[1].kill()
+        tasks[1].wait()
+        assert ended_local_tasks(environment) == 1
+        # where slurmstepd is invisible, as in a container, the other tasks may be so too
+        monkeypatch.setattr(slurm_step, "_sees_slurmstepd", lambda: False)
+        assert ended_local_tasks(environment) == 0
+    finally:
+        for task in tasks:
+            task.kill()
+            task.wait()
+
+
+@pytest.mark.parametrize(
+    ("changes", "terminal", "refused"),
+    [
+        ({}, True, True),
+        ({}, False, False),  # a step that was started from the terminal
+        ({"SLURM_STEP_NUM_TASKS": "1"}, True, False),
+        ({"RANK": "0"}, True, False),  # torchrun starts its own ranks
+    ],
+)
+def test_a_terminal_of_srun_is_one_task_of_several(monkeypatch, changes, terminal, refused):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: terminal))
+    environment = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "37483"} | changes
+    expected = "3 of the 4 tasks .* are missing.*put `srun --overlap` before"
+    with pytest.raises(UserError, match=expected) if refused else nullcontext():
+        check_not_in_step_shell(environment)
+
+
+def test_one_rank_in_an_allocation_of_several_tasks_gets_a_hint():
+    assert "1 rank in a job of 8 tasks" in unused_tasks({"SLURM_NTASKS": "8"})
+    for names in ({}, {"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}):
+        assert unused_tasks(names) == ""
+    assert unused_tasks({"SLURM_NTASKS": "8", "RANK": "0"}) == ""

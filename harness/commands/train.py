@@ -13,6 +13,7 @@ from harness.commands.messages import complain, failure, is_first_rank
 from harness.commands.parsing import Subparsers, add_config
 from harness.errors import FAILED, FINISHED, STOPPED, UserError
 from harness.resilience.unfailing_output import unfailing_output
+from harness.slurm_step import check_not_in_step_shell, unused_tasks
 from harness.startup import import_quickly
 
 
@@ -30,6 +31,9 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from harness.config.stages import load_stages
 
+    check_not_in_step_shell()
+    if hint := unused_tasks():
+        print(f"note: {hint}", file=sys.stderr)
     stages = load_stages(options.config, options.overrides)  # report a mistake before torch loads
     from harness.config.schema import NO_EXPECTATION
 

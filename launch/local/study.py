@@ -247,7 +247,12 @@ def _images_done(spec: RunSpec) -> int:
 
 
 def _start_process(words: list[str], device: Device, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    # in a terminal of a SLURM job, too, each run is one rank by itself
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith("SLURM_")
+    }
     environment.setdefault("OMP_NUM_THREADS", str(device.threads))
     if device.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device.gpu
