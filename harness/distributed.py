@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.compat import describe_peer_loss
 from harness.errors import UserError
+from harness.network_interface import INTERFACE, gloo_interface
+from harness.outcome import RunFailed
 from harness.slurm_step import local_tasks
 
 T = TypeVar("T")
@@ -124,22 +128,39 @@ def process_group(
 @contextmanager
 def _joined(world: World, store: dist.Store, hang_timeout_s: float) -> Iterator[dist.ProcessGroup]:
     timeout = group_timeout(hang_timeout_s)
-    dist.init_process_group(
-        "nccl" if world.device.type == "cuda" else "gloo",
-        store=store,
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=timeout,
-    )
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout)
+        with gloo_interface(store, world.rank, world.world_size), _named_interface():
+            dist.init_process_group(
+                "nccl" if world.device.type == "cuda" else "gloo",
+                store=store,
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=timeout,
+            )
+            control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)  # this rank is in it
         yield control
         # the store may live in rank 0, which must leave last; a rank that fails reports it itself
         with suppress(RuntimeError):
             dist.barrier(control)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _named_interface() -> Iterator[None]:
+    """Raise RunFailed with the interface where Gloo cannot connect the ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (why := describe_peer_loss(error)):
+            raise
+        name = os.environ.get(INTERFACE, "the interface of this host's own address")
+        raise RunFailed(
+            f"{socket.gethostname()}: Gloo cannot connect the ranks over {name} ({why}); set "
+            f"{INTERFACE} to the interface that connects the nodes (ip -br addr shows them)"
+        ) from error
 
 
 def group_timeout(hang_timeout_s: float) -> timedelta:

@@ -21,6 +21,7 @@ from harness.outcome import RunFailed
 from harness.slurm_step import ended_local_tasks, step_id, use_slurm_rendezvous
 
 PAUSE_S = 0.02  # between two reads of the store
+NAME_PATIENCE_S = 5.0  # for name servers that fail for a moment
 LOOK_EVERY_S = 1.0  # whether the other tasks of the job step are alive
 OPENING = "harness/opening"  # its key
 PROCESS = uuid.uuid4().hex  # distinguishes this process from any other
@@ -156,6 +157,7 @@ def _open_store(
     somebody answers.
     """
     address, port = _address()
+    _check_name(address)
     while not keeps_store and not _answers(address, port):
         wait()
     opened: Future[dist.TCPStore] = Future()
@@ -179,6 +181,22 @@ def _open_store(
     while not opened.done():
         wait()
     return opened.result()
+
+
+def _check_name(address: str) -> None:
+    """Raise UserError where this machine cannot find MASTER_ADDR, even after some seconds."""
+    end_s = time.monotonic() + NAME_PATIENCE_S
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() > end_s:
+                raise UserError(
+                    f"rendezvous: {socket.gethostname()} knows no address of {address} "
+                    f"({error.strerror}): set MASTER_ADDR to an address of that node"
+                ) from None
+        time.sleep(1.0)
 
 
 def _answers(address: str, port: int) -> bool:

@@ -21,6 +21,7 @@ LAYERS = {
             "rendezvous",
             "exact_sum",
             "distributed",
+            "network_interface",
             "slurm_step",
             "startup",
         ),
