@@ -190,7 +190,7 @@ class ThrowawayCluster:
         readonly = f"mount -t tmpfs -o ro none {self.folder}/unshared"
         inside, spaces = f"{readonly}; exec slurmd -N {node}", ["unshare", "--mount"]
         if self.namespaces:
-            inside = f"hostname {node}; {inside}"
+            inside = f"hostname {node}; mount --bind {self._hosts_of(node)} {HOSTS}; {inside}"
             spaces = ["nsenter", f"--net=/run/netns/{node}", *spaces, "--uts"]
         self.command(*spaces, "sh", "-c", inside)
 
@@ -256,6 +256,13 @@ class ThrowawayCluster:
             for i, node in enumerate(self.nodes, 1):
                 address = f"{NETWORK}.{i}" if self.namespaces else "127.0.0.1"
                 lines.append(HOSTS_LINE.format(address=address, node=node, folder=self.folder))
+
+    def _hosts_of(self, node: str) -> Path:
+        """The node's own /etc/hosts: as Debian writes it, its name is the machine itself."""
+        path = self.folder / f"hosts.{node}"
+        lines = [f"{NETWORK}.{i} {other}" for i, other in enumerate(self.nodes, 1) if other != node]
+        path.write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {node}", *lines, ""]))
+        return path
 
     def _add_network(self) -> None:
         """A bridge, and for each node a network namespace with one end of a cable (eth0)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from harness.config.schema import Config
 from harness.data.batch_plan import BatchPlan
 from harness.data.loaders.choice import open_loader, resolve_loader
+from harness.data.loaders.shared_memory import check_shared_memory
 from harness.data.sampling import TrainBatchSpec, crops, permutation
 from harness.data.sources.folder import open_folder
 from harness.errors import UserError
@@ -226,3 +228,16 @@ def test_batches_for_a_gpu_are_pinned(
     assert sum(len(batch.ids) for batch in loader.evaluate()) == 11
     loader.close()
     plain.close()
+
+
+def test_a_small_shared_memory_is_named_before_workers_start(tmp_path, monkeypatch):
+    room = os.statvfs(tmp_path)
+    free = room.f_bavail * room.f_frsize
+    a_quarter = free // 4
+    check_shared_memory(a_quarter // 4, workers=2, folder=str(tmp_path))  # 2 × 2 × ¼ × ¼
+    with pytest.raises(UserError, match=r"8 worker processes in each of 1 local ranks.*--shm-size"):
+        check_shared_memory(a_quarter, workers=8, folder=str(tmp_path))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "16"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="16 local ranks"):  # who share it
+        check_shared_memory(a_quarter // 4, workers=2, folder=str(tmp_path))

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from harness.compat import kill_workers
 from harness.config.schema import Config
 from harness.data.batch import Batch
-from harness.data.batch_plan import BatchPlan
+from harness.data.batch_plan import EVALUATION_BATCH, BatchPlan
 from harness.data.loaders.child_process import STOP_SIGNALS, settle_child, starting_children
 from harness.data.loaders.prefetch import Prefetcher
+from harness.data.loaders.shared_memory import check_shared_memory
 from harness.data.render import Renderer
 from harness.data.sampling import BatchSpec
 from harness.errors import UserError
@@ -25,7 +26,8 @@ class ReferenceLoader:
     """`threads` worker processes, each rendering a whole micro-batch at a time; 0: this process.
 
     The processes start here, before there is a CUDA context or a process group to inherit.
-    Training and evaluation have their own, so that either continues where it stopped.
+    Training and evaluation have their own, so that either continues where it stopped. Raises
+    UserError where their batches do not fit into /dev/shm.
     """
 
     name = "reference"
@@ -33,6 +35,8 @@ class ReferenceLoader:
     def __init__(
         self, config: Config, batch_plan: BatchPlan, threads: int, device_is_cuda: bool
     ) -> None:
+        largest = batch_plan.micro_batch + min(EVALUATION_BATCH, len(batch_plan.val))
+        check_shared_memory(largest * 3 * config.data.crop**2, threads)
         renderer = Renderer(config, batch_plan)
         self._batch_plan = batch_plan
         self._training = _Workers(renderer, threads, device_is_cuda)
