@@ -1,4 +1,4 @@
-"""The command line: python -m launch submit | study | status | cancel."""
+"""The command line: python -m launch submit | study | status | logs | list | cancel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch", description="Runs, by SLURM or here.")
-    commands = parser.add_subparsers(required=True, metavar="submit|study|status|cancel")
+    commands = parser.add_subparsers(required=True, metavar="submit|study|status|logs|list|cancel")
     submit = commands.add_parser("submit", help="one run, or a teacher and its student")
     submit.add_argument("config", metavar="CONFIG")
     _add_cluster(submit, required=True)
@@ -56,6 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="the state of what was started, in a table")
     status.add_argument("target", type=Path, metavar="RUN|STUDY")
     status.set_defaults(command=_status, cluster=None)
+
+    logs = commands.add_parser("logs", help="the log of what was started")
+    logs.add_argument("target", type=Path, metavar="RUN|STUDY")
+    logs.add_argument("-f", "--follow", action="store_true", help="as it grows, to the end")
+    logs.set_defaults(command=_logs, cluster=None)
+
+    listing = commands.add_parser("list", help="the state of all that was started below a folder")
+    listing.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER")
+    listing.set_defaults(command=_list, cluster=None)
 
     cancel = commands.add_parser("cancel", help="stop what waits or runs; it can be resumed")
     cancel.add_argument("target", type=Path, metavar="RUN|STUDY")
@@ -196,6 +205,22 @@ def _status(options: argparse.Namespace) -> int:
     from launch.status import table
 
     print(table(options.target))
+    return FINISHED
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from launch.status import all_records, follow, print_logs
+
+    if options.follow:
+        return follow(all_records(options.target))
+    print_logs(options.target)
+    return FINISHED
+
+
+def _list(options: argparse.Namespace) -> int:
+    from launch.status import table_below
+
+    print(table_below(options.folder))
     return FINISHED
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,15 +86,38 @@ def table(target: Path) -> str:
 
     Raises UserError where nothing was submitted.
     """
-    records = _all_records(target)
-    rows = [HEAD, *map(_row, records)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    records = all_records(target)
     warnings = [line for record in records for line in code_warnings(record)]
-    return "\n".join([*(line.rstrip() for line in aligned), *warnings])
+    return "\n".join([*_aligned([_row(record) for record in records]), *warnings])
 
 
-def _all_records(target: Path) -> list[Record]:
+def table_below(folder: Path) -> str:
+    """Return one line per run that was started below `folder`. Raises UserError without any."""
+    targets = dict.fromkeys(_targets(folder))  # several launchers may have one
+    records = [record for target in targets for record in all_records(target)]
+    if not records:
+        raise UserError(f"{folder}: nothing was submitted below it; give a cluster file's folder")
+    # the run folders tell runs of one name apart
+    rows = [(os.path.relpath(record.run, folder), *_row(record)[1:]) for record in records]
+    return "\n".join(_aligned(rows))
+
+
+def _targets(folder: Path) -> Iterator[Path]:
+    """Yield the runs and studies below `folder` that were started, without reading run folders."""
+    for place, folders, files in os.walk(folder):
+        if "job.json" in files:
+            yield Path(place).with_suffix("")
+        is_run = "job.json" in files or "config.yaml" in files
+        folders[:] = [] if is_run else sorted(folders)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (HEAD, *rows)]
+
+
+def all_records(target: Path) -> list[Record]:
+    """Return the records of RUN or STUDY. Raises UserError where there are none."""
     if records := read_all_records(target):
         return [*records.values()]
     raise UserError(f"{target}: nothing was submitted for it ({records_folder(target)})")
@@ -110,7 +134,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 def active_records(target: Path) -> list[Record]:
     """Return the records of the runs that wait or run. Raises UserError where there are none."""
-    return [record for record in _all_records(target) if _is_active(record)]
+    return [record for record in all_records(target) if _is_active(record)]
 
 
 def active_record(target: Path, name: str, backend: str) -> Record | None:
@@ -130,6 +154,14 @@ def follow(records: Sequence[Record]) -> int:
         if not active:
             return _report_end(records)
         time.sleep(POLL_S)
+
+
+def print_logs(target: Path) -> None:
+    """Print the merged logs of RUN or STUDY as they are now."""
+    records = all_records(target)
+    for record in records:
+        if not _print_from(Path(record.log), 0, len(records) > 1):
+            print(f"{record.name}: {state_of(record).stage.value}, and there is no log yet")
 
 
 def _is_active(record: Record) -> bool:
