@@ -24,6 +24,14 @@ def local_tasks(environment: Mapping[str, str]) -> int:
     return counts[int(environment.get("SLURM_NODEID", "0"))]
 
 
+def cpus_of_task(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Return the CPUs of this task of srun; None where srun was not asked for a number."""
+    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return None
+    text = environment.get("SLURM_CPUS_PER_TASK", "")
+    return int(text) if text.isdecimal() else None
+
+
 def check_not_in_step_shell(environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError in the terminal of `srun --pty`, whose step has no other task to join.
 

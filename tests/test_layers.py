@@ -22,6 +22,7 @@ LAYERS = {
             "exact_sum",
             "distributed",
             "network_interface",
+            "numa",
             "slurm_step",
             "startup",
         ),

@@ -8,6 +8,7 @@ from harness import slurm_step
 from harness.errors import UserError
 from harness.slurm_step import (
     check_not_in_step_shell,
+    cpus_of_task,
     ended_local_tasks,
     rendezvous_port,
     step_id,
@@ -99,3 +100,11 @@ def test_one_rank_in_an_allocation_of_several_tasks_gets_a_hint():
     for names in ({}, {"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}):
         assert unused_tasks(names) == ""
     assert unused_tasks({"SLURM_NTASKS": "8", "RANK": "0"}) == ""
+
+
+def test_a_task_of_srun_loads_by_its_own_cpus():
+    names = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "12"}
+    assert cpus_of_task(names) == 12
+    assert cpus_of_task(names | {"RANK": "0"}) is None  # torchrun's ranks share them
+    assert cpus_of_task({"SLURM_CPUS_PER_TASK": "12"}) is None  # a batch script
+    assert cpus_of_task({"SLURM_STEP_NUM_TASKS": "8"}) is None

@@ -19,6 +19,7 @@ from harness.distillation.logit_cache import crop_epochs, open_teacher
 from harness.distillation.teacher import AnyTeacher
 from harness.distributed import World, idle_gpus, world_from_environment
 from harness.models.registry import build_without_weights, check_model
+from harness.numa import near_gpu
 from harness.recipe.minibatch import Minibatch
 from harness.resilience.stopping import StopRequest
 from harness.roll_call import roll_call
@@ -75,6 +76,7 @@ def ready_rank(
             cuda, threads = world.device.type == "cuda", int(config.run.loader_threads)
             model = build_without_weights(config, channels_last=cuda)
             teacher = open_teacher(config, batch_plan, world)
+            opened.enter_context(near_gpu(world.device))  # the loader's threads, too
             loader = open_loader(config, batch_plan, config.run.loader, threads, cuda)
             opened.enter_context(closing(loader))
             identity = teacher.identity if teacher else None

@@ -9,6 +9,7 @@ from harness.config.schema import Config
 from harness.data.batch import Loader
 from harness.data.batch_plan import BatchPlan
 from harness.errors import UserError
+from harness.slurm_step import cpus_of_task
 
 
 def resolve_loader(name: str, rank: int) -> str:
@@ -37,8 +38,13 @@ def _missing_dali() -> str:
 
 
 def resolve_threads(threads: int | Literal["auto"], local_ranks: int) -> int:
-    """Return `run.loader_threads`; "auto" shares the cores of this machine among its ranks."""
-    return max(len(os.sched_getaffinity(0)) // local_ranks, 1) if threads == "auto" else threads
+    """Return `run.loader_threads`; "auto" shares the cores of this machine among its ranks.
+
+    Tasks of srun with --cpus-per-task use as many, as each of them is bound to its own.
+    """
+    if threads != "auto":
+        return threads
+    return cpus_of_task() or max(len(os.sched_getaffinity(0)) // local_ranks, 1)
 
 
 def open_loader(
