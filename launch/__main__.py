@@ -1,4 +1,4 @@
-"""The command line: python -m launch submit | study | status | logs | list | cancel."""
+"""The command line: python -m launch submit | study | preflight | status | logs | list | cancel."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         what = "interrupted; what was submitted continues (squeue --me shows it, scancel ends it)"
-        print(what if options.cluster else "interrupted", file=sys.stderr)
+        submits = options.cluster and options.command is not _preflight
+        print(what if submits else "interrupted", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch", description="Runs, by SLURM or here.")
-    commands = parser.add_subparsers(required=True, metavar="submit|study|status|logs|list|cancel")
+    commands = parser.add_subparsers(
+        required=True, metavar="submit|study|preflight|status|logs|list|cancel"
+    )
     submit = commands.add_parser("submit", help="one run, or a teacher and its student")
     submit.add_argument("config", metavar="CONFIG")
     _add_cluster(submit, required=True)
@@ -56,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="the state of what was started, in a table")
     status.add_argument("target", type=Path, metavar="RUN|STUDY")
     status.set_defaults(command=_status, cluster=None)
+
+    preflight = commands.add_parser("preflight", help="name the nodes that are slow or different")
+    preflight.add_argument("--cluster", required=True, metavar="FILE", help="the cluster file")
+    preflight.add_argument("--nodes", metavar="N", help="instead of the file's")
+    preflight.add_argument("--json", action="store_true", help="print the figures as JSON")
+    preflight.set_defaults(command=_preflight)
 
     logs = commands.add_parser("logs", help="the log of what was started")
     logs.add_argument("target", type=Path, metavar="RUN|STUDY")
@@ -206,6 +215,17 @@ def _status(options: argparse.Namespace) -> int:
 
     print(table(options.target))
     return FINISHED
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from launch.cluster_file import check_environment, load_cluster
+    from launch.slurm.preflight import run_preflight
+
+    cluster = load_cluster(options.cluster, options.nodes)
+    if cluster.backend != "slurm":
+        raise UserError(f"{options.cluster}: backend: a preflight takes place on SLURM only")
+    check_environment(cluster, options.cluster)
+    return run_preflight(cluster, options.json)
 
 
 def _logs(options: argparse.Namespace) -> int:

@@ -88,6 +88,8 @@ class Cluster(Whole):
     requeues: Annotated[int, Field(ge=0)] = 20
     launcher: Literal["srun", "torchrun"] = "srun"
     freeze: bool = True  # jobs run a copy of the code, made when they are submitted
+    preflight: bool = False  # measure the nodes before each start, and name those that fall short
+    spares: Annotated[int, Field(ge=0)] = 0  # nodes beyond `nodes`, for those that fall short
     setup: Lines = ()  # lines of shell before the run, on each job's first node
     environment: dict[str, Words] = Field(default={})
     sbatch: dict[str, Any] = Field(default={})  # passed on as they are
@@ -108,6 +110,11 @@ class Cluster(Whole):
         return None if found is None else int(found[1] or 1)
 
     @property
+    def gpus_option(self) -> str:
+        """The GPUs of a node as SLURM takes them, with their type where one is given."""
+        return f"{self.gpu_type}:{self.gpus_per_node}" if self.gpu_type else f"{self.gpus_per_node}"
+
+    @property
     def min_nodes(self) -> int:
         return int(self.nodes.split("-")[0])
 
@@ -119,6 +126,14 @@ class Cluster(Whole):
     def ranks(self) -> int:
         """W, the most ranks that a job may get."""
         return self.max_nodes * self.gpus_per_node
+
+    @property
+    def asked_nodes(self) -> str:
+        """The nodes that a job asks for, its spares included, as sbatch takes them."""
+        if not self.spares:
+            return self.nodes
+        least, most = self.min_nodes + self.spares, self.max_nodes + self.spares
+        return f"{least}" if least == most else f"{least}-{most}"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 # From the top to the bottom. A package may import those on later lines only.
 LAYERS = {
     "harness": [
-        *("__main__", "commands", "verify", "report", "training", "distillation", "deployment"),
-        *("execution", "planning", "roll_call", "rank_card", "plug_ins", "data"),
+        *("__main__", "commands", "verify", "report", "preflight", "training", "distillation"),
+        *("deployment", "execution", "planning", "roll_call", "rank_card", "plug_ins", "data"),
         *(
             "models",
             "runs",

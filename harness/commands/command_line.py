@@ -21,6 +21,7 @@ from harness.commands import (
     export,
     plan,
     predict,
+    preflight,
     report,
     train,
     verify,
@@ -29,7 +30,7 @@ from harness.commands.messages import complain
 from harness.commands.parsing import Parser, parse
 from harness.errors import FAILED, USER_ERROR, UserError, record_for_torchrun
 
-COMMANDS = (data, config, plan, train, verify, cache, evaluate, predict, report, export)
+COMMANDS = (data, config, plan, train, verify, cache, evaluate, predict, report, export, preflight)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

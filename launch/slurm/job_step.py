@@ -77,6 +77,8 @@ class Task:
             if place.leader:
                 log.error(f"requeued more often than requeues: {self.requeues}; submit it again")
             return STOPPED
+        if place.leader and place.left_out:
+            log.line(f"without {place.left_out}: see {place.job_id}_batch.log for what is wrong")
         if place.leader and (who := WHO_REQUEUES[place.requeuer]):
             log.line(who)
         before, stop = self._incarnation(), StopRequest()

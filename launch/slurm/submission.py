@@ -44,9 +44,8 @@ class Executor(submitit.SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        start = ["-m"] if self.code is None else [self.code.folder]
-        words = [sys.executable, "-u", *start, "submitit.core._submit", self.folder]
-        return step_script(self.cluster, self.folder, words)
+        start = "-m" if self.code is None else self.code.folder
+        return step_script(self.cluster, self.folder, [sys.executable, "-u", start])
 
     @classmethod
     def affinity(cls) -> int:
@@ -121,7 +120,7 @@ def _task(cluster: Cluster, run: RunSpec, frozen: FrozenRun, code: str | None) -
         run=str(run.run.absolute()),
         log=str(frozen.log),
         launcher=cluster.launcher,
-        min_nodes=cluster.min_nodes,
+        min_nodes=1 if cluster.spares else cluster.min_nodes,
         gpus_per_node=cluster.gpus_per_node,
         requeues=cluster.requeues,
         environment={"OMP_NUM_THREADS": str(cluster.cpus_per_gpu)} | cluster.environment,

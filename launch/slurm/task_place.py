@@ -10,6 +10,8 @@ import time
 from harness.slurm_step import rendezvous_port
 from launch.slurm.requeue import REQUEUE_FILE, Requeuer
 
+LEFT_OUT = "HARNESS_LEFT_OUT"  # the variable with the nodes that a run with spares goes without
+
 
 class TaskPlace:
     """The place of this task within its job, by SLURM's variables."""
@@ -19,7 +21,10 @@ class TaskPlace:
 
         job = SlurmJobEnvironment()
         self.raw_job_id, self.job_id = job.raw_job_id, job.job_id  # 15 and, in an array, 12_3
+        self.left_out = os.environ.get(LEFT_OUT, "")  # by the preflight
         self.nodes, self.rank = job.num_nodes, job.global_rank
+        if LEFT_OUT in os.environ:
+            self.nodes = int(os.environ["SLURM_STEP_NUM_NODES"])
         self.tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", job.num_tasks))
         self.host = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
