@@ -29,7 +29,9 @@ def run(options: argparse.Namespace) -> int:
     from harness.deployment.prediction import predict
     from harness.execution.trained_model import load_trained
 
-    found = predict(load_trained(options.run), options.images, options.top)
+    # a photo needs no training images beside it
+    trained = load_trained(options.run, ["run.recalibrate_images=0"])
+    found = predict(trained, options.images, options.top)
     if options.json:
         rows = [
             {"path": one.path, "classes": [{"class": c, "probability": p} for c, p in one.classes]}

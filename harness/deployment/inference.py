@@ -48,8 +48,8 @@ class Inference:
 def open_inference(trained: TrainedModel, images: ImageSource) -> Iterator[Inference]:
     """Within: the network on the device and in the precision of `run`, and a loader of `images`.
 
-    With `run.recalibrate_images`, its running statistics are from the run's training images. Raises
-    UserError where several ranks were started.
+    With `run.recalibrate_images`, its running statistics are from the run's training images.
+    Raises UserError where several ranks were started.
     """
     data = trained.config.data.model_copy(update={"val_images": len(images)})
     config = trained.config.model_copy(update={"data": data})

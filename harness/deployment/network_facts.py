@@ -19,7 +19,8 @@ class NetworkFacts:
 
     Attributes:
         trained: The network.
-        evaluation: The run's own result with these weights; None where no log records it.
+        evaluation: The run's own result with these weights; None where no log records it, or it
+            is one with recalibrated statistics (`run.recalibrate_images`).
         starts: The log's events of starts and resumes, those without effect included.
         environment: The content of the run's environment.json; empty where there is none.
 
@@ -85,7 +86,8 @@ def _options(trained: TrainedModel) -> dict[str, object]:
 
 def _evaluation(log: Path, step: int, images: int) -> Evaluation | None:
     for line in read_log(log):
-        if line["event"] == "evaluation" and line["step"] == step and line["total"] == images:
+        own = line["event"] == "evaluation" and line["step"] == step and line["total"] == images
+        if own and "recalibrate_images" not in line:
             top5 = round((1 - line["top5_error"] / 100) * images)
             return Evaluation(line["correct"], top5, images, line["loss"])
     return None

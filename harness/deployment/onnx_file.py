@@ -20,6 +20,7 @@ from harness.execution.preprocess import Preprocess
 from harness.execution.trained_model import TrainedModel
 from harness.models.registry import build_plain
 from harness.output_file import write_output
+from harness.recipe.minibatch import AUTO_MICRO_BATCH
 
 if TYPE_CHECKING:
     from harness.config.schema import Config
@@ -124,6 +125,6 @@ def _images(trained: TrainedModel, data: Path | None) -> tuple[Tensor, str]:
         return noise.to(torch.uint8), f"{CHECKED} images of noise"
     count = min(CHECKED, len(source))
     ids = np.linspace(0, len(source) - 1, count).round().astype(np.int64)  # of all classes
-    plan = BatchPlan(config, source.first(0), source, 0, 1, config.recipe.worker_batch, False)
+    plan = BatchPlan(config, source.first(0), source, 0, 1, AUTO_MICRO_BATCH, False)
     spec = resizes(ids, source.heights[ids], source.widths[ids], config.data)
     return Renderer(config, plan)(spec).images.contiguous(), f"{count} images of {source.location}"
