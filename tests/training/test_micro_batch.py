@@ -13,6 +13,7 @@ from harness.distributed import World
 from harness.execution.compilation import compile_blocks
 from harness.models.registry import build_model
 from harness.outcome import RunFailed
+from harness.planning.runtime import pass_images
 from harness.recipe.minibatch import Minibatch
 from harness.runs.logging.jsonl import read_log
 from harness.runs.run_folder import RunFolder
@@ -121,7 +122,7 @@ def test_the_quickstart_rounds_alike_on_any_number_of_ranks(name):
     for ranks in range(1, 9):
         for rank in range(ranks):
             share = len(minibatch.workers_of(rank, ranks))
-            assert minibatch.micro_batch_images(share, config.run.micro_batch) == 32
+            assert minibatch.micro_batch_images(share, pass_images(config)) == 32
             assert len(minibatch.micro_batches(rank, ranks, 32)) == share
 
 
