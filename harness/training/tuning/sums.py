@@ -144,7 +144,8 @@ def tune_sums(
     chosen, sums = (exact, exact_sums) if cost <= COST else (fast, fast_sums)
     if replica.world.rank == 0:
         beside = f"{1000 * exact_s:.3g} ms against {1000 * fast_s:.3g} ms, {100 * cost:+.1f} %"
-        text = f"exact: {beside}; the same bits on any number of ranks"
+        unit = exact.run.micro_batch
+        text = f"exact, in passes of {unit} images: {beside}; the same bits on any number of ranks"
         if chosen is fast:
             text = f"fast: exact ones take {beside}; run.sums=exact has them nevertheless"
         print(f"sums  {text}", flush=True)
