@@ -51,6 +51,8 @@ def _result(facts: NetworkFacts) -> Iterator[str]:
     config = facts.trained.config
     done, whole = facts.trained.step, config.total_steps
     yield f"After {done:,} of {whole:,} steps ({done / config.steps_per_epoch:g} epochs)."
+    if facts.weights_sha256:
+        yield f"SHA-256 of the weights at the end of the run: {facts.weights_sha256}."
     yield ""
 
 

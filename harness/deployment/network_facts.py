@@ -23,6 +23,8 @@ class NetworkFacts:
             is one with recalibrated statistics (`run.recalibrate_images`).
         starts: The log's events of starts and resumes, those without effect included.
         environment: The content of the run's environment.json; empty where there is none.
+        weights_sha256: The digest of the weights, as the run recorded it at its end; "" for the
+            checkpoint of another step.
 
     """
 
@@ -30,6 +32,7 @@ class NetworkFacts:
     evaluation: Evaluation | None
     starts: tuple[Record, ...]
     environment: Record
+    weights_sha256: str = ""
 
     @property
     def classes(self) -> list[str]:
@@ -58,6 +61,8 @@ class NetworkFacts:
             facts["error_percent"] = f"{evaluation.error:.4f}"
             facts["error_interval_95_percent"] = json.dumps([round(low, 4), round(high, 4)])
             facts["evaluated_images"] = str(evaluation.total)
+        if self.weights_sha256:
+            facts["trained_weights_sha256"] = self.weights_sha256
         return facts
 
 
@@ -74,6 +79,7 @@ def gather_facts(trained: TrainedModel) -> NetworkFacts:
         _evaluation(log, trained.step, trained.config.data.val_images),
         tuple(starts),
         _environment(folder / "environment.json"),
+        _weights_sha256(log, trained.step),
     )
 
 
@@ -91,6 +97,11 @@ def _evaluation(log: Path, step: int, images: int) -> Evaluation | None:
             top5 = round((1 - line["top5_error"] / 100) * images)
             return Evaluation(line["correct"], top5, images, line["loss"])
     return None
+
+
+def _weights_sha256(log: Path, step: int) -> str:
+    finished = [line for line in read_log(log) if line["event"] == "finish"]
+    return next((line.get("weights_sha256", "") for line in finished if line["step"] == step), "")
 
 
 def _environment(file: Path) -> Record:

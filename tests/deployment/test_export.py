@@ -181,6 +181,8 @@ def test_a_card_says_what_is_known(run, resnet18, tmp_path, monkeypatch):
     assert f"Error {last['error']:.2f} % (95 % interval " in card
     assert f"{last['correct']} of 360 validation images correct." in card
     assert "After 15 of 15 steps (3 epochs)." in card
+    recorded = json.loads((run / "status.json").read_text())["weights_sha256"]
+    assert f"SHA-256 of the weights at the end of the run: {recorded}." in card
     assert "- ranks: 1 from step 0\n- not interrupted\n" in card
     assert "- train: 1,437 images; digest of classes, names, labels and sizes: SHA-256 " in card
     assert "no GPU" in card and "torch 2" in card and "minibatch: 256" in card
