@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "harness": [
         *("__main__", "commands", "verify", "report", "preflight", "training", "distillation"),
-        *("deployment", "execution", "planning", "roll_call", "rank_card", "plug_ins", "data"),
+        *("deployment", "execution", "drafts", "planning", "roll_call", "rank_card", "plug_ins"),
+        "data",
         *(
             "models",
             "runs",

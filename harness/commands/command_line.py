@@ -19,6 +19,7 @@ from harness.commands import (
     data,
     evaluate,
     export,
+    init,
     plan,
     predict,
     preflight,
@@ -30,7 +31,10 @@ from harness.commands.messages import complain
 from harness.commands.parsing import Parser, parse
 from harness.errors import FAILED, USER_ERROR, UserError, record_for_torchrun
 
-COMMANDS = (data, config, plan, train, verify, cache, evaluate, predict, report, export, preflight)
+COMMANDS = (
+    *(data, init, config, plan, train, verify),
+    *(cache, evaluate, predict, report, export, preflight),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

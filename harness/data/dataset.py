@@ -50,20 +50,7 @@ def check_dataset(train: ImageSource, val: ImageSource, config: Config) -> None:
     data = config.data
     check_count(train, "train_images", data.train_images)
     check_count(val, "val_images", data.val_images)
-    if train.classes != val.classes:
-        only_train = sorted({*train.classes} - {*val.classes})
-        only_val = sorted({*val.classes} - {*train.classes})
-        parts = [
-            f"{first_three(names)} only in {images.location}"
-            for names, images in ((only_train, train), (only_val, val))
-            if names
-        ]
-        if names := next(iter(equal_but_for_form([*only_train, *only_val])), None):
-            parts.append(
-                f"{' and '.join(map(ascii, names))} differ in Unicode form only (NFC, NFD)"
-            )
-        what = "; ".join(parts) or "they are in another order"
-        raise UserError(f"the classes of train and val differ: {what}; repair them")
+    check_alike(train, val)
     if len(train.classes) != data.classes:
         raise UserError(
             f"{train.location}: {len(train.classes)} classes, but data.classes is {data.classes}; "
@@ -71,6 +58,23 @@ def check_dataset(train: ImageSource, val: ImageSource, config: Config) -> None:
         )
     check_headers(train, data.on_bad_image == "skip")
     check_headers(val, skip=False, remedy="repair it")
+
+
+def check_alike(train: ImageSource, val: ImageSource) -> None:
+    """Raise UserError where train and val have other classes."""
+    if train.classes == val.classes:
+        return
+    only_train = sorted({*train.classes} - {*val.classes})
+    only_val = sorted({*val.classes} - {*train.classes})
+    parts = [
+        f"{first_three(names)} only in {images.location}"
+        for names, images in ((only_train, train), (only_val, val))
+        if names
+    ]
+    if names := next(iter(equal_but_for_form([*only_train, *only_val])), None):
+        parts.append(f"{' and '.join(map(ascii, names))} differ in Unicode form only (NFC, NFD)")
+    what = "; ".join(parts) or "they are in another order"
+    raise UserError(f"the classes of train and val differ: {what}; repair them")
 
 
 def check_count(images: ImageSource, key: str, expected: int) -> None:

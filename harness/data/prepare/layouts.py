@@ -325,5 +325,7 @@ LAYOUTS = (
         "a set of class folders without train/ and val/",
         _is_by_class,
         lambda folder: _by_class("train", folder),
+        "`harness data import {folder} NEW --val 0.1` creates train/CLASS and val/CLASS from it, "
+        "with a tenth of each class in val",
     ),
 )

@@ -1,0 +1,1 @@
+"""First configs: from a folder of images, or from the arguments of another training program."""
