@@ -141,7 +141,17 @@ class ModelConfig(Section):
     width: Annotated[int, Field(ge=1, le=1024)] = key(
         "Channels of the first stage; only the small ResNets have it.", 16, unit="channels"
     )
+    freeze: Literal["none", "backbone"] = key(
+        "What of `weights` is not trained: backbone keeps everything before the classifier, with "
+        "its running statistics.",
+        "none",
+    )
     options: Options = key("Further arguments of the network's builder, such as dropout: 0.", {})
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.freeze == "backbone" and self.weights is None:
+            yield "freeze: backbone would never be trained; give weights, or set freeze: none"
 
     def meaningless(self) -> dict[str, str]:
         small = self.name in SMALL_RESNETS
@@ -165,6 +175,9 @@ class RecipeConfig(Section):
     reference_lr: Positive = key("Learning rate at `reference_minibatch`.", 0.1)
     reference_minibatch: Count = key(
         "Minibatch for which `reference_lr` was tuned.", 256, unit="images"
+    )
+    classifier_lr_factor: Positive = key(
+        "Factor of the classifier's learning rate, for fine-tuning.", 1.0
     )
     scaling: Literal["linear", "sqrt", "none"] = key(
         "How the learning rate follows the minibatch (section 2.1, table 2a).", "linear"

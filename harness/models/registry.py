@@ -16,13 +16,14 @@ from harness.errors import UserError
 from harness.installed import installed, load
 from harness.models.cifar_resnet import SMALL_RESNET
 from harness.models.family import ModelFamily
+from harness.models.frozen_backbone import freeze_backbone
 from harness.models.fused_blocks import fuse_blocks
 from harness.models.ghost_batch_norm import convert_batch_norms, is_convertible
 from harness.models.torchvision_networks import OTHERS, RESNET
 from harness.models.training_pass import try_training_pass
 from harness.models.weights import LoadedWeights, load_weights
 from harness.recipe.initialization import initialize_last_norms, seed_for
-from harness.recipe.optimizer import check_optimizer
+from harness.recipe.optimizer import build_optimizer, check_optimizer
 
 if TYPE_CHECKING:
     from harness.config.schema import Config
@@ -99,6 +100,8 @@ def build_without_weights(config: Config, channels_last: bool = False) -> nn.Mod
     """
     family, name = find_family(config.model.name), config.model.name
     network = _build_bare(family, config)
+    if config.model.freeze == "backbone":
+        freeze_backbone(network, require_classifier(network, config))
     convert_batch_norms(network, config.recipe.worker_batch, channels_last)
     fuse_blocks(network)
     if family.initialize is not None:
@@ -129,6 +132,27 @@ def classifier_name(network: nn.Module, config: Config) -> str:
     if not isinstance(weight, Tensor) or len(weight) != config.data.classes:
         return ""
     return next(name for name, module in network.named_modules() if module is classifier)
+
+
+def require_classifier(network: nn.Module, config: Config) -> str:
+    """Return `classifier_name`. Raises ConfigError where it is not known."""
+    if name := classifier_name(network, config):
+        return name
+    what = "model.freeze" if config.model.freeze != "none" else "recipe.classifier_lr_factor"
+    raise ConfigError(
+        f"{what}: {config.model.name} names no classifier with {config.data.classes} rows; remove "
+        "the key, or name the classifier in the network's family"
+    )
+
+
+def optimizer_of(network: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Build the optimizer of the config's network, by its family's rules. Raises ConfigError."""
+    classifier: list[nn.Parameter] = []
+    if (factor := config.recipe.classifier_lr_factor) != 1:
+        module = network.get_submodule(require_classifier(network, config))
+        classifier = list(module.parameters())
+    undecayed = find_family(config.model.name).undecayed(network)
+    return build_optimizer(network, config.recipe, undecayed, classifier, factor)
 
 
 def build_plain(config: Config) -> nn.Module:
@@ -166,6 +190,8 @@ def check_model(config: Config) -> None:
             f"model.last_gamma: {model.name} names no residual blocks that have it; remove it"
         )
     check_optimizer(network, config.recipe, family.undecayed)
+    if model.freeze != "none" or config.recipe.classifier_lr_factor != 1:
+        require_classifier(network, config)
     # whether a batch norm has several values depends on whether n is 1, not on how large it is
     images = (min(n, 2), 3, pixels, pixels)
     try:

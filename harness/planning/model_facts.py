@@ -36,6 +36,8 @@ class ModelFacts(TypedDict):
     last_gamma: int
     weight_decay: float
     parameters: int
+    parameters_frozen: int  # by model.freeze
+    classifier_lr_factor: float
     parameters_decayed: int
     parameters_undecayed: int
     decayed_modules: list[str]
@@ -80,7 +82,8 @@ def inspect_model(
         (decayed if group["weight_decay"] > 0 else undecayed).update(group["params"])
         layer_wise.update(group["params"] if group.get("trust_coefficient") else ())
     vectors = {p for p in model.parameters() if p.ndim <= 1}
-    batch_norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    batch_norms = [norm for norm in norms if norm.weight.requires_grad]
     family = find_family(config.model.name)
     by_paper = family.initialize is initialize
     last_gammas = [block.last_norm.weight for block in family.residual_blocks(model)]
@@ -98,6 +101,8 @@ def inspect_model(
         "last_gamma": config.model.last_gamma,
         "weight_decay": config.recipe.weight_decay,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_frozen": sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        "classifier_lr_factor": config.recipe.classifier_lr_factor,
         "parameters_decayed": sum(p.numel() for p in decayed),
         "parameters_undecayed": sum(p.numel() for p in undecayed),
         "decayed_modules": _owners(model, decayed),
@@ -167,7 +172,7 @@ def _he_std(convolution: nn.Conv2d) -> float:
 def check_facts(facts: ModelFacts) -> list[Check]:
     """Check the paper's rules: first the optimizer's, then those of initial values."""
     optimized = facts["parameters_decayed"] + facts["parameters_undecayed"]
-    parameters = facts["parameters"]
+    parameters = facts["parameters"] - facts["parameters_frozen"]
     layers, undecayed = facts["batch_norms"], facts["batch_norms_undecayed"]
     checks = [
         (f"{undecayed} of {layers} BN layers undecayed", undecayed == layers),

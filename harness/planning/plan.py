@@ -13,14 +13,13 @@ from harness.errors import UserError
 from harness.models.registry import (
     build_without_weights,
     check_model,
-    find_family,
     load_start_weights,
+    optimizer_of,
 )
 from harness.planning.model_facts import Check, ModelFacts, check_facts, inspect_model
 from harness.planning.noise_forecast import NoiseForecast
 from harness.planning.runtime import Hardware, Prediction, pass_images, predict, sent_bytes
 from harness.recipe.minibatch import Minibatch
-from harness.recipe.optimizer import build_optimizer
 from harness.recipe.schedule import final_epochs, lr_at, peak_lr
 from harness.runs.logging.installed import load_loggers
 
@@ -130,8 +129,7 @@ def make_plan(
     shares, learning_rate = _plan_ranks(config, ranks), _plan_lr(config)
     model = build_without_weights(config)
     loaded = None if resuming else load_start_weights(model, config)
-    undecayed = find_family(config.model.name).undecayed(model)
-    facts = inspect_model(model, build_optimizer(model, config.recipe, undecayed), config, loaded)
+    facts = inspect_model(model, optimizer_of(model, config), config, loaded)
     plan: Plan = {
         "model": config.model.name,
         "expect": config.expect.model_dump(mode="json") if config.expect else None,

@@ -111,6 +111,10 @@ def _parameters(plan: Plan) -> list[str]:
         f"  decayed    {plan['parameters_decayed']:,} by {plan['weight_decay']:g}: "
         + ", ".join(plan["decayed_modules"]),
         f"  undecayed  {plan['parameters_undecayed']:,}: " + ", ".join(plan["undecayed_modules"]),
+        *[f"  frozen     {plan['parameters_frozen']:,}: all but the classifier"]
+        * (plan["parameters_frozen"] > 0),
+        *[f"  classifier lr × {plan['classifier_lr_factor']:g}"]
+        * (plan["classifier_lr_factor"] != 1),
         *_layer_wise(plan),
         "checked on the model and the optimizer, as a run would build them",
         *(f"  {mark[check['ok']]:9}  {check['what']}" for check in plan["checks"]),

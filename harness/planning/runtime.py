@@ -212,6 +212,8 @@ def gradient_layers(model: nn.Module, macs: dict[str, int]) -> list[Layer]:
 
     def layers() -> Iterator[Layer]:
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # frozen: it has no gradient to send
             owner, _, kind = name.rpartition(".")
             share = macs.get(owner, 0) / total if kind == "weight" else 0.0
             yield Layer(parameter.numel() * parameter.element_size(), share)
@@ -221,7 +223,11 @@ def gradient_layers(model: nn.Module, macs: dict[str, int]) -> list[Layer]:
 
 def _published(config: Config, macs: int) -> float | None:
     """Scale the published figure by `macs`; None for networks that it says nothing about."""
-    if config.model.name not in ("resnet50", "resnet101", "resnet152"):
+    if config.model.freeze != "none" or config.model.name not in (
+        "resnet50",
+        "resnet101",
+        "resnet152",
+    ):
         return None
     return PUBLISHED_IMAGES_PER_S * PUBLISHED_MACS / macs
 

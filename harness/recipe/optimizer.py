@@ -52,15 +52,33 @@ def batch_norm_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_groups(
-    network: nn.Module, weight_decay: float, undecayed: Collection[nn.Parameter]
+    network: nn.Module,
+    weight_decay: float,
+    undecayed: Collection[nn.Parameter],
+    faster: Collection[nn.Parameter] = (),
+    lr_factor: float = 1.0,
 ) -> list[ParameterGroup]:
-    """Return two groups in model order: the decayed parameters, and those in `undecayed`."""
+    """Return two groups in model order: the decayed parameters, and those in `undecayed`.
+
+    Those in `faster` follow in two groups of their own, with `lr_factor` times the learning rate.
+    Frozen parameters are in none.
+    """
+    fast = {id(parameter) for parameter in faster}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = _by_decay([p for p in trained if id(p) not in fast], weight_decay, undecayed)
+    if faster:
+        others = _by_decay([p for p in trained if id(p) in fast], weight_decay, undecayed)
+        groups += [group | {"lr_factor": lr_factor} for group in others]
+    return groups
+
+
+def _by_decay(
+    parameters: list[nn.Parameter], weight_decay: float, undecayed: Collection[nn.Parameter]
+) -> list[ParameterGroup]:
     apart = {id(parameter) for parameter in undecayed}
-    decayed = [p for p in network.parameters() if id(p) not in apart]
-    others = [p for p in network.parameters() if id(p) in apart]
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in apart], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in apart], "weight_decay": 0.0},
     ]
 
 
@@ -73,15 +91,19 @@ def find_optimizer(name: str) -> BuildOptimizer:
 
 
 def build_optimizer(
-    network: nn.Module, recipe: RecipeConfig, undecayed: Collection[nn.Parameter]
+    network: nn.Module,
+    recipe: RecipeConfig,
+    undecayed: Collection[nn.Parameter],
+    faster: Collection[nn.Parameter] = (),
+    lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a network on its device; its learning rate is set at each step.
 
-    `undecayed` are the parameters without weight decay. Raises ConfigError for an unknown name or
-    option, and UserError for a package that cannot be imported.
+    `undecayed`, `faster` and `lr_factor` are those of `parameter_groups`. Raises ConfigError for
+    an unknown name or option, and UserError for a package that cannot be imported.
     """
     build, options = find_optimizer(recipe.optimizer), recipe.optimizer_arguments
-    groups = parameter_groups(network, recipe.weight_decay, undecayed)
+    groups = parameter_groups(network, recipe.weight_decay, undecayed, faster, lr_factor)
     try:
         optimizer = build(groups, **options)
     except (TypeError, ValueError) as error:
@@ -164,6 +186,6 @@ BUILT_IN: dict[str, BuildOptimizer] = {"sgd": build_sgd, "lars": build_lars}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set η of the next update in every group."""
+    """Set η of the next update in every group, times the group's own factor if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)

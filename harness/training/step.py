@@ -10,8 +10,8 @@ from torch import Tensor
 from harness.compat import found_overflow
 from harness.config.schema import Config
 from harness.data.batch import Batch
-from harness.models.registry import find_family
-from harness.recipe.optimizer import build_optimizer, set_lr
+from harness.models.registry import optimizer_of
+from harness.recipe.optimizer import set_lr
 from harness.recipe.schedule import lr_at
 from harness.resilience.step_observer import StepPhase
 from harness.training.metrics import Metrics
@@ -39,9 +39,7 @@ class Step:
         self.micro_batches = len(micro_batches)
         self.local_workers = sum(map(len, micro_batches))
         self.objective = objective or build_objective(config, None)
-        self.optimizer = build_optimizer(
-            self.network, config.recipe, find_family(config.model.name).undecayed(self.network)
-        )
+        self.optimizer = optimizer_of(self.network, config)
         self.metrics = Metrics(self.device, config.recipe.minibatch)
         self.noise = NoiseProbe(config, replica, self.objective)
         self._data_wait_s = 0.0
