@@ -72,14 +72,17 @@ def layer_rate(weight: Tensor, gradient: Tensor, trust: float, decay: float) -> 
 def build_lars(
     groups: list[dict], momentum: float, trust_coefficient: float
 ) -> torch.optim.Optimizer:
-    """Build LARS from the decayed and the undecayed parameters.
+    """Build LARS from pairs of groups: decayed and undecayed parameters.
 
     Biases join the undecayed ones: as the batch norms' γ and β they take plain SGD without decay,
     since a vector of them says nothing of the scale of its layer.
     """
-    decayed, undecayed = groups
-    layers = [p for p in decayed["params"] if p.ndim > 1]
-    biases = [p for p in decayed["params"] if p.ndim <= 1]
-    layer_wise = {**decayed, "params": layers, "trust_coefficient": trust_coefficient}
-    plain = {**undecayed, "params": biases + undecayed["params"], "trust_coefficient": 0.0}
-    return Lars([layer_wise, plain], momentum)
+    built = []
+    for decayed, undecayed in zip(groups[::2], groups[1::2], strict=True):
+        layers = [p for p in decayed["params"] if p.ndim > 1]
+        biases = [p for p in decayed["params"] if p.ndim <= 1]
+        built += [
+            {**decayed, "params": layers, "trust_coefficient": trust_coefficient},
+            {**undecayed, "params": biases + undecayed["params"], "trust_coefficient": 0.0},
+        ]
+    return Lars(built, momentum)

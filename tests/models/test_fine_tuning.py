@@ -141,3 +141,23 @@ def test_a_frozen_run_is_evaluated_and_exported(frozen, tmp_path, capsys):
     total = json.loads(capsys.readouterr().out)["total"]
     assert total == 360
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "m.pt")]) == 0
+
+
+def test_exact_sums_train_the_classifier_of_a_frozen_backbone(frozen, tmp_path):
+    path, overrides, start = frozen
+    exact = [*overrides, "run.micro_batch=auto", "run.sums=exact"]
+    train(load_config(path, exact), tmp_path / "run")
+    for name, value in last_weights(tmp_path / "run").items():
+        assert torch.equal(value, start[name]) != name.startswith("fc."), name
+
+
+def test_lars_has_the_classifiers_learning_rate_too(small):
+    keys = ["recipe.optimizer=lars", "recipe.classifier_lr_factor=10"]
+    config = load_config(small(), keys)
+    network = build_model(config)
+    optimizer = optimizer_of(network, config)
+    set_lr(optimizer, 0.5)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == set(network.parameters())
+    assert {rates[p] for p in network.fc.parameters()} == {5.0}
+    assert {rate for p, rate in rates.items() if p not in set(network.fc.parameters())} == {0.5}
