@@ -137,7 +137,10 @@ def test_the_same_bits_on_any_number_of_ranks(runs, name, world_size):
     assert digest(other) == digest(one)
     assert curve(other) == curve(one)
     assert noise(other) == noise(one)
-    assert (len(curve(one)), len(noise(one))) == (STEPS + 2, 5)
+    assert len(curve(one)) == STEPS + 2
+    measured = [step for step, *_ in noise(one)]
+    # the first steps of float16 overflow
+    assert measured == [1, 11, 21, 31, 41] if name != "float16" else measured[-3:] == [21, 31, 41]
 
 
 def test_the_same_bits_with_each_loader(runs):

@@ -69,10 +69,12 @@ class NoiseProbe:
         loss_of = self._objective(step, batch)
         with uncompiled(config), autocast(config, replica.device):
             logits = replica.network(replica.preprocess(batch.images))
-        # each image's loss is divided by kn: times k, it is the mean over n
-        loss = replica.scaler.scale(loss_of(logits, labels).minimised * config.workers)
+        loss = replica.scaler.scale(loss_of(logits, labels).minimised)
         gradients = torch.autograd.grad(loss, self._parameters)
-        return squared_norm(gradients) / replica.loss_scale().double() ** 2
+        # each image's loss is divided by kn: times k, it is the mean over n. Not before the
+        # backward pass, in which float16 would overflow
+        scale = replica.loss_scale().double() / config.workers
+        return squared_norm(gradients) / scale**2
 
     def read(self) -> list[tuple[int, SquaredNorms]]:
         """Return (step, norms) of the steps since the last call. Synchronises device and ranks.
