@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.config.distill_section import DistillConfig
+from harness.config.model_section import ModelConfig
 from harness.config.run_section import PROFILE_TRACED, PROFILE_WARM_UP, RunConfig
 from harness.config.section import (
     LARGEST_FLOAT32,
@@ -22,6 +23,7 @@ from harness.config.section import (
     Effect,
     Fraction,
     NotNegative,
+    Options,
     Positive,
     Section,
     Text,
@@ -36,10 +38,8 @@ Colour = Annotated[tuple[Fraction, Fraction, Fraction], AsList]
 Deviation = Annotated[float, Field(ge=0.001, le=1)]
 ColourScale = Annotated[tuple[Deviation, Deviation, Deviation], AsList]
 Epochs = Annotated[tuple[Count, ...], AsList]
-Options = dict[Text, bool | int | float | str]
 
 NO_EXPECTATION = "no expectation for this recipe"
-SMALL_RESNETS = ("resnet8", "resnet20", "resnet32", "resnet56")
 # the keys of the recipe that each built-in optimizer has; others have optimizer_options
 OPTIMIZER_KEYS = {"sgd": ("momentum", "nesterov"), "lars": ("momentum", "trust_coefficient")}
 OTHER_OPTIMIZERS_KEYS = ("optimizer_options",)
@@ -123,39 +123,6 @@ class DataConfig(Section):
             yield f"crop_area: expected low <= high <= 1, found {[*self.crop_area]}"
         if self.crop_ratio[0] > self.crop_ratio[1]:
             yield f"crop_ratio: expected low <= high, found {[*self.crop_ratio]}"
-
-
-class ModelConfig(Section):
-    """The network and its initialization."""
-
-    name: Text = key("Name of the network; docs/networks.md lists them and shows how to add one.")
-    last_gamma: Annotated[int, Field(ge=0, le=1)] = key(
-        "Initial γ of each residual block's last batch norm (section 5.1, table 2b).", 0
-    )
-    weights: Text | None = key(
-        "Weights to start from, for fine-tuning: a state dict (.pt, .pth or .safetensors), a "
-        "training script's checkpoint or a run folder; a classifier for another number of classes "
-        "is re-initialized.",
-        None,
-    )
-    width: Annotated[int, Field(ge=1, le=1024)] = key(
-        "Channels of the first stage; only the small ResNets have it.", 16, unit="channels"
-    )
-    freeze: Literal["none", "backbone"] = key(
-        "What of `weights` is not trained: backbone keeps everything before the classifier, with "
-        "its running statistics.",
-        "none",
-    )
-    options: Options = key("Further arguments of the network's builder, such as dropout: 0.", {})
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        if self.freeze == "backbone" and self.weights is None:
-            yield "freeze: backbone would never be trained; give weights, or set freeze: none"
-
-    def meaningless(self) -> dict[str, str]:
-        small = self.name in SMALL_RESNETS
-        return {} if small else {"width": f"name: {self.name} ({', '.join(SMALL_RESNETS)} have it)"}
 
 
 class RecipeConfig(Section):

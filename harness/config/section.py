@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Options = dict[Text, bool | int | float | str]  # of a builder
 # YAML has lists only, so tuples accept them; their items stay strict.
 AsList = Strict(False)
 

@@ -15,7 +15,7 @@ from harness.runs.logging.jsonl import Record, read_lines, read_log
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What an exported file says about its network.
+    """Facts that an exported file states about its network.
 
     Attributes:
         trained: The network.

@@ -27,7 +27,7 @@ class Recorded:
 
     @property
     def name(self) -> str:
-        """What the file is, for people."""
+        """Name of the file, for people."""
         return {"timm": "timm's args.yaml", "torchvision": "torchvision's train.py"}[self.program]
 
 

@@ -1,4 +1,4 @@
-"""A draft of a config: its values with comments, as the YAML text that a person goes on with."""
+"""A draft of a config: its values with comments, as YAML text for a person to complete."""
 
 from __future__ import annotations
 

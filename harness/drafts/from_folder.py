@@ -27,7 +27,10 @@ LARGE_NETWORK, SMALL_NETWORK = "resnet50", "resnet20"
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What a folder fixes. `side` is the median short side of the training images, in pixels."""
+    """Counts, classes and sizes of a folder.
+
+    `side` is the median short side of the training images, in pixels.
+    """
 
     folder: Path
     train_images: int

@@ -153,7 +153,7 @@ def _minibatch_and_lr(translation: Translation, recorded: Recorded, ranks: int) 
     warm = number("warmup_epochs", 5) if timm else number("lr_warmup_epochs", 0)
     start = number("warmup_lr", 1e-5) if timm else lr * number("lr_warmup_decay", 0.01)
     names = {"warmup_epochs", "warmup_lr", "lr_warmup_epochs", "lr_warmup_decay"}
-    translation.used |= {*names, "lr_warmup_method", "warmup_prefix"}
+    translation.used.update(names, {"lr_warmup_method", "warmup_prefix"})
     reference = minibatch
     if warm:
         # the ramp starts at the reference lr, which belongs to a smaller reference minibatch
@@ -175,7 +175,7 @@ def _decay(translation: Translation, recorded: Recorded) -> None:
         if number(lowest, 0):
             translation.differ(f"{lowest} {values[lowest]}: here the cosine falls to 0", lowest)
         return
-    translation.used |= {name, lowest, "lr_gamma", "decay_rate"}
+    translation.used.update({name, lowest, "lr_gamma", "decay_rate"})
     factor = number("decay_rate" if timm else "lr_gamma", 0.1)
     if kind in ("steplr", "step"):
         size = "decay_epochs" if timm else "lr_step_size"
@@ -223,7 +223,7 @@ def _augmentation(translation: Translation, recorded: Recorded) -> None:
     if interpolation != "bilinear":
         names = ("train_interpolation", "interpolation")
         translation.differ(f"interpolation {interpolation}: here bilinear", *names)
-    translation.used |= {"interpolation", "train_interpolation"}
+    translation.used.update({"interpolation", "train_interpolation"})
 
 
 def _differences_of_program(translation: Translation, recorded: Recorded) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -86,8 +87,7 @@ def _read(path: Path, key: str) -> tuple[Path, object]:
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile file may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{key}: {path}: no state dict ({_explain(reason)})") from error
+        raise UserError(f"{key}: {path}: no state dict ({_reason(error, path)})") from error
 
 
 def _load(path: Path) -> object:
@@ -100,13 +100,18 @@ def _load(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _explain(reason: str) -> str:
-    """Return torch.load's reason; where the file holds other objects than tensors, what to do."""
-    if "Weights only load failed" not in reason:
-        return reason
+def _reason(error: Exception, path: Path) -> str:
+    """Return why a file was not read; where it holds other objects than tensors, what to do."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip archive
+        return "not a file of torch.save, or an old one that could run code"
     return (
-        "it holds objects besides tensors, which could run code and are not loaded; where you "
-        "trust it, save its state dict alone: torch.save(model.state_dict(), FILE)"
+        f"it holds {', '.join(objects[:3]) or 'objects'} besides tensors, which could run code and "
+        "is not loaded; where you trust it, save its state dict alone: "
+        "torch.save(model.state_dict(), FILE)"
     )
 
 

@@ -73,13 +73,17 @@ def test_omitted_keys_take_the_documented_defaults(load):
             "std": [0.229, 0.224, 0.225],
             "on_bad_image": "fail",
         },
-        "model": {"name": "resnet50", "last_gamma": 0, "weights": None, "options": {}},
+        "model": {
+            **{"name": "resnet50", "last_gamma": 0, "weights": None},
+            **{"freeze": "none", "options": {}},
+        },
         "recipe": {
             "minibatch": 8192,
             "worker_batch": 32,
             "epochs": 90,
             "reference_lr": 0.1,
             "reference_minibatch": 256,
+            "classifier_lr_factor": 1.0,
             "scaling": "linear",
             "warmup": "gradual",
             "warmup_epochs": 5,

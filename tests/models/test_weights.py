@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -171,3 +172,15 @@ def test_a_plan_checks_a_classifier_that_is_re_initialized(tmp_path, network):
     assert drawn == [True, True]
     body = [ok for what, ok in checks.items() if "last γ" in what or "convolutions" in what]
     assert body == [None, None]
+
+
+def test_a_file_with_other_objects_says_which_and_what_to_do(tmp_path, network):
+    file = tmp_path / "w.pth"
+    torch.save({"model": network.state_dict(), "acc": numpy.float64(1.0)}, file)
+    with pytest.raises(UserError) as refused:
+        loaded(file)
+    assert "it holds numpy" in str(refused.value)
+    assert "torch.save(model.state_dict(), FILE)" in str(refused.value)
+    file.write_bytes(b"not weights at all")
+    with pytest.raises(UserError, match=r"no state dict \(not a file of torch\.save"):
+        loaded(file)
