@@ -18,7 +18,7 @@ import torch
 SIZE = 512  # of the matrices on a CPU; 16 times on a GPU
 MEASURED_S = 0.4
 READ_FILES, READ_BYTES = 64, 64_000_000
-WRITTEN_BYTES = 16_000_000
+WRITTEN_BYTES, WRITES = 8_000_000, 3
 CGROUPS = Path("/sys/fs/cgroup")
 PROGRAM_S = 40.0  # time limit of dcgmi and of nccl-tests
 
@@ -142,15 +142,21 @@ def measure_writing(folder: Path, rank: int) -> dict[str, float]:
     """Measure writing a file to `folder` and flushing it to the disk. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".preflight-{os.uname().nodename}-{rank}"
+    content = os.urandom(WRITTEN_BYTES)
     try:
-        began_s = time.perf_counter()
-        with path.open("wb") as file:
-            file.write(os.urandom(WRITTEN_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        return {"writing the run folder": WRITTEN_BYTES / (time.perf_counter() - began_s) / 1e6}
+        fastest_s = min(_write_s(path, content) for _ in range(WRITES))
     finally:
         path.unlink(missing_ok=True)
+    return {"writing the run folder": WRITTEN_BYTES / fastest_s / 1e6}
+
+
+def _write_s(path: Path, content: bytes) -> float:
+    began_s = time.perf_counter()
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - began_s
 
 
 def measure_memory() -> dict[str, float]:

@@ -39,8 +39,8 @@ def test_submitted_from_inside_a_job_whose_site_exports_nothing(launch, straight
 
 
 def test_a_signal_to_the_batch_shell_where_the_nodes_have_no_scontrol(launch):
-    # for the tasks, not for this script; exec, since the script signals the process that it started
-    hidden = 'srun() { PATH=/nowhere exec $(type -P srun) "$@"; }'
+    # for the tasks, not for the batch script; exec, as the script signals the process it starts
+    hidden = 'srun() { local real; real=$(type -P srun); PATH=/nowhere exec "$real" "$@"; }'
     job = launch.submit(setup=[hidden], sbatch={"signal": "B:USR2@60"}, requeues=1)
     assert launch.wait_for_step(50)
     assert "--- no scontrol here: the batch script requeues the job" in launch.log
