@@ -39,7 +39,8 @@ exit "$code"
 PREFLIGHT = """\
 healthy=
 srun --export=ALL --kill-on-bad-exit=1 --nodes="$nodes" --ntasks=$((nodes * {gpus})) --mem=0 \
---ntasks-per-node={gpus} --cpus-per-task={cpus} --cpu-bind=cores {command} --bad-nodes "${{log}}_bad_nodes" && healthy=1
+--ntasks-per-node={gpus} --cpus-per-task={cpus} --cpu-bind=cores \
+{command} --bad-nodes "${{log}}_bad_nodes" && healthy=1
 [ -e "${{log}}_bad_nodes" ] || {{ echo "error: the preflight found no answer"; exit 1; }}
 """
 STOP_AT_BAD_NODES = """\
